@@ -1,0 +1,100 @@
+# `make` alone lists the targets. Each one creates what it needs under .venv, target and build.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+BUILT := $(VENV)/.stamp-built
+DEPENDENCIES := $(VENV)/.stamp-dependencies
+
+RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) $(shell find crates -name '*.rs' -o -name Cargo.toml)
+RUST_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+BENCHMARKS := $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
+EXAMPLES := examples/image_pipeline.py examples/photo_segmentation.py examples/signal_chain.py
+DEMO_RUNS ?= 3
+
+# One interpreter for every cargo call, so that clippy, maturin and cargo share their builds.
+export PYO3_PYTHON := $(PY)
+export VIRTUAL_ENV := $(VENV)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo build test test-quick check bench docs asan loom numpy-suite \
+        test-freethreaded test-numpy25 clean $(BENCHMARKS)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '  make %-18s %s\n' 'bench-<name>' 'run one of: $(BENCHMARKS:bench-%=%)'
+
+demo: $(BUILT) ## run and compare three real programs; DEMO_RUNS=3
+	@for example in $(EXAMPLES); do \
+	    printf '\n== moirai compare %s\n' "$$example"; \
+	    $(PY) -m moirai compare --runs $(DEMO_RUNS) $$example || exit 1; \
+	    printf '\n== moirai run %s\n' "$$example"; \
+	    $(PY) -m moirai run $$example || exit 1; \
+	done
+
+build: $(BUILT) ## create .venv and build the package into it, optimised
+
+test: $(BUILT) ## all tests: the core's, then Python's
+	cargo test -p moirai-core
+	$(PY) -m pytest
+
+test-quick: $(BUILT) ## all tests but the stress tests
+	cargo test -p moirai-core --lib
+	$(PY) -m pytest -m 'not slow'
+
+check: $(BUILT) ## formatting, lints, types, stubs, layers
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest moirai._native
+	$(PY) -m pytest -q tests/test_architecture.py
+
+bench: $(BENCHMARKS) ## every benchmark; takes long, writes benchmarks/results
+
+$(BENCHMARKS): bench-%: $(BUILT)
+	$(PY) benchmarks/bench_$*.py
+
+docs: $(BUILT) ## refresh the measured tables, check links, run every snippet
+	$(PY) scripts/refresh_docs.py
+	$(PY) -m pytest -q tests/test_docs.py
+
+asan: ## the core's tests under AddressSanitizer
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
+	    cargo test -p moirai-core --target $(RUST_HOST) --lib --tests
+
+loom: ## every interleaving of the core's lock-free parts
+	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom \
+	    cargo test -p moirai-core --release --test 'loom*'
+
+numpy-suite: $(BUILT) ## NumPy's own tests, plain and under Moirai; QUICK=1 for fft and ma only
+	$(PY) scripts/numpy_suite.py $(if $(QUICK),--quick)
+
+test-freethreaded: ## tests on a free-threaded interpreter: PYTHON=/path/to/python3.13t
+	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh freethreaded
+
+test-numpy25: ## tests with the newest NumPy: PYTHON=python3.12 or newer
+	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh numpy25
+
+clean: ## remove everything that was built
+	rm -rf .venv target build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/moirai/_native*.so
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: must be 3.11 or newer, got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPENDENCIES): pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PY) -m pip install --quiet 'maturin>=1.8,<2' --group dev
+	@touch $@
+
+# Python sources take effect as they are edited; only Rust needs building.
+$(BUILT): $(DEPENDENCIES) $(RUST_SOURCES)
+	$(PY) -m maturin develop --release --quiet
+	@touch $@

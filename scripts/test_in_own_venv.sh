@@ -1,0 +1,37 @@
+#!/bin/sh
+# Build and test in a virtual environment of its own: test_in_own_venv.sh freethreaded|numpy25.
+# PYTHON names the interpreter. The main .venv is not touched.
+set -eu
+
+kind=${1:?usage: PYTHON=/path/to/python scripts/test_in_own_venv.sh freethreaded|numpy25}
+python=${PYTHON:-python3}
+
+case $kind in
+freethreaded)
+    "$python" -c 'import sys, sysconfig
+if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(f"PYTHON: must be a free-threaded build (python3.13t or newer), got {sys.version}")'
+    numpy='numpy>=2.1' ;;
+numpy25)
+    "$python" -c 'import sys
+if sys.version_info < (3, 12):
+    sys.exit(f"PYTHON: must be 3.12 or newer (NumPy 2.5 asks for it), got {sys.version.split()[0]}")'
+    numpy='numpy>=2.5' ;;
+*)
+    echo "kind: must be freethreaded or numpy25, got $kind" >&2
+    exit 2 ;;
+esac
+
+venv=build/venv-$kind
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+VIRTUAL_ENV=$PWD/$venv
+PYO3_PYTHON=$VIRTUAL_ENV/bin/python
+export VIRTUAL_ENV PYO3_PYTHON
+"$venv/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
+"$venv/bin/python" -m pip install --quiet 'maturin>=1.8,<2' "$numpy" rich --group test-core
+rm -rf "build/wheel-$kind"
+"$venv/bin/python" -m maturin build --release --quiet \
+    --interpreter "$PYO3_PYTHON" --target-dir "target/$kind" --out "build/wheel-$kind"
+"$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "build/wheel-$kind"/*.whl
+"$venv/bin/python" -c 'import numpy, sys; print("Python", sys.version.split()[0], "NumPy", numpy.__version__)'
+exec "$venv/bin/python" -m pytest -m 'not slow' tests/contracts tests/test_memory.py tests/test_numpy*.py
