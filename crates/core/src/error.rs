@@ -1,0 +1,52 @@
+//! What can go wrong in the core, as data; the bindings turn each case into an exception.
+
+use std::fmt;
+
+/// The result of every fallible operation of the core.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure that the caller can act on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// An argument is outside its range.
+    InvalidArgument {
+        /// The argument's name as the caller wrote it.
+        argument: &'static str,
+        /// What was expected and what came.
+        message: String,
+    },
+    /// A request cannot be met; nothing was allocated.
+    OutOfMemory {
+        /// Bytes asked for.
+        requested_bytes: usize,
+        /// Why it cannot be met: the use and the limit, or what the kernel said.
+        message: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::InvalidArgument`] for `argument`.
+    pub fn invalid(argument: &'static str, message: impl Into<String>) -> Self {
+        Error::InvalidArgument { argument, message: message.into() }
+    }
+
+    /// An [`Error::OutOfMemory`] for a request of `requested_bytes`.
+    pub fn out_of_memory(requested_bytes: usize, message: impl Into<String>) -> Self {
+        Error::OutOfMemory { requested_bytes, message: message.into() }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::InvalidArgument { argument, message } => {
+                write!(formatter, "{argument}: {message}")
+            }
+            Error::OutOfMemory { requested_bytes, message } => {
+                write!(formatter, "cannot allocate {requested_bytes} bytes: {message}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,209 @@
+//! The only place that talks to the operating system: pages, clocks, limits, fork.
+//!
+//! Linux today; another system is another file behind the same functions.
+
+use std::ptr::NonNull;
+
+/// Size of a page. Fixed at 4 KiB: on kernels with larger pages every range handed to the
+/// functions below is still a multiple of [`UNIT_BYTES`], and [`supported`] says no if that is
+/// not enough.
+pub const PAGE_BYTES: usize = 4096;
+/// Granule of reservations and slab runs.
+pub const UNIT_BYTES: usize = 64 * 1024;
+/// Size of a transparent huge page on x86-64 and on arm64 with 4 KiB pages.
+pub const HUGE_PAGE_BYTES: usize = 2 * 1024 * 1024;
+
+/// Whether this kernel's page size is the one the code is built for.
+pub fn supported() -> bool {
+    // SAFETY: `sysconf` reads a constant of the system and has no preconditions.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    page == PAGE_BYTES as libc::c_long
+}
+
+/// Reserve `bytes` of address space without any memory behind it; aligned to a huge page.
+///
+/// The range is `PROT_NONE`, so neither `mlockall(MCL_FUTURE)` populates nor overcommit charges it;
+/// [`commit`] charges, and so is refused what the kernel would refuse libc.
+pub fn reserve(bytes: usize) -> Option<NonNull<u8>> {
+    let padded = bytes.checked_add(HUGE_PAGE_BYTES)?;
+    // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing of ours.
+    let raw = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            padded,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED {
+        return None;
+    }
+    let start = raw as usize;
+    let aligned = start.next_multiple_of(HUGE_PAGE_BYTES);
+    let front = aligned - start;
+    let back = padded - front - bytes;
+    if front > 0 {
+        // SAFETY: the range is the unused front of the mapping made above.
+        unsafe { libc::munmap(raw, front) };
+    }
+    if back > 0 {
+        // SAFETY: the range is the unused tail of the mapping made above.
+        unsafe { libc::munmap((aligned + bytes) as *mut libc::c_void, back) };
+    }
+    NonNull::new(aligned as *mut u8)
+}
+
+/// Make reserved pages readable and writable. False when the kernel refuses (out of memory).
+///
+/// # Safety
+/// The range is page-aligned and lies in a live reservation of the caller.
+pub unsafe fn commit(address: NonNull<u8>, bytes: usize) -> bool {
+    // SAFETY: the caller owns the range; changing its protection loses no data.
+    let status = unsafe {
+        libc::mprotect(address.as_ptr().cast(), bytes, libc::PROT_READ | libc::PROT_WRITE)
+    };
+    status == 0
+}
+
+/// Give the memory behind the pages back to the kernel; they read as zero afterwards.
+///
+/// Returns false if the kernel refuses (locked pages); then the contents are unchanged or zero.
+///
+/// # Safety
+/// The range is page-aligned, private anonymous memory of the caller, and its contents are dead.
+pub unsafe fn decommit(address: NonNull<u8>, bytes: usize) -> bool {
+    // SAFETY: the caller says that nobody needs the contents.
+    let status =
+        unsafe { libc::madvise(address.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
+    status == 0
+}
+
+/// What to ask of transparent huge pages for a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// Ask for them where blocks are large.
+    Auto,
+    /// Ask for them everywhere.
+    Always,
+    /// Refuse them, even where the system gives them unasked.
+    Never,
+}
+
+/// Advise the kernel on huge pages for a range of a reservation.
+///
+/// # Safety
+/// The range lies in a live reservation of the caller.
+pub unsafe fn advise_huge(address: NonNull<u8>, bytes: usize, huge: bool) {
+    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    // SAFETY: the advice changes how faults are served, not what memory holds. A kernel built
+    // without huge pages answers EINVAL, which changes nothing.
+    unsafe { libc::madvise(address.as_ptr().cast(), bytes, advice) };
+}
+
+/// Give address space back.
+///
+/// # Safety
+/// The range is a whole reservation of the caller, and nothing points into it any more.
+pub unsafe fn release(address: NonNull<u8>, bytes: usize) {
+    // SAFETY: the caller owns the range and gives it up.
+    let status = unsafe { libc::munmap(address.as_ptr().cast(), bytes) };
+    debug_assert_eq!(status, 0);
+}
+
+/// Fresh zeroed pages for the core's own tables, or `None`. Memory is used as they are touched.
+pub fn map_zeroed(bytes: usize) -> Option<NonNull<u8>> {
+    // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing of ours.
+    let raw = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED { None } else { NonNull::new(raw.cast()) }
+}
+
+/// The soft limit on the process's address space, if there is one.
+pub fn address_space_limit() -> Option<usize> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the answer.
+    let status = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) };
+    (status == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur as usize)
+}
+
+/// Milliseconds since an arbitrary point; coarse (some milliseconds), never goes back.
+pub fn now_milliseconds() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid place for the answer, and the clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
+/// Resident set of this process in bytes, or 0 where `/proc` is not mounted.
+pub fn resident_bytes() -> usize {
+    std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|text| text.split(' ').nth(1)?.parse::<usize>().ok())
+        .map_or(0, |pages| pages * PAGE_BYTES)
+}
+
+/// Call the three functions around every `fork` of this process, for good.
+pub fn at_fork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) {
+    // SAFETY: the functions are `extern "C"` items of this library, which is never unloaded.
+    let status = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+    assert_eq!(status, 0, "pthread_atfork has no memory left at start-up");
+}
+
+/// Run `body` on a new thread that no signal is delivered to. False if none can be started.
+pub fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    let mut old = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `all` is a valid place for a signal set.
+    unsafe { libc::sigfillset(all.as_mut_ptr()) };
+    // SAFETY: `all` was filled above, `old` is a valid place for the answer.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr()) };
+    let started = std::thread::Builder::new().name(name.into()).spawn(body).is_ok();
+    // SAFETY: `old` was filled by the call above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut()) };
+    started
+}
+
+/// libc's aligned allocation, or `None`. `alignment` is a power of two of at least 8.
+pub fn libc_allocate(size: usize, alignment: usize) -> Option<NonNull<u8>> {
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: `raw` is a valid place for the answer; the alignment is as POSIX wants it.
+    let status = unsafe { libc::posix_memalign(&mut raw, alignment, size) };
+    if status == 0 { NonNull::new(raw.cast()) } else { None }
+}
+
+/// Give back a block of [`libc_allocate`].
+///
+/// # Safety
+/// `address` came from [`libc_allocate`] and was not given back.
+pub unsafe fn libc_deallocate(address: NonNull<u8>) {
+    // SAFETY: the caller's promise.
+    unsafe { libc::free(address.as_ptr().cast()) };
+}
+
+/// Size of a block of [`libc_allocate`] as libc rounded it.
+///
+/// # Safety
+/// `address` came from [`libc_allocate`] and was not given back.
+pub unsafe fn libc_block_bytes(address: NonNull<u8>) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe { libc::malloc_usable_size(address.as_ptr().cast()) }
+}
+
+/// Ask libc to give free memory back to the kernel.
+pub fn libc_trim() {
+    // SAFETY: no preconditions.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}

@@ -1,0 +1,843 @@
+//! The spans: who has which pages, what is kept hot, what is cold, and what merges with what.
+//!
+//! Plain data behind one lock; talks to the kernel only to reserve and commit. Terms:
+//! a **region** is a reservation; its pages below the **frontier** are committed and belong to
+//! exactly one **span** each. A span is *used*, *quick* (free, hot, not merged yet), *hot* (free,
+//! its pages kept), *cold* (free, its pages given back) or *purging* (on its way from hot to cold).
+//!
+//! Invariants, checked by `check`:
+//! - the spans of a region tile `base..frontier`, and no two neighbours are both hot or both cold;
+//! - `used_span_bytes + hot_bytes + quick_bytes + purging_bytes + cold_bytes == sum of spans`;
+//! - the address map holds a span's id at its first and last page and at the page of its data.
+
+use super::fit::{Entry, Fit, FreeIndex};
+use crate::os::{self, HugePages, PAGE_BYTES, UNIT_BYTES};
+use crate::resource::HealthReport;
+use crate::resource::address_map::AddressMap;
+use std::collections::BTreeSet;
+use std::ptr::NonNull;
+
+/// Spans of at least this many bytes live apart, where huge pages are asked for.
+pub(super) const HUGE_AREA_BYTES: usize = 1024 * 1024;
+/// Blocks of at least this size are given room for colouring.
+const COLOUR_FROM_BYTES: usize = 64 * 1024;
+/// Distance of two colours: 17 cache lines, so that colours differ in every set of the cache.
+const COLOUR_BYTES: usize = 1088;
+const MIDDLE_COLOURS: usize = 4;
+const HUGE_COLOURS: usize = 16;
+/// Free spans up to this many pages wait unmerged, by exact size, to be handed out again.
+const QUICK_PAGES: usize = HUGE_AREA_BYTES / PAGE_BYTES + 1;
+/// Bytes that may wait so before all of them are merged.
+const QUICK_LIMIT_BYTES: usize = 4 * 1024 * 1024;
+/// The cap on hot memory that needs no evidence of reuse.
+const BASE_CAP_BYTES: usize = 32 * 1024 * 1024;
+/// Hot memory that may stay when fresh pages are needed, beyond what the peak already took.
+const FRESH_SLACK_BYTES: usize = 16 * 1024 * 1024;
+
+/// Where a span lives, by what its blocks need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Area {
+    /// Multiples of 64 KiB, aligned so: the runs of a slab.
+    Unit,
+    /// Everything else below [`HUGE_AREA_BYTES`].
+    Middle,
+    /// The rest.
+    Huge,
+}
+const AREAS: [Area; 3] = [Area::Unit, Area::Middle, Area::Huge];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Used,
+    Quick,
+    Hot,
+    Cold,
+    Purging,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: usize,
+    pages: usize,
+    region: u32,
+    area: Area,
+    state: State,
+    /// Used: first byte and size of the block.
+    data: usize,
+    size: usize,
+    /// Free: when it was freed, in milliseconds, averaged by size when spans merge.
+    stamp: u64,
+    sequence: u64,
+}
+
+impl Span {
+    fn bytes(&self) -> usize {
+        self.pages * PAGE_BYTES
+    }
+
+    fn end(&self) -> usize {
+        self.start + self.bytes()
+    }
+}
+
+struct Region {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// Committed bytes from `base`.
+    frontier: usize,
+    area: Area,
+}
+
+struct AreaIndex {
+    hot: FreeIndex,
+    cold: FreeIndex,
+}
+
+/// Counts that the heap alone keeps; see [`crate::resource::Statistics`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    pub current_bytes: u64,
+    pub current_count: u64,
+    pub peak_bytes: u64,
+    pub peak_count: u64,
+    pub total_bytes: u64,
+    pub total_count: u64,
+    pub hits: u64,
+    pub reused_bytes: u64,
+    pub reused_pages: u64,
+    pub decommitted_bytes: u64,
+    pub invalid_frees: u64,
+}
+
+/// Pages on their way back to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Victim {
+    id: u32,
+    pub start: NonNull<u8>,
+    pub bytes: usize,
+}
+
+/// A block that was taken, and what is left to do to it without the lock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taken {
+    pub data: NonNull<u8>,
+    pub size: usize,
+    /// Its pages were in use before and were kept.
+    pub reused: bool,
+    /// It is hot, but lazily zeroed pages were asked for: give these back first.
+    pub decommit: Option<(NonNull<u8>, usize)>,
+}
+
+pub(super) struct Heap {
+    huge_pages: HugePages,
+    fixed_cap: Option<usize>,
+    regions: Vec<Option<Region>>,
+    spans: Vec<Span>,
+    vacant: Vec<u32>,
+    areas: [AreaIndex; 3],
+    quick: Vec<Vec<u32>>,
+    /// Hot spans, oldest first: (stamp, id).
+    by_age: BTreeSet<(u64, u32)>,
+    used_bytes: usize,
+    peak_used_bytes: usize,
+    hot_bytes: usize,
+    quick_bytes: usize,
+    purging_bytes: usize,
+    cold_bytes: usize,
+    /// What reuse has shown to be needed above the base cap; fades.
+    demand_bytes: usize,
+    /// What the cap made us give back lately; fades. A fresh request for as much was a mistake.
+    ghost_bytes: usize,
+    sequence: u64,
+    colour: usize,
+    pub counts: Counts,
+}
+
+// SAFETY: regions are owned by the heap; their addresses are as good in one thread as in another.
+unsafe impl Send for Heap {}
+
+fn pointer(address: usize) -> NonNull<u8> {
+    NonNull::new(address as *mut u8).expect("spans do not start at address 0")
+}
+
+impl Heap {
+    pub(super) fn new(fit: Fit, huge_pages: HugePages, fixed_cap: Option<usize>) -> Self {
+        let index = || AreaIndex { hot: FreeIndex::new(fit), cold: FreeIndex::new(fit) };
+        Heap {
+            huge_pages,
+            fixed_cap,
+            regions: Vec::new(),
+            spans: Vec::new(),
+            vacant: Vec::new(),
+            areas: [index(), index(), index()],
+            quick: vec![Vec::new(); QUICK_PAGES + 1],
+            by_age: BTreeSet::new(),
+            used_bytes: 0,
+            peak_used_bytes: 0,
+            hot_bytes: 0,
+            quick_bytes: 0,
+            purging_bytes: 0,
+            cold_bytes: 0,
+            demand_bytes: 0,
+            ghost_bytes: 0,
+            sequence: 0,
+            colour: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Free bytes whose pages are kept.
+    pub(super) fn cached_bytes(&self) -> usize {
+        self.hot_bytes + self.quick_bytes + self.purging_bytes
+    }
+
+    /// Bytes held from the kernel.
+    pub(super) fn resident_bytes(&self) -> usize {
+        self.used_bytes + self.cached_bytes()
+    }
+
+    /// Whether a tick would have anything to do.
+    pub(super) fn fades(&self) -> bool {
+        self.cached_bytes() > 0 || self.ghost_bytes > 0
+    }
+
+    fn cap(&self) -> usize {
+        self.fixed_cap.unwrap_or(BASE_CAP_BYTES.max(self.demand_bytes))
+    }
+
+    // ---- spans and the map ----
+
+    fn entry(&self, id: u32) -> Entry {
+        let span = &self.spans[id as usize];
+        Entry { pages: span.pages, start: span.start, sequence: span.sequence, id }
+    }
+
+    fn new_span(&mut self, span: Span) -> u32 {
+        if let Some(id) = self.vacant.pop() {
+            self.spans[id as usize] = span;
+            id
+        } else {
+            self.spans.push(span);
+            (self.spans.len() - 1) as u32
+        }
+    }
+
+    /// Write a span's ends into the map. Ids are stored plus one: 0 means nothing.
+    ///
+    /// The leaf of each address was made when the frontier passed it, so this cannot fail.
+    fn mark(&self, map: &AddressMap<12>, id: u32) {
+        let span = &self.spans[id as usize];
+        map.set(span.start, u64::from(id) + 1);
+        map.set(span.end() - PAGE_BYTES, u64::from(id) + 1);
+    }
+
+    fn retire_id(&mut self, id: u32) {
+        self.spans[id as usize].pages = 0;
+        self.vacant.push(id);
+    }
+
+    fn remove_free(&mut self, id: u32) {
+        let (state, area, bytes, stamp) = {
+            let span = &self.spans[id as usize];
+            (span.state, span.area, span.bytes(), span.stamp)
+        };
+        let entry = self.entry(id);
+        let index = &mut self.areas[area as usize];
+        let removed = match state {
+            State::Hot => {
+                self.hot_bytes -= bytes;
+                self.by_age.remove(&(stamp, id));
+                index.hot.remove(&entry)
+            }
+            State::Cold => {
+                self.cold_bytes -= bytes;
+                index.cold.remove(&entry)
+            }
+            _ => unreachable!("only hot and cold spans are indexed"),
+        };
+        debug_assert!(removed);
+    }
+
+    fn insert_free(&mut self, map: &AddressMap<12>, id: u32, state: State) {
+        self.sequence += 1;
+        let sequence = self.sequence;
+        let span = &mut self.spans[id as usize];
+        span.state = state;
+        span.sequence = sequence;
+        let (area, bytes, stamp) = (span.area, span.bytes(), span.stamp);
+        let entry = self.entry(id);
+        let index = &mut self.areas[area as usize];
+        if state == State::Hot {
+            self.hot_bytes += bytes;
+            self.by_age.insert((stamp, id));
+            index.hot.insert(&entry);
+        } else {
+            self.cold_bytes += bytes;
+            index.cold.insert(&entry);
+        }
+        self.mark(map, id);
+    }
+
+    /// Make a span free in `state`, merging it with neighbours in the same state.
+    fn release_span(&mut self, map: &AddressMap<12>, mut id: u32, state: State) -> u32 {
+        let span = self.spans[id as usize];
+        for neighbour in [span.start - PAGE_BYTES, span.end()] {
+            let word = map.get(neighbour);
+            if word == 0 {
+                continue;
+            }
+            let other_id = (word - 1) as u32;
+            let other = self.spans[other_id as usize];
+            if other.pages == 0 || other.state != state || other.region != span.region {
+                continue;
+            }
+            if other.end() != span.start && other.start != span.end() {
+                continue;
+            }
+            self.remove_free(other_id);
+            let own = self.spans[id as usize];
+            let total = own.pages + other.pages;
+            let weighted = own.stamp as u128 * own.pages as u128
+                + other.stamp as u128 * other.pages as u128;
+            let merged = &mut self.spans[other_id as usize];
+            merged.start = own.start.min(other.start);
+            merged.pages = total;
+            merged.stamp = (weighted / total as u128) as u64;
+            self.retire_id(id);
+            id = other_id;
+        }
+        self.insert_free(map, id, state);
+        id
+    }
+
+    /// Cut `id` (not indexed) to `pages`, making the rest a free span in `state`.
+    fn split(&mut self, map: &AddressMap<12>, id: u32, pages: usize, state: State) {
+        self.spans[id as usize].state = State::Used;
+        let span = self.spans[id as usize];
+        if span.pages == pages {
+            return;
+        }
+        let rest = Span {
+            start: span.start + pages * PAGE_BYTES,
+            pages: span.pages - pages,
+            ..span
+        };
+        self.spans[id as usize].pages = pages;
+        self.mark(map, id);
+        let rest_id = self.new_span(rest);
+        self.release_span(map, rest_id, state);
+    }
+
+    // ---- regions ----
+
+    fn region_bytes(&self, area: Area, need: usize) -> usize {
+        let usual = match (os::address_space_limit(), area) {
+            (Some(limit), _) => (limit / 32).clamp(os::HUGE_PAGE_BYTES, 64 << 20),
+            (None, Area::Huge) => 64 << 30,
+            (None, _) => 16 << 30,
+        };
+        need.max(usual).next_multiple_of(os::HUGE_PAGE_BYTES)
+    }
+
+    fn add_region(&mut self, area: Area, need: usize) -> Option<usize> {
+        let need = need.checked_next_multiple_of(os::HUGE_PAGE_BYTES)?;
+        let mut bytes = self.region_bytes(area, need);
+        let base = loop {
+            if let Some(base) = os::reserve(bytes) {
+                break base;
+            }
+            if bytes == need {
+                return None;
+            }
+            bytes = (bytes / 4).next_multiple_of(os::HUGE_PAGE_BYTES).max(need);
+        };
+        let huge = match (self.huge_pages, area) {
+            (HugePages::Never, _) => Some(false),
+            (HugePages::Always, _) | (HugePages::Auto, Area::Huge) => Some(true),
+            (HugePages::Auto, _) => None,
+        };
+        if let Some(huge) = huge {
+            // SAFETY: the reservation was made above.
+            unsafe { os::advise_huge(base, bytes, huge) };
+        }
+        let region = Some(Region { base, bytes, frontier: 0, area });
+        let vacant = self.regions.iter().position(Option::is_none);
+        Some(match vacant {
+            Some(index) => {
+                self.regions[index] = region;
+                index
+            }
+            None => {
+                self.regions.push(region);
+                self.regions.len() - 1
+            }
+        })
+    }
+
+    /// Commit at least `pages` fresh pages of `area` as one cold span, not indexed.
+    fn extend(&mut self, map: &AddressMap<12>, area: Area, pages: usize) -> Option<u32> {
+        let need = pages * PAGE_BYTES;
+        let fits = |region: &Option<Region>| {
+            region.as_ref().is_some_and(|region| {
+                region.area == area && region.bytes - region.frontier >= need
+            })
+        };
+        let index = match self.regions.iter().position(fits) {
+            Some(index) => index,
+            None => self.add_region(area, need)?,
+        };
+        let region = self.regions[index].as_mut().expect("found or made above");
+        let bytes =
+            need.next_multiple_of(os::HUGE_PAGE_BYTES).min(region.bytes - region.frontier);
+        let start = region.base.as_ptr() as usize + region.frontier;
+        // Make the map's tables now, so that marking spans later cannot fail.
+        let leaf = (1usize << 18) * PAGE_BYTES;
+        let mut probe = start;
+        while probe < start + bytes {
+            if !map.set(probe, 0) {
+                return None;
+            }
+            probe = (probe + 1).next_multiple_of(leaf);
+        }
+        // SAFETY: the range lies in the region, behind its frontier, and is page-aligned.
+        if !unsafe { os::commit(pointer(start), bytes) } {
+            return None;
+        }
+        region.frontier += bytes;
+        let id = self.new_span(Span {
+            start,
+            pages: bytes / PAGE_BYTES,
+            region: index as u32,
+            area,
+            state: State::Cold,
+            data: 0,
+            size: 0,
+            stamp: 0,
+            sequence: 0,
+        });
+        let id = self.release_span(map, id, State::Cold);
+        self.remove_free(id);
+        Some(id)
+    }
+
+    /// Unmap regions in which everything is free and cold; returns whether there were any.
+    pub(super) fn release_empty_regions(&mut self, map: &AddressMap<12>) -> bool {
+        let mut any = false;
+        for index in 0..self.regions.len() {
+            let Some(region) = &self.regions[index] else { continue };
+            let base = region.base;
+            let word = if region.frontier == 0 { 0 } else { map.get(base.as_ptr() as usize) };
+            if word == 0 {
+                continue;
+            }
+            let id = (word - 1) as u32;
+            let span = self.spans[id as usize];
+            if span.state != State::Cold || span.bytes() != region.frontier {
+                continue;
+            }
+            let bytes = region.bytes;
+            self.remove_free(id);
+            map.set(span.start, 0);
+            map.set(span.end() - PAGE_BYTES, 0);
+            self.retire_id(id);
+            self.regions[index] = None;
+            // SAFETY: the region is the heap's, and its only span was free.
+            unsafe { os::release(base, bytes) };
+            any = true;
+        }
+        any
+    }
+
+    // ---- allocation ----
+
+    fn area_of(size: usize, alignment: usize) -> Area {
+        if alignment == UNIT_BYTES && size < HUGE_AREA_BYTES {
+            Area::Unit
+        } else if size < HUGE_AREA_BYTES {
+            Area::Middle
+        } else {
+            Area::Huge
+        }
+    }
+
+    /// Pages for a block and its colour, and extra pages to align its start.
+    fn pages_for(area: Area, size: usize, alignment: usize) -> (usize, usize) {
+        let colours = match area {
+            Area::Unit => return (size.next_multiple_of(UNIT_BYTES) / PAGE_BYTES, 0),
+            _ if alignment > 64 || size < COLOUR_FROM_BYTES => 1,
+            Area::Middle => MIDDLE_COLOURS,
+            Area::Huge => HUGE_COLOURS,
+        };
+        let pages = (size + (colours - 1) * COLOUR_BYTES).div_ceil(PAGE_BYTES);
+        (pages, if alignment > PAGE_BYTES { alignment / PAGE_BYTES - 1 } else { 0 })
+    }
+
+    /// Take a block. `lazy` asks for pages that the kernel zeroes when they are touched.
+    pub(super) fn take(
+        &mut self,
+        map: &AddressMap<12>,
+        size: usize,
+        alignment: usize,
+        lazy: bool,
+    ) -> Option<Taken> {
+        let area = Self::area_of(size, alignment);
+        let (pages, extra) = Self::pages_for(area, size, alignment);
+        let (id, hot) = self.find(map, area, pages + extra, lazy)?;
+        let id = if extra > 0 { self.align(map, id, pages, alignment, hot) } else { id };
+        Some(self.hand_out(map, id, size, alignment, hot, lazy))
+    }
+
+    /// Remove a span of exactly `pages` from the free ones, or make one; says whether it is hot.
+    fn find(
+        &mut self,
+        map: &AddressMap<12>,
+        area: Area,
+        pages: usize,
+        lazy: bool,
+    ) -> Option<(u32, bool)> {
+        if area == Area::Middle
+            && pages <= QUICK_PAGES
+            && let Some(id) = self.quick[pages].pop()
+        {
+            self.quick_bytes -= pages * PAGE_BYTES;
+            return Some((id, true));
+        }
+        let hot = self.areas[area as usize].hot.choose(pages);
+        let cold = self.areas[area as usize].cold.choose(pages);
+        if let Some(id) = if lazy { cold.or(hot) } else { hot } {
+            let was_hot = self.spans[id as usize].state == State::Hot;
+            if was_hot && self.hot_bytes > BASE_CAP_BYTES {
+                self.demand_bytes = self.demand_bytes.max(self.hot_bytes);
+            }
+            self.remove_free(id);
+            self.split(map, id, pages, if was_hot { State::Hot } else { State::Cold });
+            return Some((id, was_hot));
+        }
+        self.learn_from_miss(pages * PAGE_BYTES);
+        let id = match cold {
+            Some(id) => {
+                self.remove_free(id);
+                id
+            }
+            None => self.extend(map, area, pages)?,
+        };
+        self.split(map, id, pages, State::Cold);
+        Some((id, false))
+    }
+
+    /// Fresh pages are needed: if the cap drove as much away lately, it was too low.
+    fn learn_from_miss(&mut self, bytes: usize) {
+        if self.ghost_bytes >= bytes {
+            self.ghost_bytes -= bytes;
+            let raised = self.demand_bytes.max(BASE_CAP_BYTES) + bytes;
+            self.demand_bytes = raised.min(self.peak_used_bytes.max(BASE_CAP_BYTES));
+        }
+    }
+
+    /// Cut a span that is too long by the alignment to an aligned one of `pages`.
+    fn align(
+        &mut self,
+        map: &AddressMap<12>,
+        id: u32,
+        pages: usize,
+        alignment: usize,
+        hot: bool,
+    ) -> u32 {
+        let state = if hot { State::Hot } else { State::Cold };
+        let span = self.spans[id as usize];
+        let front = (span.start.next_multiple_of(alignment) - span.start) / PAGE_BYTES;
+        let mut id = id;
+        if front > 0 {
+            let aligned = Span {
+                start: span.start + front * PAGE_BYTES,
+                pages: span.pages - front,
+                ..span
+            };
+            self.spans[id as usize].pages = front;
+            let front_id = id;
+            id = self.new_span(aligned);
+            self.mark(map, id);
+            self.release_span(map, front_id, state);
+        }
+        self.split(map, id, pages, state);
+        id
+    }
+
+    fn hand_out(
+        &mut self,
+        map: &AddressMap<12>,
+        id: u32,
+        size: usize,
+        alignment: usize,
+        hot: bool,
+        lazy: bool,
+    ) -> Taken {
+        let colour = if alignment > 64 { 0 } else { self.colour };
+        self.colour = self.colour.wrapping_add(1);
+        let span = &mut self.spans[id as usize];
+        let colours = ((span.bytes() - size) / COLOUR_BYTES + 1).min(HUGE_COLOURS);
+        let data = span.start + (colour % colours) * COLOUR_BYTES;
+        let room = span.end() - data;
+        span.state = State::Used;
+        span.data = data;
+        span.size = size.next_multiple_of(64).min(room);
+        let span = *span;
+        self.mark(map, id);
+        map.set(data, u64::from(id) + 1);
+        self.used_bytes += span.bytes();
+        self.peak_used_bytes = self.peak_used_bytes.max(self.used_bytes);
+        let reused = hot && !lazy;
+        let counts = &mut self.counts;
+        counts.current_bytes += span.size as u64;
+        counts.current_count += 1;
+        counts.peak_bytes = counts.peak_bytes.max(counts.current_bytes);
+        counts.peak_count = counts.peak_count.max(counts.current_count);
+        counts.total_bytes += span.size as u64;
+        counts.total_count += 1;
+        if reused {
+            counts.hits += 1;
+            counts.reused_bytes += span.bytes() as u64;
+            counts.reused_pages += span.pages as u64;
+        }
+        if hot && lazy {
+            counts.decommitted_bytes += span.bytes() as u64;
+        }
+        Taken {
+            data: pointer(data),
+            size: span.size,
+            reused,
+            decommit: (hot && lazy).then(|| (pointer(span.start), span.bytes())),
+        }
+    }
+
+    /// Id of the used span whose block starts at `address`.
+    fn used_at(&self, map: &AddressMap<12>, address: usize) -> Option<u32> {
+        let id = map.get(address).checked_sub(1)? as u32;
+        let span = self.spans.get(id as usize)?;
+        (span.pages > 0 && span.state == State::Used && span.data == address).then_some(id)
+    }
+
+    /// Size of the live block at `address`, or 0.
+    pub(super) fn block_bytes(&self, map: &AddressMap<12>, address: usize) -> usize {
+        self.used_at(map, address).map_or(0, |id| self.spans[id as usize].size)
+    }
+
+    /// Take the block at `address` back; returns its size, or 0 if there is none.
+    pub(super) fn give_back(&mut self, map: &AddressMap<12>, address: usize, now: u64) -> usize {
+        let Some(id) = self.used_at(map, address) else {
+            self.counts.invalid_frees += 1;
+            return 0;
+        };
+        let span = &mut self.spans[id as usize];
+        span.stamp = now;
+        let span = *span;
+        self.used_bytes -= span.bytes();
+        self.counts.current_bytes -= span.size as u64;
+        self.counts.current_count -= 1;
+        if span.area == Area::Middle && span.pages <= QUICK_PAGES {
+            self.spans[id as usize].state = State::Quick;
+            self.quick[span.pages].push(id);
+            self.quick_bytes += span.bytes();
+            if self.quick_bytes > QUICK_LIMIT_BYTES {
+                self.merge_quick(map, u64::MAX);
+            }
+        } else {
+            self.release_span(map, id, State::Hot);
+        }
+        span.size
+    }
+
+    /// Merge the waiting spans that were freed before `until` into the hot ones.
+    fn merge_quick(&mut self, map: &AddressMap<12>, until: u64) {
+        for pages in 0..self.quick.len() {
+            let mut waiting = std::mem::take(&mut self.quick[pages]);
+            waiting.retain(|&id| {
+                if self.spans[id as usize].stamp >= until {
+                    return true;
+                }
+                self.quick_bytes -= pages * PAGE_BYTES;
+                self.release_span(map, id, State::Hot);
+                false
+            });
+            self.quick[pages] = waiting;
+        }
+    }
+
+    // ---- giving memory back ----
+
+    fn start_purge(&mut self, id: u32) -> Victim {
+        self.remove_free(id);
+        let span = &mut self.spans[id as usize];
+        span.state = State::Purging;
+        let victim = Victim { id, start: pointer(span.start), bytes: span.bytes() };
+        self.purging_bytes += victim.bytes;
+        victim
+    }
+
+    /// Hot spans, oldest first, until at most `limit` bytes stay hot.
+    fn purge_to(&mut self, limit: usize) -> Vec<Victim> {
+        let mut victims = Vec::new();
+        while self.hot_bytes > limit {
+            let Some(&(_, id)) = self.by_age.first() else { break };
+            victims.push(self.start_purge(id));
+        }
+        victims
+    }
+
+    /// What the cap no longer allows to stay hot, after a block came back.
+    pub(super) fn excess_after_free(&mut self) -> Vec<Victim> {
+        if self.hot_bytes <= self.cap() {
+            return Vec::new();
+        }
+        let victims = self.purge_to(self.cap());
+        let bytes: usize = victims.iter().map(|victim| victim.bytes).sum();
+        self.ghost_bytes = (self.ghost_bytes + bytes).min(self.peak_used_bytes);
+        victims
+    }
+
+    /// What must go so that fresh pages do not raise the peak by what lies idle.
+    pub(super) fn excess_after_fresh(&mut self) -> Vec<Victim> {
+        if self.hot_bytes <= FRESH_SLACK_BYTES {
+            return Vec::new();
+        }
+        let allowed = (self.peak_used_bytes - self.used_bytes).max(FRESH_SLACK_BYTES);
+        self.purge_to(allowed)
+    }
+
+    /// Everything free, until at most `limit` bytes stay.
+    pub(super) fn excess_over(&mut self, map: &AddressMap<12>, limit: usize) -> Vec<Victim> {
+        if self.cached_bytes() > limit {
+            self.merge_quick(map, u64::MAX);
+        }
+        self.purge_to(limit)
+    }
+
+    /// What was freed at or before `until`; lets demand fade.
+    pub(super) fn aged(&mut self, map: &AddressMap<12>, until: u64) -> Vec<Victim> {
+        self.ghost_bytes -= self.ghost_bytes.div_ceil(8).min(self.ghost_bytes);
+        self.demand_bytes -= self.demand_bytes / 64;
+        self.merge_quick(map, until.saturating_add(1));
+        let mut victims = Vec::new();
+        while let Some(&(stamp, id)) = self.by_age.first() {
+            if stamp > until {
+                break;
+            }
+            victims.push(self.start_purge(id));
+        }
+        victims
+    }
+
+    /// The kernel has the victims' pages (or refused): they are cold (or hot again).
+    pub(super) fn end_purge(&mut self, map: &AddressMap<12>, victims: &[(Victim, bool)]) {
+        for &(victim, given_back) in victims {
+            self.purging_bytes -= victim.bytes;
+            if given_back {
+                self.counts.decommitted_bytes += victim.bytes as u64;
+                self.release_span(map, victim.id, State::Cold);
+            } else {
+                self.release_span(map, victim.id, State::Hot);
+            }
+        }
+    }
+
+    // ---- health ----
+
+    /// Walk every region and compare with the counts.
+    pub(super) fn check(&self, map: &AddressMap<12>, report: &mut HealthReport) {
+        let mut sums = [0usize; 5];
+        let mut indexed = [[0usize; 2]; 3];
+        let mut used_count = 0u64;
+        for region in self.regions.iter().flatten() {
+            self.check_region(map, region, report, &mut sums, &mut indexed, &mut used_count);
+        }
+        let [used, quick, hot, cold, purging] = sums;
+        for (name, counted, walked) in [
+            ("used", self.used_bytes, used),
+            ("quick", self.quick_bytes, quick),
+            ("hot", self.hot_bytes, hot),
+            ("cold", self.cold_bytes, cold),
+            ("purging", self.purging_bytes, purging),
+        ] {
+            report.count(format!("large.{name}_bytes"), walked as u64);
+            report.expect(counted == walked, || {
+                format!("large: {counted} {name} bytes are counted, {walked} were found")
+            });
+        }
+        report.expect(used_count == self.counts.current_count, || {
+            format!("large: {} blocks are counted, {used_count} found", self.counts.current_count)
+        });
+        for area in AREAS {
+            let index = &self.areas[area as usize];
+            let found = indexed[area as usize];
+            report.expect(index.hot.len() == found[0] && index.cold.len() == found[1], || {
+                format!("large: the free index of {area:?} disagrees with the walk")
+            });
+        }
+    }
+
+    fn check_region(
+        &self,
+        map: &AddressMap<12>,
+        region: &Region,
+        report: &mut HealthReport,
+        sums: &mut [usize; 5],
+        indexed: &mut [[usize; 2]; 3],
+        used_count: &mut u64,
+    ) {
+        let base = region.base.as_ptr() as usize;
+        let mut at = base;
+        let mut previous = None;
+        while at < base + region.frontier {
+            let word = map.get(at);
+            let Some(span) = word.checked_sub(1).and_then(|id| self.spans.get(id as usize)) else {
+                report.expect(false, || format!("large: no span at offset {}", at - base));
+                return;
+            };
+            let broken = span.start != at || span.pages == 0 || span.area != region.area;
+            report.expect(!broken, || format!("large: broken span at offset {}", at - base));
+            if broken {
+                return;
+            }
+            let free = matches!(span.state, State::Hot | State::Cold);
+            report.expect(!(free && previous == Some(span.state)), || {
+                format!("large: two {:?} neighbours at offset {}", span.state, at - base)
+            });
+            let kind = match span.state {
+                State::Used => 0,
+                State::Quick => 1,
+                State::Hot => 2,
+                State::Cold => 3,
+                State::Purging => 4,
+            };
+            sums[kind] += span.bytes();
+            if span.state == State::Used {
+                *used_count += 1;
+            }
+            if free {
+                let entry = self.entry((word - 1) as u32);
+                let index = &self.areas[span.area as usize];
+                let hot = span.state == State::Hot;
+                indexed[span.area as usize][usize::from(!hot)] += 1;
+                let listed =
+                    if hot { index.hot.contains(&entry) } else { index.cold.contains(&entry) };
+                report.expect(listed, || {
+                    format!("large: free span at offset {} is not indexed", at - base)
+                });
+            }
+            previous = Some(span.state);
+            at = span.end();
+        }
+        report.expect(at == base + region.frontier, || {
+            "large: the last span crosses the frontier".to_owned()
+        });
+    }
+}
+
+impl Drop for Heap {
+    fn drop(&mut self) {
+        for region in self.regions.iter().flatten() {
+            // SAFETY: every block keeps the resource alive, so no block is left.
+            unsafe { os::release(region.base, region.bytes) };
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The large-object heap: spans of pages from reserved address space, kept hot while they are
+//! needed, given back to the kernel by size and by age.
+//!
+//! Sources: spans, page map and coalescing as in tcmalloc (Ghemawat); deferred coalescing by exact
+//! size as in dlmalloc's fast bins (Lea); colouring from Bonwick, "The Slab Allocator" (1994),
+//! applied to large blocks. Left out: growing a block in place, NUMA (see the roadmap).
+//!
+//! How much stays hot: at most the cap. Unless one is given, it is 32 MiB plus what reuse has shown
+//! to be needed: when fresh pages are asked for soon after the cap drove as many away, the cap
+//! rises; unused, it falls again. It never exceeds the largest use so far. When fresh pages are
+//! needed, idle hot ones go first if both together would exceed the peak.
+
+mod fit;
+mod heap;
+
+use super::address_map::AddressMap;
+use super::background::{self, Ages};
+use super::fork::{self, ForkLocks};
+use super::{Block, HealthReport, LAZY_ZERO_BYTES, Ownership, Request, Resource, Statistics};
+use crate::error::{Error, Result};
+use crate::os::{self, HugePages};
+use heap::{Heap, Victim};
+use parking_lot::{Mutex, MutexGuard};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+pub use fit::Fit;
+
+/// How a large-object heap behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How a free span is chosen.
+    pub fit: Fit,
+    /// Where huge pages are asked for.
+    pub huge_pages: HugePages,
+    /// Most bytes of free memory to keep; `None` follows demand.
+    pub cache_cap: Option<usize>,
+    /// Free memory older than this goes back to the kernel; `None` keeps it until the cap or a trim.
+    pub decay_milliseconds: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            fit: Fit::Best,
+            huge_pages: HugePages::Auto,
+            cache_cap: None,
+            decay_milliseconds: Some(500),
+        }
+    }
+}
+
+struct Shared {
+    options: Options,
+    heap: Mutex<Heap>,
+    map: AddressMap<12>,
+    /// Bytes kept; `SeqCst` because the background thread sleeps on it being 0 (see `Bell`).
+    kept: AtomicUsize,
+    fades: AtomicBool,
+}
+
+/// The heap as a resource. Any thread may use it; one lock guards it.
+pub struct LargeObjectResource {
+    shared: Arc<Shared>,
+}
+
+impl LargeObjectResource {
+    /// A heap that holds nothing yet.
+    pub fn new(options: Options) -> Result<Self> {
+        if !os::supported() {
+            return Err(Error::invalid("LargeObjectResource", "needs a kernel with 4 KiB pages"));
+        }
+        let map = AddressMap::new()
+            .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for the page map"))?;
+        let shared = Arc::new(Shared {
+            options,
+            heap: Mutex::new(Heap::new(options.fit, options.huge_pages, options.cache_cap)),
+            map,
+            kept: AtomicUsize::new(0),
+            fades: AtomicBool::new(false),
+        });
+        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
+        fork::register(locks);
+        if options.decay_milliseconds.is_some() {
+            let ages: Weak<dyn Ages> = Arc::downgrade(&shared) as Weak<dyn Ages>;
+            background::register(ages);
+        }
+        Ok(LargeObjectResource { shared })
+    }
+}
+
+impl Shared {
+    fn publish(&self, heap: &Heap) {
+        self.kept.store(heap.cached_bytes(), Ordering::SeqCst);
+        self.fades.store(heap.fades(), Ordering::SeqCst);
+    }
+
+    /// Give victims back to the kernel, without the lock, then note it; returns the bytes.
+    fn purge(&self, victims: Vec<Victim>) -> usize {
+        if victims.is_empty() {
+            return 0;
+        }
+        let done: Vec<(Victim, bool)> = victims
+            .into_iter()
+            .map(|victim| {
+                // SAFETY: a purging span is whole pages that only this thread deals with.
+                (victim, unsafe { os::decommit(victim.start, victim.bytes) })
+            })
+            .collect();
+        let mut heap = self.heap.lock();
+        heap.end_purge(&self.map, &done);
+        self.publish(&heap);
+        done.iter().filter(|(_, given)| *given).map(|(victim, _)| victim.bytes).sum()
+    }
+
+    /// Take a block; when the kernel refuses, give back all that is kept and try once more.
+    fn take(&self, request: &Request, lazy: bool) -> Option<(heap::Taken, Vec<Victim>)> {
+        let (size, alignment) = (request.size(), request.alignment());
+        {
+            let mut heap = self.heap.lock();
+            if let Some(taken) = heap.take(&self.map, size, alignment, lazy) {
+                let excess =
+                    if taken.reused { Vec::new() } else { heap.excess_after_fresh() };
+                self.publish(&heap);
+                return Some((taken, excess));
+            }
+        }
+        let everything = self.heap.lock().excess_over(&self.map, 0);
+        self.purge(everything);
+        let mut heap: MutexGuard<'_, Heap> = self.heap.lock();
+        heap.release_empty_regions(&self.map);
+        let taken = heap.take(&self.map, size, alignment, lazy);
+        self.publish(&heap);
+        taken.map(|taken| (taken, Vec::new()))
+    }
+}
+
+impl Ages for Shared {
+    fn age(&self) {
+        let Some(decay) = self.options.decay_milliseconds else { return };
+        let Some(until) = os::now_milliseconds().checked_sub(decay) else { return };
+        let victims = {
+            let mut heap = self.heap.lock();
+            let victims = heap.aged(&self.map, until);
+            self.publish(&heap);
+            victims
+        };
+        self.purge(victims);
+    }
+
+    fn keeps(&self) -> bool {
+        self.fades.load(Ordering::SeqCst)
+    }
+}
+
+impl ForkLocks for Shared {
+    fn lock_all(&self) {
+        std::mem::forget(self.heap.lock());
+    }
+
+    unsafe fn unlock_all(&self, _in_child: bool) {
+        // SAFETY: `lock_all` on this thread forgot the guard.
+        unsafe { self.heap.force_unlock() };
+    }
+}
+
+// SAFETY: spans are disjoint, inside committed memory of the heap's regions, and placed at the
+// asked alignment by `Heap::take`; zeroed ones are fresh pages or written below.
+unsafe impl Resource for LargeObjectResource {
+    fn name(&self) -> &'static str {
+        "LargeObjectResource"
+    }
+
+    fn allocate(&self, request: Request) -> Result<Block> {
+        let lazy = request.zeroed() && request.size() >= LAZY_ZERO_BYTES;
+        let Some((taken, excess)) = self.shared.take(&request, lazy) else {
+            return Err(Error::out_of_memory(
+                request.size(),
+                "the system has no more memory or address space",
+            ));
+        };
+        self.shared.purge(excess);
+        let mut zero = !taken.reused;
+        if let Some((start, bytes)) = taken.decommit {
+            // SAFETY: whole pages of a span that was just taken; nobody has seen the block.
+            zero = unsafe { os::decommit(start, bytes) };
+        }
+        if request.zeroed() && !zero {
+            // SAFETY: the block has at least `size` bytes, and nobody has seen it yet.
+            unsafe { taken.data.write_bytes(0, request.size()) };
+        }
+        Ok(Block { address: taken.data, size: taken.size, reused: taken.reused })
+    }
+
+    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
+        let shared = &*self.shared;
+        let now = os::now_milliseconds();
+        let (size, excess) = {
+            let mut heap = shared.heap.lock();
+            let size = heap.give_back(&shared.map, address.as_ptr() as usize, now);
+            let excess = heap.excess_after_free();
+            shared.publish(&heap);
+            (size, excess)
+        };
+        shared.purge(excess);
+        if shared.options.decay_milliseconds.is_some() {
+            background::wake();
+        }
+        size
+    }
+
+    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
+        self.shared.heap.lock().block_bytes(&self.shared.map, address.as_ptr() as usize)
+    }
+
+    fn owns(&self, address: NonNull<u8>) -> Ownership {
+        let address = address.as_ptr() as usize;
+        if self.shared.map.get(address) != 0
+            && self.shared.heap.lock().block_bytes(&self.shared.map, address) > 0
+        {
+            Ownership::Yes
+        } else {
+            Ownership::No
+        }
+    }
+
+    fn statistics(&self) -> Statistics {
+        let heap = self.shared.heap.lock();
+        let counts = heap.counts;
+        Statistics {
+            current_bytes: counts.current_bytes,
+            current_count: counts.current_count,
+            peak_bytes: counts.peak_bytes,
+            peak_count: counts.peak_count,
+            total_bytes: counts.total_bytes,
+            total_count: counts.total_count,
+            hits: counts.hits,
+            misses: counts.total_count - counts.hits,
+            resident_bytes: heap.resident_bytes() as u64,
+            cached_bytes: heap.cached_bytes() as u64,
+            reused_bytes: counts.reused_bytes,
+            reused_pages: counts.reused_pages,
+            decommitted_bytes: counts.decommitted_bytes,
+            invalid_frees: counts.invalid_frees,
+        }
+    }
+
+    fn cached_bytes(&self) -> usize {
+        self.shared.kept.load(Ordering::SeqCst)
+    }
+
+    fn trim(&self, target_bytes: usize) -> usize {
+        let victims = self.shared.heap.lock().excess_over(&self.shared.map, target_bytes);
+        let bytes = self.shared.purge(victims);
+        if os::address_space_limit().is_some() {
+            self.shared.heap.lock().release_empty_regions(&self.shared.map);
+        }
+        bytes
+    }
+
+    fn check(&self, report: &mut HealthReport) {
+        self.shared.heap.lock().check(&self.shared.map, report);
+    }
+}

@@ -1,0 +1,64 @@
+//! The general-purpose composition: a slab for small blocks in front of a heap for large ones.
+
+use super::large_object::{LargeObjectResource, Options};
+use super::slab::SlabResource;
+use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use crate::error::Result;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// `SlabResource(LargeObjectResource(...))` under one name; what `moirai run` uses.
+pub struct PoolResource {
+    slab: SlabResource,
+}
+
+impl PoolResource {
+    /// A pool whose large-object heap is made as `options` say.
+    pub fn new(options: Options) -> Result<Self> {
+        let large: Arc<dyn Resource> = Arc::new(LargeObjectResource::new(options)?);
+        Ok(PoolResource { slab: SlabResource::new(large)? })
+    }
+}
+
+// SAFETY: everything is the slab's.
+unsafe impl Resource for PoolResource {
+    fn name(&self) -> &'static str {
+        "PoolResource"
+    }
+
+    #[inline]
+    fn allocate(&self, request: Request) -> Result<Block> {
+        self.slab.allocate(request)
+    }
+
+    #[inline]
+    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { self.slab.deallocate(address) }
+    }
+
+    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { self.slab.block_bytes(address) }
+    }
+
+    fn owns(&self, address: NonNull<u8>) -> Ownership {
+        self.slab.owns(address)
+    }
+
+    fn statistics(&self) -> Statistics {
+        self.slab.statistics()
+    }
+
+    fn cached_bytes(&self) -> usize {
+        self.slab.cached_bytes()
+    }
+
+    fn trim(&self, target_bytes: usize) -> usize {
+        self.slab.trim(target_bytes)
+    }
+
+    fn check(&self, report: &mut HealthReport) {
+        self.slab.check(report);
+    }
+}

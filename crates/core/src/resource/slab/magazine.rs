@@ -1,0 +1,105 @@
+//! Magazines: full or empty racks of blocks that a thread takes from and puts back to without a
+//! lock, and exchanges with the depot when both of its own run out.
+//!
+//! Source: Bonwick and Adams, "Magazines and Vmem" (2001), §3. Left out: growing magazines by
+//! contention.
+
+use super::classes::{CLASS_COUNT, magazine_rounds};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// A rack of free blocks. Invariant: `fresh <= count <= rounds`; rounds below `fresh` are blocks
+/// that were never used before.
+pub(super) struct Magazine {
+    pub count: u32,
+    pub fresh: u32,
+    pub rounds: Box<[*mut u8]>,
+}
+
+impl Magazine {
+    pub(super) fn empty(class: usize) -> Box<Self> {
+        let rounds = vec![std::ptr::null_mut(); magazine_rounds(class)].into_boxed_slice();
+        Box::new(Magazine { count: 0, fresh: 0, rounds })
+    }
+
+    #[inline]
+    pub(super) fn is_full(&self) -> bool {
+        self.count as usize == self.rounds.len()
+    }
+}
+
+/// A thread's two magazines of one class, and what passed through them.
+pub(super) struct Pair {
+    pub loaded: Box<Magazine>,
+    pub previous: Box<Magazine>,
+    /// Written by the owning thread only, read by reports: `Relaxed` loads and stores suffice.
+    pub allocated: AtomicU64,
+    pub freed: AtomicU64,
+    pub misses: AtomicU64,
+}
+
+/// Add to a counter that only the calling thread writes.
+#[inline]
+pub(super) fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Relaxed) + 1, Relaxed);
+}
+
+impl Pair {
+    fn new(class: usize) -> Self {
+        Pair {
+            loaded: Magazine::empty(class),
+            previous: Magazine::empty(class),
+            allocated: AtomicU64::new(0),
+            freed: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }
+    }
+
+    /// A block and whether it was used before; `None` if both magazines are empty.
+    #[inline]
+    pub(super) fn pop(&mut self) -> Option<(*mut u8, bool)> {
+        if self.loaded.count == 0 {
+            if self.previous.count == 0 {
+                return None;
+            }
+            std::mem::swap(&mut self.loaded, &mut self.previous);
+        }
+        let magazine = &mut *self.loaded;
+        magazine.count -= 1;
+        let index = magazine.count;
+        let address = magazine.rounds[index as usize];
+        bump(&self.allocated);
+        let reused = index >= magazine.fresh;
+        if !reused {
+            magazine.fresh = index;
+            bump(&self.misses);
+        }
+        Some((address, reused))
+    }
+
+    /// Put a block back; false if both magazines are full.
+    #[inline]
+    pub(super) fn push(&mut self, address: *mut u8) -> bool {
+        if self.loaded.is_full() {
+            if self.previous.is_full() {
+                return false;
+            }
+            std::mem::swap(&mut self.loaded, &mut self.previous);
+        }
+        let magazine = &mut *self.loaded;
+        magazine.rounds[magazine.count as usize] = address;
+        magazine.count += 1;
+        bump(&self.freed);
+        true
+    }
+}
+
+/// A thread's magazines for one slab. Only that thread touches the magazines; others read counters.
+pub(super) struct ThreadCache {
+    pub pairs: [Pair; CLASS_COUNT],
+}
+
+impl ThreadCache {
+    pub(super) fn new() -> Box<Self> {
+        Box::new(ThreadCache { pairs: std::array::from_fn(Pair::new) })
+    }
+}

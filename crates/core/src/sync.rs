@@ -1,0 +1,178 @@
+//! The only source of atomics and blocking primitives that a loom model may replace.
+//!
+//! Locks that guard plain data and take part in `fork` come from `parking_lot` (they can be
+//! released in the child); what a model explores comes from here.
+
+#[cfg(loom)]
+pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+#[cfg(loom)]
+pub use loom::sync::{Condvar, Mutex};
+#[cfg(not(loom))]
+pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+#[cfg(not(loom))]
+pub use std::sync::{Condvar, Mutex};
+
+/// A pointer that is null until it is published, once, and may be read without a lock from then on.
+///
+/// All-zero bytes are a valid empty `Published`, so that a table of them can live in fresh pages.
+#[repr(transparent)]
+pub struct Published<T> {
+    /// `Release` on publication, `Acquire` on reading: a reader that sees the pointer sees what it
+    /// points to as it was when published.
+    pointer: AtomicPtr<T>,
+}
+
+impl<T> Published<T> {
+    /// Nothing published yet.
+    #[cfg(loom)]
+    pub fn empty() -> Self {
+        Published { pointer: AtomicPtr::new(std::ptr::null_mut()) }
+    }
+
+    /// Nothing published yet.
+    #[cfg(not(loom))]
+    pub const fn empty() -> Self {
+        Published { pointer: AtomicPtr::new(std::ptr::null_mut()) }
+    }
+
+    /// The pointer, or null. The pointee lives as long as whoever published it says.
+    #[inline]
+    pub fn get(&self) -> *mut T {
+        self.pointer.load(Ordering::Acquire)
+    }
+
+    /// Publish `pointer` if nothing was published before; otherwise give back what was.
+    pub fn publish(&self, pointer: *mut T) -> Result<(), *mut T> {
+        self.pointer
+            .compare_exchange(
+                std::ptr::null_mut(),
+                pointer,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .map(|_| ())
+    }
+}
+
+/// Bytes reserved out of a fixed limit; many threads may reserve and release at once.
+pub struct Budget {
+    limit: usize,
+    /// Never above `limit`. `AcqRel` so that a release of memory happens before its reuse.
+    used: AtomicUsize,
+}
+
+impl Budget {
+    /// A budget of `limit` bytes, none of them used.
+    pub fn new(limit: usize) -> Self {
+        Budget { limit, used: AtomicUsize::new(0) }
+    }
+
+    /// The limit given at construction.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Bytes reserved now.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Acquire)
+    }
+
+    /// Reserve `bytes`, or change nothing and return the bytes that were in use.
+    pub fn reserve(&self, bytes: usize) -> Result<(), usize> {
+        let mut used = self.used.load(Ordering::Acquire);
+        loop {
+            let after = match used.checked_add(bytes) {
+                Some(after) if after <= self.limit => after,
+                _ => return Err(used),
+            };
+            match self.used.compare_exchange_weak(
+                used,
+                after,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(seen) => used = seen,
+            }
+        }
+    }
+
+    /// Give back `bytes` that [`Budget::reserve`] granted.
+    pub fn release(&self, bytes: usize) {
+        let before = self.used.fetch_sub(bytes, Ordering::AcqRel);
+        debug_assert!(before >= bytes);
+    }
+}
+
+/// Wakes one sleeping background thread; ringing while it is awake costs one load.
+///
+/// Invariant: a ring that comes after the sleeper's last look at its work is never lost, because
+/// the sleeper clears `awake` before it looks once more.
+pub struct Bell {
+    /// `SeqCst` pairs it with the caller's own "there is work" flag (store work, then load awake;
+    /// against: store awake, then load work).
+    awake: AtomicBool,
+    rung: Mutex<bool>,
+    condition: Condvar,
+}
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Bell {
+    /// A bell whose listener is awake.
+    pub fn new() -> Self {
+        Bell {
+            awake: AtomicBool::new(true),
+            rung: Mutex::new(false),
+            condition: Condvar::new(),
+        }
+    }
+
+    /// Wake the listener if it sleeps. Call after the work was made visible with `SeqCst`.
+    #[inline]
+    pub fn ring(&self) {
+        if !self.awake.load(Ordering::SeqCst) {
+            self.ring_slow();
+        }
+    }
+
+    #[cold]
+    fn ring_slow(&self) {
+        let mut rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+        *rung = true;
+        self.condition.notify_one();
+    }
+
+    /// Ring whether or not the listener sleeps, also out of a timed wait: for stopping.
+    pub fn ring_always(&self) {
+        self.ring_slow();
+    }
+
+    /// Sleep until rung, unless `has_work` says that there is work already.
+    pub fn sleep_unless(&self, has_work: impl Fn() -> bool) {
+        self.awake.store(false, Ordering::SeqCst);
+        if !has_work() {
+            let mut rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+            while !*rung {
+                rung = self.condition.wait(rung).unwrap_or_else(|poison| poison.into_inner());
+            }
+            *rung = false;
+        }
+        self.awake.store(true, Ordering::SeqCst);
+    }
+
+    /// Wait until `timeout` has passed or [`Bell::ring_always`] was called.
+    #[cfg(not(loom))]
+    pub fn wait_timeout(&self, timeout: std::time::Duration) {
+        let rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+        let (mut rung, _) = self
+            .condition
+            .wait_timeout_while(rung, timeout, |rung| !*rung)
+            .unwrap_or_else(|poison| poison.into_inner());
+        *rung = false;
+    }
+}
