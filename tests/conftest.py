@@ -1,0 +1,40 @@
+"""What every test shares: fixed seeds, and a fresh interpreter for what would spoil this one."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Derandomised: the same examples on every machine. To explore, run pytest with
+# --hypothesis-profile=explore; its failures print the blob that reproduces them.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+settings.load_profile("fixed")
+
+RunPython = Callable[..., str]
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """Run a program in a fresh interpreter and give its standard output; it must end with 0."""
+
+    def run(source: str, *, shell_prefix: str = "", timeout_seconds: float = 120) -> str:
+        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source)]
+        if shell_prefix:
+            command = ["sh", "-c", f'{shell_prefix} exec "$@"', "sh", *command]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
