@@ -1,1 +1,41 @@
+//! The core as the Python module `moirai._native`: convert, detach, call the core, map the error.
 
+#![deny(unsafe_code)]
+
+mod argument;
+mod buffer;
+mod errors;
+mod numpy;
+mod resource;
+
+use pyo3::prelude::*;
+
+/// The compiled core. Import it through `moirai.memory`, never directly.
+#[pymodule(gil_used = false)]
+mod _native {
+    use super::*;
+
+    #[pymodule_export]
+    use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::numpy::install::{install, installed, largest_arrays, uninstall};
+    #[pymodule_export]
+    use super::numpy::scope::{Use, handler_of};
+    #[pymodule_export]
+    use super::resource::{
+        HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
+        Statistics, StatisticsAdaptor, SystemResource,
+    };
+
+    /// End the background thread that lets kept memory age; it starts again when needed.
+    #[pyfunction]
+    fn stop_background(py: Python<'_>) {
+        py.detach(moirai_core::resource::stop_background);
+    }
+
+    /// "release" or "debug": how this module was compiled.
+    #[pyfunction]
+    fn build_profile() -> &'static str {
+        if cfg!(debug_assertions) { "debug" } else { "release" }
+    }
+}

@@ -108,6 +108,16 @@ unsafe impl Resource for LimitAdaptor {
         unsafe { self.upstream.block_bytes(address) }
     }
 
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        // SAFETY: the caller's promise.
+        let size = unsafe { self.upstream.take_back(address) }?;
+        if size > 0 {
+            self.counters.freed(size);
+            self.budget.release(size);
+        }
+        Some(size)
+    }
+
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         self.upstream.owns(address)
     }

@@ -6,6 +6,7 @@ mod address_map;
 mod background;
 mod fork;
 pub mod large_object;
+pub mod ledger;
 pub mod limit;
 pub mod pool;
 pub mod slab;
@@ -186,6 +187,18 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Whether `address` is a block of this resource; never reads what it points to.
     fn owns(&self, address: NonNull<u8>) -> Ownership;
+
+    /// Take a block back if `address` is one of ours; `None`, and nothing done, if it is not.
+    ///
+    /// # Safety
+    /// If it is a block of this resource, nothing uses it any more.
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        match self.owns(address) {
+            // SAFETY: the caller's promise.
+            Ownership::Yes => Some(unsafe { self.deallocate(address) }),
+            Ownership::No | Ownership::Unknown => None,
+        }
+    }
 
     /// What happened so far.
     fn statistics(&self) -> Statistics;

@@ -42,6 +42,12 @@ unsafe impl Resource for PoolResource {
         unsafe { self.slab.block_bytes(address) }
     }
 
+    #[inline]
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        // SAFETY: the caller's promise.
+        unsafe { self.slab.take_back(address) }
+    }
+
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         self.slab.owns(address)
     }

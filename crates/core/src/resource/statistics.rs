@@ -203,6 +203,15 @@ unsafe impl Resource for StatisticsAdaptor {
         unsafe { self.upstream.block_bytes(address) }
     }
 
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        // SAFETY: the caller's promise.
+        let size = unsafe { self.upstream.take_back(address) }?;
+        if size > 0 {
+            self.counters.freed(size);
+        }
+        Some(size)
+    }
+
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         self.upstream.owns(address)
     }

@@ -225,6 +225,14 @@ unsafe impl Resource for LargeObjectResource {
         }
     }
 
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        if self.shared.map.get(address.as_ptr() as usize) == 0 {
+            return None;
+        }
+        // SAFETY: the caller's promise.
+        Some(unsafe { self.deallocate(address) })
+    }
+
     fn statistics(&self) -> Statistics {
         let heap = self.shared.heap.lock();
         let counts = heap.counts;

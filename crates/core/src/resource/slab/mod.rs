@@ -556,15 +556,34 @@ impl SlabResource {
     }
 
     fn free_upstream(&self, address: NonNull<u8>) -> usize {
-        let shared = &*self.shared;
         // SAFETY: our caller's promise; the address is in none of our runs.
-        let size = unsafe { shared.upstream.deallocate(address) };
+        let size = unsafe { self.shared.upstream.deallocate(address) };
+        self.count_freed_upstream(size);
+        size
+    }
+
+    fn count_freed_upstream(&self, size: usize) {
+        let shared = &*self.shared;
         if size > 0 {
             shared.passed.freed(size);
             shared.out_bytes.fetch_sub(size as u64, Relaxed);
             shared.out_count.fetch_sub(1, Relaxed);
         }
-        size
+    }
+
+    /// Put a block of one of our runs back.
+    #[inline]
+    fn put_back(&self, class: usize, address: NonNull<u8>) -> usize {
+        let cache = self.shared.cache();
+        let pushed = match cache {
+            // SAFETY: the calling thread's own cache.
+            Some(cache) => unsafe { (*cache).pairs[class].push(address.as_ptr()) },
+            None => false,
+        };
+        if !pushed {
+            self.shared.deallocate_slow(cache, class, address.as_ptr());
+        }
+        block_bytes(class)
     }
 }
 
@@ -614,17 +633,19 @@ unsafe impl Resource for SlabResource {
         if word == 0 {
             return self.free_upstream(address);
         }
-        let class = (word & 0xff) as usize - 1;
-        let cache = self.shared.cache();
-        let pushed = match cache {
-            // SAFETY: the calling thread's own cache.
-            Some(cache) => unsafe { (*cache).pairs[class].push(address.as_ptr()) },
-            None => false,
-        };
-        if !pushed {
-            self.shared.deallocate_slow(cache, class, address.as_ptr());
+        self.put_back((word & 0xff) as usize - 1, address)
+    }
+
+    #[inline]
+    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        let word = self.shared.units.get(address.as_ptr() as usize);
+        if word == 0 {
+            // SAFETY: the caller's promise; the address is in none of our runs.
+            let size = unsafe { self.shared.upstream.take_back(address) }?;
+            self.count_freed_upstream(size);
+            return Some(size);
         }
-        block_bytes(class)
+        Some(self.put_back((word & 0xff) as usize - 1, address))
     }
 
     unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {

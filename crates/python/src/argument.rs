@@ -1,0 +1,42 @@
+//! Numbers as they arrive: checked by name, so that the message says which one is wrong.
+
+use crate::errors::{InvalidArgument, OutOfMemory};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyInt};
+
+/// A count of bytes from any Python integer (or object with `__index__`).
+pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let index = value.call_method0("__index__").ok();
+    let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
+        let kind = value.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("{name}: must be an int, got {kind}")));
+    };
+    let index = index.cast_into::<PyInt>().map_err(PyErr::from)?;
+    if index.lt(0)? {
+        return Err(InvalidArgument::new_err(format!("{name}: must be at least 0, got {index}")));
+    }
+    index.extract().map_err(|_| {
+        OutOfMemory::new_err(format!("{name}: cannot allocate {index} bytes: no machine has them"))
+    })
+}
+
+/// One of a few words.
+pub(crate) fn choice<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> PyResult<T> {
+    let found = choices.iter().find(|(word, _)| *word == value).map(|(_, choice)| *choice);
+    found.ok_or_else(|| {
+        let words: Vec<_> = choices.iter().map(|(word, _)| format!("{word:?}")).collect();
+        InvalidArgument::new_err(format!("{name}: must be {}, got {value:?}", words.join(" or ")))
+    })
+}
+
+/// Seconds as milliseconds; `None` passes.
+pub(crate) fn milliseconds(name: &str, seconds: Option<f64>) -> PyResult<Option<u64>> {
+    match seconds {
+        None => Ok(None),
+        Some(seconds) if seconds >= 0.0 && seconds <= 1e9 => Ok(Some((seconds * 1e3) as u64)),
+        Some(seconds) => Err(InvalidArgument::new_err(format!(
+            "{name}: must be None or a number from 0 to 1e9, got {seconds}"
+        ))),
+    }
+}

@@ -1,0 +1,16 @@
+//! The core's errors as the exceptions of `moirai.errors`.
+
+use moirai_core::error::Error;
+use pyo3::{PyErr, import_exception};
+
+import_exception!(moirai.errors, InvalidArgument);
+import_exception!(moirai.errors, OutOfMemory);
+import_exception!(moirai.errors, Unsupported);
+
+pub(crate) fn to_py(error: Error) -> PyErr {
+    let message = error.to_string();
+    match error {
+        Error::InvalidArgument { .. } => InvalidArgument::new_err(message),
+        Error::OutOfMemory { .. } => OutOfMemory::new_err(message),
+    }
+}

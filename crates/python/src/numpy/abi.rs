@@ -1,0 +1,172 @@
+//! The parts of NumPy's C API used here, as NumPy >= 1.22 lays them out (checked at run time).
+
+use crate::errors::Unsupported;
+use pyo3::exceptions::PyImportError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyCapsule;
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+/// `PyDataMemAllocator`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Allocator {
+    pub context: *mut c_void,
+    pub malloc: unsafe extern "C" fn(*mut c_void, usize) -> *mut c_void,
+    pub calloc: unsafe extern "C" fn(*mut c_void, usize, usize) -> *mut c_void,
+    pub realloc: unsafe extern "C" fn(*mut c_void, *mut c_void, usize) -> *mut c_void,
+    pub free: unsafe extern "C" fn(*mut c_void, *mut c_void, usize),
+}
+
+/// `PyDataMem_Handler`.
+#[repr(C)]
+pub(super) struct Handler {
+    pub name: [c_char; 127],
+    pub version: u8,
+    pub allocator: Allocator,
+}
+
+/// The name NumPy gives the capsules of its handlers.
+pub(super) const CAPSULE_NAME: &CStr = c"mem_handler";
+
+/// `PyArrayObject_fields`, up to the handler.
+#[repr(C)]
+struct ArrayFields {
+    head: ffi::PyObject,
+    data: *mut c_char,
+    nd: c_int,
+    dimensions: *mut ffi::Py_ssize_t,
+    strides: *mut ffi::Py_ssize_t,
+    base: *mut ffi::PyObject,
+    descr: *mut ffi::PyObject,
+    flags: c_int,
+    weakreflist: *mut ffi::PyObject,
+    buffer_info: *mut c_void,
+    handler: *mut ffi::PyObject,
+}
+
+const SET_HANDLER: usize = 304;
+const DEFAULT_HANDLER: usize = 306;
+const FEATURE_VERSION: usize = 211;
+/// The feature version of NumPy 1.22, which brought handlers.
+const MINIMUM_FEATURE: u32 = 0x0f;
+
+/// NumPy as this process has it.
+pub(super) struct NumPy {
+    ndarray: Py<PyAny>,
+    default_capsule: Py<PyAny>,
+    /// The context variable that holds the handler of each context.
+    pub current: Py<PyAny>,
+}
+
+static NUMPY: PyOnceLock<NumPy> = PyOnceLock::new();
+
+/// Import NumPy and find its handlers.
+pub(super) fn numpy(py: Python<'_>) -> PyResult<&'static NumPy> {
+    NUMPY.get_or_try_init(py, || NumPy::load(py))
+}
+
+impl NumPy {
+    fn load(py: Python<'_>) -> PyResult<Self> {
+        let module = py.import("numpy")?;
+        let multiarray = py
+            .import("numpy._core.multiarray")
+            .or_else(|_| py.import("numpy.core.multiarray"))?;
+        let api = multiarray.getattr("_ARRAY_API")?.cast_into::<PyCapsule>()?;
+        let table = api.pointer_checked(None)?.as_ptr() as *const *const c_void;
+        let entry = |index: usize| {
+            // SAFETY: the capsule holds NumPy's table, which has these entries since NumPy 1.22;
+            // `FEATURE_VERSION` is far older and is looked at first.
+            unsafe { table.add(index).read() }
+        };
+        // SAFETY: `PyArray_GetNDArrayCFeatureVersion`, of this type in every NumPy.
+        let feature: unsafe extern "C" fn() -> u32 =
+            unsafe { std::mem::transmute(entry(FEATURE_VERSION)) };
+        // SAFETY: a function without preconditions.
+        if unsafe { feature() } < MINIMUM_FEATURE {
+            let version = module.getattr("__version__")?;
+            return Err(Unsupported::new_err(format!(
+                "numpy: must be at least 1.22 to have memory handlers, got {version}"
+            )));
+        }
+        let default_slot = entry(DEFAULT_HANDLER) as *const *mut ffi::PyObject;
+        // SAFETY: the entry is the address of NumPy's global of this type.
+        let default = unsafe { default_slot.read() };
+        // SAFETY: NumPy owns a reference to its default capsule for good.
+        let default = unsafe { Bound::from_borrowed_ptr(py, default) };
+        // SAFETY: `PyDataMem_SetHandler`, of this type since NumPy 1.22.
+        let set: unsafe extern "C" fn(*mut ffi::PyObject) -> *mut ffi::PyObject =
+            unsafe { std::mem::transmute(entry(SET_HANDLER)) };
+        Ok(NumPy {
+            ndarray: module.getattr("ndarray")?.unbind(),
+            current: find_variable(py, set, &default)?.unbind(),
+            default_capsule: default.unbind(),
+        })
+    }
+
+    /// The capsule behind which NumPy's default handler stands.
+    pub(super) fn default_capsule(&self) -> &Py<PyAny> {
+        &self.default_capsule
+    }
+
+    /// The array that owns the memory `array` shows, following views; an error if none is given.
+    pub(super) fn owner<'py>(&self, array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let ndarray = self.ndarray.bind(array.py());
+        if !array.is_instance(ndarray)? {
+            let kind = array.get_type().name()?;
+            return Err(pyo3::exceptions::PyTypeError::new_err(format!(
+                "array: must be a numpy.ndarray, got {kind}"
+            )));
+        }
+        let mut owner = array.clone();
+        loop {
+            let base = owner.getattr("base")?;
+            if !base.is_instance(ndarray)? {
+                return Ok(owner);
+            }
+            owner = base;
+        }
+    }
+
+    /// The handler capsule and the data of an array that [`NumPy::owner`] returned.
+    pub(super) fn handler<'py>(
+        &self,
+        owner: &Bound<'py, PyAny>,
+    ) -> Option<(Bound<'py, PyAny>, *mut u8)> {
+        let fields = owner.as_ptr().cast::<ArrayFields>();
+        // SAFETY: `owner` was checked to be an ndarray, whose fields are laid out so.
+        let (handler, data) = unsafe { ((*fields).handler, (*fields).data) };
+        // SAFETY: the array holds a reference to its handler, or null.
+        let handler = unsafe { Bound::from_borrowed_ptr_or_opt(owner.py(), handler) }?;
+        Some((handler, data.cast()))
+    }
+}
+
+/// Find NumPy's context variable by setting it in an empty context and looking what is there.
+fn find_variable<'py>(
+    py: Python<'py>,
+    set: unsafe extern "C" fn(*mut ffi::PyObject) -> *mut ffi::PyObject,
+    default: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let context = py.import("contextvars")?.getattr("Context")?.call0()?;
+    // SAFETY: a context object that no thread has entered.
+    if unsafe { ffi::PyContext_Enter(context.as_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    // SAFETY: the default capsule is a valid handler capsule.
+    let old = unsafe { set(default.as_ptr()) };
+    // SAFETY: entered above, by this thread.
+    let left = unsafe { ffi::PyContext_Exit(context.as_ptr()) };
+    // SAFETY: `PyDataMem_SetHandler` returns a new reference, or null with an exception set.
+    let old = unsafe { Bound::from_owned_ptr_or_err(py, old) }?;
+    drop(old);
+    if left != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    match context.try_iter()?.next() {
+        Some(variable) => variable,
+        None => Err(PyImportError::new_err("numpy sets no context variable for its handler")),
+    }
+}
+

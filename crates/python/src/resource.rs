@@ -1,0 +1,380 @@
+//! The resources and adaptors as classes over one base.
+
+use crate::argument::{bytes, choice, milliseconds};
+use crate::buffer::Buffer;
+use crate::errors::to_py;
+use moirai_core::os::HugePages;
+use moirai_core::resource as core;
+use moirai_core::resource::large_object::{Fit, Options};
+use pyo3::PyClass;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::cell::Cell;
+use std::sync::Arc;
+
+/// Requests above this leave the interpreter's lock, since the kernel may take its time.
+const DETACH_BYTES: usize = 64 * 1024;
+
+/// A source of memory; the base of every resource and adaptor.
+#[pyclass(frozen, subclass, weakref, module = "moirai.memory")]
+pub struct Resource {
+    core: Arc<dyn core::Resource>,
+    upstream: Option<Py<Resource>>,
+}
+
+impl Resource {
+    pub(crate) fn core(&self) -> &Arc<dyn core::Resource> {
+        &self.core
+    }
+
+    fn over(core: impl core::Resource + 'static) -> Self {
+        Resource { core: Arc::new(core), upstream: None }
+    }
+}
+
+#[pymethods]
+impl Resource {
+    /// A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
+    #[pyo3(signature = (size_bytes, *, alignment_bytes=None, zeroed=false))]
+    fn allocate(
+        slf: &Bound<'_, Self>,
+        size_bytes: &Bound<'_, PyAny>,
+        alignment_bytes: Option<&Bound<'_, PyAny>>,
+        zeroed: bool,
+    ) -> PyResult<Buffer> {
+        let size = bytes("size_bytes", size_bytes)?;
+        let alignment = match alignment_bytes {
+            Some(value) => bytes("alignment_bytes", value)?,
+            None => core::DEFAULT_ALIGNMENT,
+        };
+        let resource = Arc::clone(&slf.get().core);
+        let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
+        let block = if size > DETACH_BYTES { slf.py().detach(draw) } else { draw() };
+        Ok(Buffer::new(block.map_err(to_py)?, slf.clone().into_any().unbind()))
+    }
+
+    /// What happened so far.
+    fn statistics(&self, py: Python<'_>) -> Statistics {
+        Statistics(py.detach(|| self.core.statistics()))
+    }
+
+    /// Give kept memory back to the system until at most `target_bytes` are kept.
+    #[pyo3(signature = (target_bytes=None))]
+    fn trim(&self, py: Python<'_>, target_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
+        let target = target_bytes.map_or(Ok(0), |value| bytes("target_bytes", value))?;
+        Ok(py.detach(|| self.core.trim(target)))
+    }
+
+    /// Walk the resource's own structures; raises nothing, reports all.
+    fn check(&self, py: Python<'_>) -> HealthReport {
+        let mut report = core::HealthReport::default();
+        py.detach(|| self.core.check(&mut report));
+        HealthReport(report)
+    }
+
+    /// The resource this one draws from, or None.
+    #[getter]
+    fn upstream(&self, py: Python<'_>) -> Option<Py<Resource>> {
+        self.upstream.as_ref().map(|upstream| upstream.clone_ref(py))
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let counts = slf.get().core.statistics();
+        Ok(format!(
+            "{}(current_bytes={}, resident_bytes={})",
+            slf.get_type().name()?,
+            counts.current_bytes,
+            counts.resident_bytes
+        ))
+    }
+}
+
+fn with_base<T>(class: T, base: Resource) -> PyClassInitializer<T>
+where
+    T: PyClass<BaseType = Resource>,
+{
+    PyClassInitializer::from(base).add_subclass(class)
+}
+
+/// Draws every block from the C library.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct SystemResource;
+
+#[pymethods]
+impl SystemResource {
+    #[new]
+    fn new() -> PyClassInitializer<Self> {
+        with_base(SystemResource, Resource::over(core::system::SystemResource::new()))
+    }
+}
+
+fn options(
+    fit: &str,
+    huge_pages: &str,
+    cache_cap_bytes: Option<&Bound<'_, PyAny>>,
+    decay_seconds: Option<f64>,
+) -> PyResult<Options> {
+    Ok(Options {
+        fit: choice("fit", fit, &[("best", Fit::Best), ("first", Fit::First), ("worst", Fit::Worst)])?,
+        huge_pages: choice(
+            "huge_pages",
+            huge_pages,
+            &[
+                ("auto", HugePages::Auto),
+                ("always", HugePages::Always),
+                ("never", HugePages::Never),
+            ],
+        )?,
+        cache_cap: cache_cap_bytes.map(|value| bytes("cache_cap_bytes", value)).transpose()?,
+        decay_milliseconds: milliseconds("decay_seconds", decay_seconds)?,
+    })
+}
+
+/// Spans of pages for large blocks.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct LargeObjectResource;
+
+#[pymethods]
+impl LargeObjectResource {
+    #[new]
+    #[pyo3(signature = (*, fit="best", huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)))]
+    fn new(
+        fit: &str,
+        huge_pages: &str,
+        cache_cap_bytes: Option<&Bound<'_, PyAny>>,
+        decay_seconds: Option<f64>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let options = options(fit, huge_pages, cache_cap_bytes, decay_seconds)?;
+        let heap = core::large_object::LargeObjectResource::new(options).map_err(to_py)?;
+        Ok(with_base(LargeObjectResource, Resource::over(heap)))
+    }
+}
+
+/// A slab in front of a large-object heap: the general-purpose resource.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct PoolResource;
+
+#[pymethods]
+impl PoolResource {
+    #[new]
+    #[pyo3(signature = (*, huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)))]
+    fn new(
+        huge_pages: &str,
+        cache_cap_bytes: Option<&Bound<'_, PyAny>>,
+        decay_seconds: Option<f64>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let options = options("best", huge_pages, cache_cap_bytes, decay_seconds)?;
+        let pool = core::pool::PoolResource::new(options).map_err(to_py)?;
+        Ok(with_base(PoolResource, Resource::over(pool)))
+    }
+}
+
+/// Equal blocks by size class; what is larger than 32 KiB goes upstream.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct SlabResource;
+
+#[pymethods]
+impl SlabResource {
+    #[new]
+    fn new(upstream: &Bound<'_, Resource>) -> PyResult<PyClassInitializer<Self>> {
+        let slab = core::slab::SlabResource::new(Arc::clone(&upstream.get().core));
+        Ok(with_base(SlabResource, adaptor(upstream, slab.map_err(to_py)?)))
+    }
+}
+
+fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
+    Resource { core: Arc::new(core), upstream: Some(upstream.clone().unbind()) }
+}
+
+/// Counts what passes through it on the way to `upstream`.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct StatisticsAdaptor(Arc<core::statistics::StatisticsAdaptor>);
+
+/// (start, peak, total bytes; total count; current bytes) of a scope.
+type ScopeCounts = (u64, u64, u64, u64, i64);
+
+fn scope_tuple(counts: core::statistics::ScopeCounts) -> ScopeCounts {
+    let core::statistics::ScopeCounts {
+        start_bytes,
+        peak_bytes,
+        total_bytes,
+        total_count,
+        current_bytes,
+    } = counts;
+    (start_bytes, peak_bytes, total_bytes, total_count, current_bytes)
+}
+
+#[pymethods]
+impl StatisticsAdaptor {
+    #[new]
+    fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
+        let core = core::statistics::StatisticsAdaptor::new(Arc::clone(&upstream.get().core));
+        let core = Arc::new(core);
+        let base =
+            Resource { core: core.clone(), upstream: Some(upstream.clone().unbind()) };
+        with_base(StatisticsAdaptor(core), base)
+    }
+
+    /// Open a scope; the number names it.
+    fn open_scope(&self) -> u64 {
+        self.0.open_scope()
+    }
+
+    /// (start, peak, total bytes; total count; current bytes) of an open scope, or None.
+    fn scope_counts(&self, scope: u64) -> Option<ScopeCounts> {
+        self.0.scope_counts(scope).map(scope_tuple)
+    }
+
+    /// Close a scope; its counts, or None if it is not open.
+    fn close_scope(&self, scope: u64) -> Option<ScopeCounts> {
+        self.0.close_scope(scope).map(scope_tuple)
+    }
+}
+
+/// Refuses what would take the use of `upstream` above a limit.
+#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+pub struct LimitAdaptor {
+    /// The limit in bytes.
+    #[pyo3(get)]
+    limit_bytes: usize,
+}
+
+thread_local! {
+    static COLLECTING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Run Python's garbage collector, unless this thread is in it already or Python is ending.
+fn collect_garbage() {
+    if COLLECTING.replace(true) {
+        return;
+    }
+    Python::try_attach(|py| {
+        // An exception may be on its way through the caller; keep it.
+        let pending = PyErr::take(py);
+        if let Err(error) = py.import("gc").and_then(|gc| gc.call_method0("collect")) {
+            error.write_unraisable(py, None);
+        }
+        if let Some(pending) = pending {
+            pending.restore(py);
+        }
+    });
+    COLLECTING.set(false);
+}
+
+#[pymethods]
+impl LimitAdaptor {
+    #[new]
+    #[pyo3(signature = (upstream, *, limit_bytes))]
+    fn new(
+        upstream: &Bound<'_, Resource>,
+        limit_bytes: &Bound<'_, PyAny>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let limit_bytes = bytes("limit_bytes", limit_bytes)?;
+        let limit = core::limit::LimitAdaptor::new(
+            Arc::clone(&upstream.get().core),
+            limit_bytes,
+            Box::new(collect_garbage),
+        );
+        Ok(with_base(LimitAdaptor { limit_bytes }, adaptor(upstream, limit)))
+    }
+}
+
+/// Counts of a resource; bytes are block bytes, the request rounded up to its block.
+#[pyclass(frozen, eq, module = "moirai.memory")]
+#[derive(PartialEq)]
+pub struct Statistics(core::Statistics);
+
+macro_rules! statistics {
+    ($($(#[$doc:meta])* $field:ident),* $(,)?) => {
+        #[pymethods]
+        impl Statistics {
+            $($(#[$doc])* #[getter] fn $field(&self) -> u64 { self.0.$field })*
+
+            /// Every count by name.
+            fn as_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+                let dict = PyDict::new(py);
+                $(dict.set_item(stringify!($field), self.0.$field)?;)*
+                Ok(dict)
+            }
+
+            fn __repr__(&self) -> String {
+                let fields = [$(format!("{}={}", stringify!($field), self.0.$field)),*];
+                format!("Statistics({})", fields.join(", "))
+            }
+        }
+    };
+}
+
+statistics! {
+    /// Bytes in blocks that are handed out now.
+    current_bytes,
+    /// Blocks that are handed out now.
+    current_count,
+    /// Most bytes handed out at once; a slab counts blocks resting in magazines too.
+    peak_bytes,
+    /// Most blocks handed out at once, with the same remark.
+    peak_count,
+    /// Bytes handed out so far.
+    total_bytes,
+    /// Blocks handed out so far.
+    total_count,
+    /// Blocks served from memory that was used before and kept.
+    hits,
+    /// Blocks served from memory new from the kernel, or from libc, which does not say.
+    misses,
+    /// Bytes held from the kernel, handed out or kept, whether touched or not.
+    resident_bytes,
+    /// Bytes held from the kernel that are not handed out.
+    cached_bytes,
+    /// Bytes of kept spans of pages that were handed out again.
+    reused_bytes,
+    /// Pages of kept spans that were handed out again without having been given back.
+    reused_pages,
+    /// Bytes given back to the kernel so far.
+    decommitted_bytes,
+    /// Frees of an address that was no live block; they are ignored.
+    invalid_frees,
+}
+
+/// What a walk over a resource's structures found.
+#[pyclass(frozen, module = "moirai.memory")]
+pub struct HealthReport(core::HealthReport);
+
+#[pymethods]
+impl HealthReport {
+    /// Whether every invariant held.
+    #[getter]
+    fn ok(&self) -> bool {
+        self.0.findings.is_empty()
+    }
+
+    /// One sentence for each broken invariant.
+    #[getter]
+    fn findings(&self) -> Vec<String> {
+        self.0.findings.clone()
+    }
+
+    /// What was counted on the way, by name.
+    #[getter]
+    fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (name, value) in &self.0.counts {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn __str__(&self) -> String {
+        let mut lines = match self.0.findings.len() {
+            0 => vec!["healthy".to_owned()],
+            count => vec![format!("{count} finding(s)")],
+        };
+        lines.extend(self.0.findings.iter().map(|finding| format!("- {finding}")));
+        lines.extend(self.0.counts.iter().map(|(name, value)| format!("{name}: {value}")));
+        lines.join("\n")
+    }
+
+    fn __repr__(&self) -> String {
+        format!("HealthReport(ok={}, findings={:?})", self.ok(), self.0.findings)
+    }
+}
