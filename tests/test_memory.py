@@ -148,11 +148,17 @@ def test_scopes_may_overlap_without_nesting() -> None:
 
 def test_scope_closes_when_its_body_raises() -> None:
     stats = memory.StatisticsAdaptor(memory.SystemResource())
-    with pytest.raises(KeyError, match="mine"), stats.scope("load") as load:
-        stats.allocate(64 * KIB)
-        raise KeyError("mine")
+    scope = stats.scope("load")
+
+    def fail() -> None:
+        with scope:
+            stats.allocate(64 * KIB)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
     stats.allocate(128 * KIB)
-    assert load.total_bytes == 64 * KIB
+    assert scope.total_bytes == 64 * KIB
 
 
 def test_each_thread_has_its_own_scopes() -> None:
