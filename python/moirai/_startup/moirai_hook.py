@@ -1,0 +1,287 @@
+"""Hooks Moirai into a Python process at its start, before the program's first line.
+
+Only modules that every interpreter has loaded by then are imported here, so that a program which
+does not use NumPy starts as it would without us; the rest waits in `moirai.cli.session`. Started by
+`sitecustomize` beside this file; what to do arrives in the environment:
+
+    MOIRAI_RUN      settings of `moirai run` as JSON; children of the program inherit it
+    MOIRAI_RECORDS  main process id : its start time : directory for the records of children;
+                    absent if no summary is wanted
+    MOIRAI_PROBE    file in which `moirai compare` finds the memory use of the main process
+
+Fork: a child inherits the installed resource and the totals counted so far; `_before_fork` keeps
+those as a baseline for the child to subtract.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Protocol
+
+    class Finder(Protocol):
+        """The part of `importlib.abc.MetaPathFinder` that the import system calls."""
+
+        def find_spec(
+            self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        ) -> ModuleSpec | None: ...
+
+
+class Process:
+    """What this process is to the run. A forked child makes itself a new one."""
+
+    def __init__(self, *, is_forked: bool, baseline: dict[str, int]) -> None:
+        self.identity = f"{os.getpid()}-{time.monotonic_ns()}"
+        self.is_forked = is_forked
+        self.baseline = baseline
+        self.is_recorded = False
+
+
+process = Process(is_forked=False, baseline={})
+_baseline_before_fork: dict[str, int] = {}
+
+
+def start() -> None:
+    """Install the hooks that the environment asks for; called once, by `sitecustomize`."""
+    if "MOIRAI_RUN" in os.environ:
+        # First registered, so that it runs after the program's own exit handlers.
+        if "MOIRAI_RECORDS" in os.environ:
+            atexit.register(_finish)
+        _watch_for_numpy()
+        os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+        if not _is_main() and not _is_service():
+            _record_start()
+    probe_path = os.environ.get("MOIRAI_PROBE")
+    if probe_path and _claims(probe_path):
+        atexit.register(_write_probe, probe_path, os.getpid())
+
+
+# The session: everything that needs more than this file.
+
+
+def _session() -> Any:
+    """Import `moirai.cli.session` of the installation this file is part of."""
+    import importlib
+
+    if "moirai" not in sys.modules:
+        # By place, not by name: the program's sys.path need not lead to it.
+        import importlib.util
+
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        spec = importlib.util.spec_from_file_location(
+            "moirai", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules["moirai"] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module("moirai.cli.session")
+
+
+def _finish() -> None:
+    """Exit handler: the main process writes the summary, any other its record."""
+    try:
+        if _is_main():
+            _session().summarise(_used_memory())
+        else:
+            _record()
+    except Exception as error:  # The program is done: nothing here may change how it ended.
+        _say(f"moirai: run: no summary: {type(error).__name__}: {error}")
+
+
+def _say(line: str) -> None:
+    """Write one line to the real standard error, if there still is one."""
+    stream = sys.__stderr__
+    try:
+        if stream is not None:
+            stream.flush()
+            os.write(stream.fileno(), (line + "\n").encode(errors="backslashreplace"))
+    except (OSError, ValueError):
+        pass
+
+
+# NumPy: install as soon as it is imported.
+
+
+class _InstallAfterNumPy:
+    """Finder that lets the others find `numpy` and has Moirai installed once it was executed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "numpy":
+            return None
+        for finder in sys.meta_path:
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find_spec(name, path, target) if find_spec else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _LoaderThenInstall(spec.loader, self)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _LoaderThenInstall:
+    """Stands in for NumPy's loader until the module is executed."""
+
+    def __init__(self, loader: Any, finder: _InstallAfterNumPy) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Before the module runs, so that nothing ever sees this stand-in.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+            _install()
+
+
+def _watch_for_numpy() -> None:
+    if "numpy" in sys.modules:
+        _install()
+    else:
+        sys.meta_path.insert(0, _InstallAfterNumPy())
+
+
+def _install() -> None:
+    try:
+        _session().install()
+    except Exception as error:  # The program is the user's: it runs without us then.
+        if _is_main():
+            _say(f"moirai: run: NumPy keeps its own memory: {type(error).__name__}: {error}")
+
+
+# Other processes of the program.
+
+
+def _is_main() -> bool:
+    records = os.environ.get("MOIRAI_RECORDS", "")
+    return records.split(":", 1)[0] == str(os.getpid())
+
+
+def _is_service() -> bool:
+    """Whether this is a server of multiprocessing or loky, which outlives the program."""
+    services = ("forkserver import main", "resource_tracker import main")
+    code = sys.orig_argv[sys.orig_argv.index("-c") + 1] if "-c" in sys.orig_argv else ""
+    return not process.is_forked and any(service in code for service in services)
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, in clock ticks since boot, or "" if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):
+        return ""
+
+
+def _records_directory() -> str | None:
+    """Return where children leave their records, or None if nobody would read them."""
+    pid, _, rest = os.environ.get("MOIRAI_RECORDS", "").partition(":")
+    started, _, directory = rest.partition(":")
+    if not directory or start_time(int(pid)) != started:
+        return None
+    return directory
+
+
+def _record_start() -> None:
+    """Leave a sign that this process was there, should it end without a record."""
+    directory = _records_directory()
+    if directory is None:
+        return
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with open(os.path.join(directory, process.identity + ".started"), "x"):
+            pass
+    except OSError:
+        pass
+
+
+def _record() -> None:
+    """Write this child's record once; multiprocessing and atexit may both call."""
+    directory = _records_directory()
+    if process.is_recorded or _is_service() or directory is None:
+        return
+    process.is_recorded = True
+    _session().record(directory, process.identity, process.baseline, _used_memory())
+
+
+def _before_fork() -> None:
+    """Keep the totals counted so far, in the parent, where taking locks is safe."""
+    global _baseline_before_fork
+    session = sys.modules.get("moirai.cli.session")
+    _baseline_before_fork = session.totals() if session is not None else {}
+
+
+def _after_fork_in_child() -> None:
+    global process
+    process = Process(is_forked=True, baseline=_baseline_before_fork)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        # multiprocessing's children clear their finalizers, then run what is registered here, and
+        # leave by os._exit: no atexit.
+        util.register_after_fork(process, _after_multiprocessing_fork)
+
+
+def _after_multiprocessing_fork(_: Process) -> None:
+    util = sys.modules["multiprocessing.util"]
+    if "MOIRAI_RECORDS" in os.environ and not _is_main():
+        _record_start()
+        util.Finalize(None, _record, exitpriority=-100)
+
+
+# Measurement for `moirai compare`.
+
+
+def _claims(probe_path: str) -> bool:
+    """Claim the probe for this process, unless a process other than this one already has."""
+    try:
+        with open(probe_path, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        with open(probe_path) as file:
+            return file.read() == str(os.getpid())
+    except OSError:
+        return False
+    return True
+
+
+def _used_memory() -> dict[str, int]:
+    """Return VmRSS and VmHWM of this process in bytes."""
+    used = {}
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith((b"VmRSS:", b"VmHWM:")):
+                name, value, _ = line.split()
+                used[name[:-1].decode()] = int(value) * 1024
+    return used
+
+
+def _write_probe(probe_path: str, pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    used = _used_memory()
+    try:
+        with open(probe_path, "w") as file:
+            file.write(f"{used['VmRSS']} {used['VmHWM']}")
+    except OSError:
+        pass

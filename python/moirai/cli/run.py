@@ -1,0 +1,144 @@
+"""`moirai run`: start a program with its arrays in Moirai's memory and say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moirai.cli import allocators
+from moirai.cli.options import add_memory_options, check_memory_options
+from moirai.cli.program import (
+    Program,
+    interpreter_options,
+    parse_program,
+    split_arguments,
+    with_startup,
+)
+from moirai.errors import InvalidArgument, MoiraiError
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "run a program with its NumPy arrays in Moirai's memory"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Replace this process by the program; returns only if it cannot be started."""
+    parser = _parser()
+    ours, rest = split_arguments(parser, arguments)
+    options = parser.parse_args(ours)
+    try:
+        program = parse_program(rest, options=interpreter_options(sys.orig_argv)[0])
+        check_memory_options(options)
+        _check_summary_options(options)
+        variables = _variables(options, program, os.environ)
+    except MoiraiError as error:
+        parser.error(str(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(sys.executable, program.command, {**_cleared(os.environ), **variables})
+    except OSError as error:  # For one, the arguments may be too long once our variables are added.
+        parser.error(f"{sys.executable}: cannot be started: {error.strerror}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moirai run",
+        usage="moirai run [options] (script.py | -m module | -c code | -) [arguments…]",
+        description="Runs a Python program as `python` would, with its NumPy arrays in Moirai's "
+        "memory. Options after the script belong to the script.",
+        allow_abbrev=False,
+    )
+    add_memory_options(parser)
+    parser.add_argument(
+        "--allocator",
+        choices=allocators.NAMES,
+        default="system",
+        help="what serves the process's malloc; NumPy is left to any but system, unless --memory "
+        "is given too (default: system)",
+    )
+    parser.add_argument(
+        "--summary",
+        choices=("text", "json", "none"),
+        default="text",
+        help="what to write to standard error at exit (default: text)",
+    )
+    parser.add_argument("--summary-file", metavar="PATH", help="write the summary there instead")
+    return parser
+
+
+def _check_summary_options(options: argparse.Namespace) -> None:
+    """Make the summary's path absolute, and see that it can be written, before the program runs."""
+    if options.summary_file is None:
+        return
+    if options.summary == "none":
+        raise InvalidArgument("--summary-file: expected with --summary text or json, got none")
+    options.summary_file = os.path.abspath(options.summary_file)
+    try:
+        with open(options.summary_file, "a"):
+            pass
+    except OSError as error:
+        raise InvalidArgument(
+            f"--summary-file: must be a file that can be written, got {options.summary_file}: "
+            f"{error.strerror}"
+        ) from None
+
+
+def _variables(
+    options: argparse.Namespace, program: Program, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what the program's environment must say besides what it says already."""
+    allocator = allocators.select(options.allocator, allocators.find_all())
+    variables = {
+        **allocators.with_allocator(allocator, environment),
+        **with_startup(environment),
+        "MOIRAI_RUN": json.dumps(_settings(options, program)),
+    }
+    if options.summary != "none":
+        variables["MOIRAI_RECORDS"] = _records()
+    return variables
+
+
+def _settings(options: argparse.Namespace, program: Program) -> dict[str, Any]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "program": list(program.target),
+        "memory": options.memory,
+        "limit_bytes": options.limit,
+        "cache_cap_bytes": options.cache_cap,
+        "huge_pages": options.huge_pages or "auto",
+        "allocator": options.allocator,
+        "summary": options.summary,
+        "summary_file": options.summary_file,
+        # The program starts now: what this process used before is the launcher's.
+        "started_seconds": time.monotonic(),
+        "launcher_user_seconds": used.ru_utime,
+        "launcher_system_seconds": used.ru_stime,
+        "launcher_minor_faults": used.ru_minflt,
+        "launcher_major_faults": used.ru_majflt,
+    }
+
+
+def _records() -> str:
+    """Name the main process and the directory of its children's records, which the first makes."""
+    from moirai.cli.session import start_time
+
+    directory = os.path.join(tempfile.gettempdir(), f"moirai-{secrets.token_hex(8)}")
+    return f"{os.getpid()}:{start_time(os.getpid())}:{directory}"
+
+
+def _cleared(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what a `moirai run` around this one has set."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in ("MOIRAI_RUN", "MOIRAI_RECORDS")
+    }

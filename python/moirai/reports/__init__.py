@@ -1,0 +1,1 @@
+"""Reports: dataclasses in, strings out; they read and write nothing themselves."""
