@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moirai.cli.options import ALLOCATORS
 from moirai.errors import InvalidArgument, Unsupported
 
-__all__ = ["NAMES", "PRELOADED", "Allocator", "find_all", "how_to_get", "select", "with_allocator"]
+__all__ = ["PRELOADED", "Allocator", "find_all", "how_to_get", "select", "with_allocator"]
 
 PRELOADED = ("jemalloc", "mimalloc", "tcmalloc")
-NAMES = ("system", "tuned", *PRELOADED)
 
 _FILE_PATTERNS = {
     "jemalloc": ("libjemalloc.so.2", "libjemalloc.so"),
@@ -66,7 +66,7 @@ def find_all(
         libc: Name and version of the C library; default: this process's.
 
     Returns:
-        Each allocator by name, in the order of `NAMES`; "system" is always there.
+        Each allocator by name, in the order of `ALLOCATORS`; "system" is always there.
     """
     directories = list(
         _library_directories() if library_directories is None else library_directories
@@ -89,8 +89,8 @@ def select(name: str, found: Mapping[str, Allocator]) -> Allocator:
         InvalidArgument: There is no allocator of that name.
         Unsupported: It is not on this machine; the message says how to get it.
     """
-    if name not in NAMES:
-        raise InvalidArgument(f"allocator: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name not in ALLOCATORS:
+        raise InvalidArgument(f"allocator: expected one of {', '.join(ALLOCATORS)}, got {name!r}")
     if name not in found:
         raise Unsupported(f"allocator: {name} was not found on this machine: {how_to_get(name)}")
     return found[name]

@@ -17,6 +17,7 @@ from types import FrameType
 
 from moirai.cli import allocators
 from moirai.cli.measure import Measurement, ProgramFailed, measure
+from moirai.cli.options import ALLOCATORS
 from moirai.cli.program import (
     Program,
     interpreter_options,
@@ -215,7 +216,7 @@ def _program(rest: Sequence[str]) -> Program:
 
 
 def _configuration_names() -> list[str]:
-    return ["plain", *allocators.NAMES[1:], *_MOIRAI]
+    return ["plain", *ALLOCATORS[1:], *_MOIRAI]
 
 
 def choices(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moirai.cli import allocators, machine
+from moirai.cli.options import ALLOCATORS
 from moirai.reports import doctor as report
 
 __all__ = ["SUMMARY", "examine", "how_install_works", "main"]
@@ -93,7 +94,7 @@ def _allocators() -> tuple[report.FoundAllocator, ...]:
             (found[name].library or "") if name in found else None,
             allocators.how_to_get(name),
         )
-        for name in allocators.NAMES
+        for name in ALLOCATORS
     )
 
 

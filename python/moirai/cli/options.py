@@ -6,9 +6,18 @@ import argparse
 
 from moirai.errors import InvalidArgument
 
-__all__ = ["HUGE_PAGES", "MEMORIES", "add_memory_options", "byte_count", "check_memory_options"]
+__all__ = [
+    "ALLOCATORS",
+    "HUGE_PAGES",
+    "MEMORIES",
+    "add_memory_options",
+    "byte_count",
+    "check_memory_options",
+]
 
 MEMORIES = ("pool", "slab", "large", "system", "none")
+# What can serve malloc; `allocators` finds them.
+ALLOCATORS = ("system", "tuned", "jemalloc", "mimalloc", "tcmalloc")
 HUGE_PAGES = ("auto", "always", "never")
 
 # What a memory has no use for: the system's keeps no cache, and none at all takes nothing.

@@ -6,14 +6,15 @@ A started program is a new image of Python, not code run inside ours: `python` i
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from moirai.errors import InvalidArgument, Unsupported
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # Each import here would delay every `moirai run`.
+    from argparse import ArgumentParser
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "STARTUP_DIRECTORY",
@@ -25,18 +26,20 @@ __all__ = [
     "with_startup",
 ]
 
-STARTUP_DIRECTORY = Path(__file__).resolve().parent.parent / "_startup"
+STARTUP_DIRECTORY = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "_startup"
+)
 
 _OPTIONS_WITH_VALUE = "XW"
 _OPTIONS_AGAINST_STARTUP = {"-E": "the environment", "-I": "the environment", "-S": "site"}
 
 
-@dataclass(frozen=True)
 class Program:
     """A program as given to `python`: its interpreter's options, then target and arguments."""
 
-    options: tuple[str, ...]
-    target: tuple[str, ...]
+    def __init__(self, options: Sequence[str], target: Sequence[str]) -> None:
+        self.options = tuple(options)
+        self.target = tuple(target)
 
     @property
     def command(self) -> list[str]:
@@ -45,7 +48,7 @@ class Program:
 
 
 def split_arguments(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
+    parser: ArgumentParser, arguments: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Split a command's arguments where its program begins.
 
@@ -92,7 +95,7 @@ def parse_program(arguments: Sequence[str], *, options: Sequence[str] = ()) -> P
                 f"python: option {option} keeps Moirai out of the program, because it ignores "
                 f"{_OPTIONS_AGAINST_STARTUP[option]}: leave it out"
             )
-    return Program(tuple(options), tuple(arguments))
+    return Program(options, arguments)
 
 
 def interpreter_options(command_line: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -133,9 +136,9 @@ def with_startup(environment: Mapping[str, str]) -> dict[str, str]:
     entries = (
         environment.get("PYTHONPATH", "").split(os.pathsep) if environment.get("PYTHONPATH") else []
     )
-    others = [entry for entry in entries if entry != str(STARTUP_DIRECTORY)]
+    others = [entry for entry in entries if entry != STARTUP_DIRECTORY]
     return {
-        "PYTHONPATH": os.pathsep.join([str(STARTUP_DIRECTORY), *others]),
+        "PYTHONPATH": os.pathsep.join([STARTUP_DIRECTORY, *others]),
         "MOIRAI_BUILD": build_name(),
     }
 

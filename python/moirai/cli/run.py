@@ -6,15 +6,10 @@ import argparse
 import json
 import os
 import resource
-import secrets
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-from moirai.cli import allocators
-from moirai.cli.options import add_memory_options, check_memory_options
+from moirai.cli.options import ALLOCATORS, add_memory_options, check_memory_options
 from moirai.cli.program import (
     Program,
     interpreter_options,
@@ -23,6 +18,11 @@ from moirai.cli.program import (
     with_startup,
 )
 from moirai.errors import InvalidArgument, MoiraiError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # Each import here would delay every `moirai run`.
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
 __all__ = ["SUMMARY", "main"]
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add_memory_options(parser)
     parser.add_argument(
         "--allocator",
-        choices=allocators.NAMES,
+        choices=ALLOCATORS,
         default="system",
         help="what serves the process's malloc; NumPy is left to any but system, unless --memory "
         "is given too (default: system)",
@@ -96,15 +96,22 @@ def _variables(
     options: argparse.Namespace, program: Program, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Return what the program's environment must say besides what it says already."""
-    allocator = allocators.select(options.allocator, allocators.find_all())
     variables = {
-        **allocators.with_allocator(allocator, environment),
+        **_malloc_variables(options.allocator, environment),
         **with_startup(environment),
         "MOIRAI_RUN": json.dumps(_settings(options, program)),
     }
     if options.summary != "none":
         variables["MOIRAI_RECORDS"] = _records()
     return variables
+
+
+def _malloc_variables(name: str, environment: Mapping[str, str]) -> dict[str, str]:
+    if name == "system":
+        return {}
+    from moirai.cli import allocators
+
+    return allocators.with_allocator(allocators.select(name, allocators.find_all()), environment)
 
 
 def _settings(options: argparse.Namespace, program: Program) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _records() -> str:
     """Name the main process and the directory of its children's records, which the first makes."""
     from moirai.cli.session import start_time
 
-    directory = os.path.join(tempfile.gettempdir(), f"moirai-{secrets.token_hex(8)}")
+    directory = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"moirai-{os.urandom(8).hex()}")
     return f"{os.getpid()}:{start_time(os.getpid())}:{directory}"
 
 

@@ -12,12 +12,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
 
 from moirai.errors import MoiraiError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
     from moirai import memory
     from moirai.reports.summary import ServedArrays, Summary
 
