@@ -64,7 +64,8 @@ docs: $(BUILT) ## refresh the measured tables, check links, run every snippet
 	$(PY) -m pytest -q tests/test_docs.py
 
 asan: ## the core's tests under AddressSanitizer
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
+	ASAN_OPTIONS=allocator_may_return_null=1 \
+	    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
 	    cargo test -p moirai-core --target $(RUST_HOST) --lib --tests
 
 loom: ## every interleaving of the core's lock-free parts

@@ -313,9 +313,7 @@ class StatisticsAdaptor(_native.StatisticsAdaptor):
         """A context manager that counts what passes while it is open, under `name`."""
         return Scope(self, name)
 
-    def profile(
-        self, function: Callable[_Parameters, _Result]
-    ) -> Callable[_Parameters, _Result]:
+    def profile(self, function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         """Decorate a function so that each call is a scope named after it.
 
         Coroutine functions are counted until they return; generator functions are not supported.
@@ -379,17 +377,15 @@ class use(_native.use):  # noqa: N801  reads as a verb: with use(pool)
     The handler is a context variable (NEP 49): other threads do not see it, asyncio tasks made
     inside inherit it. Arrays made inside stay valid after it and keep the resource alive.
 
-    A generator that is suspended inside ``with use(...)`` leaves the handler set for whoever called
-    it, because generators have no context of their own. The decorator form handles that: it sets the
+    A generator suspended inside ``with use(...)`` leaves the handler set for whoever called
+    it: generators have no context of their own. The decorator form handles that: it sets the
     handler whenever the generator runs and restores it whenever it yields.
 
     Args:
         resource: Any resource or adaptor.
     """
 
-    def __call__(
-        self, function: Callable[_Parameters, _Result]
-    ) -> Callable[_Parameters, _Result]:
+    def __call__(self, function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         """Run `function` inside: a plain, a generator or a coroutine function."""
         resource = self.resource
         wrapped: Any

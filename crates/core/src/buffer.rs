@@ -27,7 +27,12 @@ impl Buffer {
         zeroed: bool,
     ) -> Result<Self> {
         let block = resource.allocate(Request::new(size, alignment, zeroed)?)?;
-        Ok(Buffer { resource, address: block.address, size, block_size: block.size })
+        Ok(Buffer {
+            resource,
+            address: block.address,
+            size,
+            block_size: block.size,
+        })
     }
 
     /// First byte of the block.

@@ -27,12 +27,18 @@ pub enum Error {
 impl Error {
     /// An [`Error::InvalidArgument`] for `argument`.
     pub fn invalid(argument: &'static str, message: impl Into<String>) -> Self {
-        Error::InvalidArgument { argument, message: message.into() }
+        Error::InvalidArgument {
+            argument,
+            message: message.into(),
+        }
     }
 
     /// An [`Error::OutOfMemory`] for a request of `requested_bytes`.
     pub fn out_of_memory(requested_bytes: usize, message: impl Into<String>) -> Self {
-        Error::OutOfMemory { requested_bytes, message: message.into() }
+        Error::OutOfMemory {
+            requested_bytes,
+            message: message.into(),
+        }
     }
 }
 
@@ -42,8 +48,14 @@ impl fmt::Display for Error {
             Error::InvalidArgument { argument, message } => {
                 write!(formatter, "{argument}: {message}")
             }
-            Error::OutOfMemory { requested_bytes, message } => {
-                write!(formatter, "cannot allocate {requested_bytes} bytes: {message}")
+            Error::OutOfMemory {
+                requested_bytes,
+                message,
+            } => {
+                write!(
+                    formatter,
+                    "cannot allocate {requested_bytes} bytes: {message}"
+                )
             }
         }
     }

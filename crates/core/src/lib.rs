@@ -3,8 +3,12 @@
 //! This crate is mechanism and knows no Python. Layers, lowest first: [`os`], [`sync`] and
 //! [`error`]; then [`resource`]; then [`buffer`].
 
+// Loom models explore `sync` alone: its types replace the ones that the rest needs from std.
+#[cfg(not(loom))]
 pub mod buffer;
 pub mod error;
+#[cfg(not(loom))]
 pub mod os;
+#[cfg(not(loom))]
 pub mod resource;
 pub mod sync;

@@ -4,11 +4,11 @@
 //! released in the child); what a model explores comes from here.
 
 #[cfg(loom)]
-pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 #[cfg(loom)]
 pub use loom::sync::{Condvar, Mutex};
 #[cfg(not(loom))]
-pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 #[cfg(not(loom))]
 pub use std::sync::{Condvar, Mutex};
 
@@ -26,13 +26,17 @@ impl<T> Published<T> {
     /// Nothing published yet.
     #[cfg(loom)]
     pub fn empty() -> Self {
-        Published { pointer: AtomicPtr::new(std::ptr::null_mut()) }
+        Published {
+            pointer: AtomicPtr::new(std::ptr::null_mut()),
+        }
     }
 
     /// Nothing published yet.
     #[cfg(not(loom))]
     pub const fn empty() -> Self {
-        Published { pointer: AtomicPtr::new(std::ptr::null_mut()) }
+        Published {
+            pointer: AtomicPtr::new(std::ptr::null_mut()),
+        }
     }
 
     /// The pointer, or null. The pointee lives as long as whoever published it says.
@@ -64,7 +68,10 @@ pub struct Budget {
 impl Budget {
     /// A budget of `limit` bytes, none of them used.
     pub fn new(limit: usize) -> Self {
-        Budget { limit, used: AtomicUsize::new(0) }
+        Budget {
+            limit,
+            used: AtomicUsize::new(0),
+        }
     }
 
     /// The limit given at construction.
@@ -85,12 +92,10 @@ impl Budget {
                 Some(after) if after <= self.limit => after,
                 _ => return Err(used),
             };
-            match self.used.compare_exchange_weak(
-                used,
-                after,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
+            match self
+                .used
+                .compare_exchange_weak(used, after, Ordering::AcqRel, Ordering::Acquire)
+            {
                 Ok(_) => return Ok(()),
                 Err(seen) => used = seen,
             }
@@ -109,8 +114,8 @@ impl Budget {
 /// Invariant: a ring that comes after the sleeper's last look at its work is never lost, because
 /// the sleeper clears `awake` before it looks once more.
 pub struct Bell {
-    /// `SeqCst` pairs it with the caller's own "there is work" flag (store work, then load awake;
-    /// against: store awake, then load work).
+    /// Two fences pair it with the caller's own "there is work" flag: store work, fence, load awake
+    /// against store awake, fence, load work. One of the two sees the other's store.
     awake: AtomicBool,
     rung: Mutex<bool>,
     condition: Condvar,
@@ -132,17 +137,21 @@ impl Bell {
         }
     }
 
-    /// Wake the listener if it sleeps. Call after the work was made visible with `SeqCst`.
+    /// Wake the listener if it sleeps. Call after the work was stored (`Relaxed` suffices).
     #[inline]
     pub fn ring(&self) {
-        if !self.awake.load(Ordering::SeqCst) {
+        fence(Ordering::SeqCst);
+        if !self.awake.load(Ordering::Relaxed) {
             self.ring_slow();
         }
     }
 
     #[cold]
     fn ring_slow(&self) {
-        let mut rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+        let mut rung = self
+            .rung
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner());
         *rung = true;
         self.condition.notify_one();
     }
@@ -154,21 +163,31 @@ impl Bell {
 
     /// Sleep until rung, unless `has_work` says that there is work already.
     pub fn sleep_unless(&self, has_work: impl Fn() -> bool) {
-        self.awake.store(false, Ordering::SeqCst);
+        self.awake.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         if !has_work() {
-            let mut rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+            let mut rung = self
+                .rung
+                .lock()
+                .unwrap_or_else(|poison| poison.into_inner());
             while !*rung {
-                rung = self.condition.wait(rung).unwrap_or_else(|poison| poison.into_inner());
+                rung = self
+                    .condition
+                    .wait(rung)
+                    .unwrap_or_else(|poison| poison.into_inner());
             }
             *rung = false;
         }
-        self.awake.store(true, Ordering::SeqCst);
+        self.awake.store(true, Ordering::Relaxed);
     }
 
     /// Wait until `timeout` has passed or [`Bell::ring_always`] was called.
     #[cfg(not(loom))]
     pub fn wait_timeout(&self, timeout: std::time::Duration) {
-        let rung = self.rung.lock().unwrap_or_else(|poison| poison.into_inner());
+        let rung = self
+            .rung
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner());
         let (mut rung, _) = self
             .condition
             .wait_timeout_while(rung, timeout, |rung| !*rung)

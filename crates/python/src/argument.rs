@@ -10,23 +10,38 @@ pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
     let index = value.call_method0("__index__").ok();
     let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
         let kind = value.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("{name}: must be an int, got {kind}")));
+        return Err(PyTypeError::new_err(format!(
+            "{name}: must be an int, got {kind}"
+        )));
     };
     let index = index.cast_into::<PyInt>().map_err(PyErr::from)?;
     if index.lt(0)? {
-        return Err(InvalidArgument::new_err(format!("{name}: must be at least 0, got {index}")));
+        return Err(InvalidArgument::new_err(format!(
+            "{name}: must be at least 0, got {index}"
+        )));
     }
     index.extract().map_err(|_| {
-        OutOfMemory::new_err(format!("{name}: cannot allocate {index} bytes: no machine has them"))
+        OutOfMemory::new_err(format!(
+            "{name}: cannot allocate {index} bytes: no machine has them"
+        ))
     })
 }
 
 /// One of a few words.
 pub(crate) fn choice<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> PyResult<T> {
-    let found = choices.iter().find(|(word, _)| *word == value).map(|(_, choice)| *choice);
+    let found = choices
+        .iter()
+        .find(|(word, _)| *word == value)
+        .map(|(_, choice)| *choice);
     found.ok_or_else(|| {
-        let words: Vec<_> = choices.iter().map(|(word, _)| format!("{word:?}")).collect();
-        InvalidArgument::new_err(format!("{name}: must be {}, got {value:?}", words.join(" or ")))
+        let words: Vec<_> = choices
+            .iter()
+            .map(|(word, _)| format!("{word:?}"))
+            .collect();
+        InvalidArgument::new_err(format!(
+            "{name}: must be {}, got {value:?}",
+            words.join(" or ")
+        ))
     })
 }
 

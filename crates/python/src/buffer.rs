@@ -49,7 +49,10 @@ impl Buffer {
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let kind = self.resource.bind(py).get_type().name()?;
-        Ok(format!("Buffer(size_bytes={}, resource={kind})", self.block.size()))
+        Ok(format!(
+            "Buffer(size_bytes={}, resource={kind})",
+            self.block.size()
+        ))
     }
 
     /// The block as an array that keeps it alive; shape defaults to all of it in one dimension.
@@ -85,19 +88,22 @@ impl Buffer {
         options.set_item("shape", &shape)?;
         options.set_item("dtype", &dtype)?;
         options.set_item("buffer", slf)?;
-        numpy.getattr("ndarray")?.call((), Some(&options)).map_err(|error| {
-            let wrong = InvalidArgument::new_err(format!(
-                "shape: must fit {size} bytes of {dtype}, got {shape}: {}",
-                error.value(py)
-            ));
-            if error.is_instance_of::<pyo3::exceptions::PyTypeError>(py)
-                || error.is_instance_of::<pyo3::exceptions::PyValueError>(py)
-            {
-                wrong
-            } else {
-                error
-            }
-        })
+        numpy
+            .getattr("ndarray")?
+            .call((), Some(&options))
+            .map_err(|error| {
+                let wrong = InvalidArgument::new_err(format!(
+                    "shape: must fit {size} bytes of {dtype}, got {shape}: {}",
+                    error.value(py)
+                ));
+                if error.is_instance_of::<pyo3::exceptions::PyTypeError>(py)
+                    || error.is_instance_of::<pyo3::exceptions::PyValueError>(py)
+                {
+                    wrong
+                } else {
+                    error
+                }
+            })
     }
 
     /// DLPack export of the block as bytes; the keyword arguments are NumPy's.
@@ -129,8 +135,11 @@ impl Buffer {
         let size = buffer.block.size() as ffi::Py_ssize_t;
         // SAFETY: the view is valid, the block has `size` bytes and lives as long as this object,
         // to which the call takes a reference.
-        let status =
-            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, size, 0, flags) };
-        if status == -1 { Err(PyErr::fetch(slf.py())) } else { Ok(()) }
+        let status = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, size, 0, flags) };
+        if status == -1 {
+            Err(PyErr::fetch(slf.py()))
+        } else {
+            Ok(())
+        }
     }
 }

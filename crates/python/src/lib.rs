@@ -33,9 +33,13 @@ mod _native {
         py.detach(moirai_core::resource::stop_background);
     }
 
-    /// "release" or "debug": how this module was compiled.
+    /// How this module was compiled: "release" or "debug".
     #[pyfunction]
     fn build_profile() -> &'static str {
-        if cfg!(debug_assertions) { "debug" } else { "release" }
+        if cfg!(debug_assertions) {
+            "debug"
+        } else {
+            "release"
+        }
     }
 }

@@ -28,7 +28,10 @@ impl Resource {
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
-        Resource { core: Arc::new(core), upstream: None }
+        Resource {
+            core: Arc::new(core),
+            upstream: None,
+        }
     }
 }
 
@@ -49,8 +52,15 @@ impl Resource {
         };
         let resource = Arc::clone(&slf.get().core);
         let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
-        let block = if size > DETACH_BYTES { slf.py().detach(draw) } else { draw() };
-        Ok(Buffer::new(block.map_err(to_py)?, slf.clone().into_any().unbind()))
+        let block = if size > DETACH_BYTES {
+            slf.py().detach(draw)
+        } else {
+            draw()
+        };
+        Ok(Buffer::new(
+            block.map_err(to_py)?,
+            slf.clone().into_any().unbind(),
+        ))
     }
 
     /// What happened so far.
@@ -75,7 +85,9 @@ impl Resource {
     /// The resource this one draws from, or None.
     #[getter]
     fn upstream(&self, py: Python<'_>) -> Option<Py<Resource>> {
-        self.upstream.as_ref().map(|upstream| upstream.clone_ref(py))
+        self.upstream
+            .as_ref()
+            .map(|upstream| upstream.clone_ref(py))
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -104,7 +116,10 @@ pub struct SystemResource;
 impl SystemResource {
     #[new]
     fn new() -> PyClassInitializer<Self> {
-        with_base(SystemResource, Resource::over(core::system::SystemResource::new()))
+        with_base(
+            SystemResource,
+            Resource::over(core::system::SystemResource::new()),
+        )
     }
 }
 
@@ -115,7 +130,15 @@ fn options(
     decay_seconds: Option<f64>,
 ) -> PyResult<Options> {
     Ok(Options {
-        fit: choice("fit", fit, &[("best", Fit::Best), ("first", Fit::First), ("worst", Fit::Worst)])?,
+        fit: choice(
+            "fit",
+            fit,
+            &[
+                ("best", Fit::Best),
+                ("first", Fit::First),
+                ("worst", Fit::Worst),
+            ],
+        )?,
         huge_pages: choice(
             "huge_pages",
             huge_pages,
@@ -125,7 +148,9 @@ fn options(
                 ("never", HugePages::Never),
             ],
         )?,
-        cache_cap: cache_cap_bytes.map(|value| bytes("cache_cap_bytes", value)).transpose()?,
+        cache_cap: cache_cap_bytes
+            .map(|value| bytes("cache_cap_bytes", value))
+            .transpose()?,
         decay_milliseconds: milliseconds("decay_seconds", decay_seconds)?,
     })
 }
@@ -178,12 +203,18 @@ impl SlabResource {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyResult<PyClassInitializer<Self>> {
         let slab = core::slab::SlabResource::new(Arc::clone(&upstream.get().core));
-        Ok(with_base(SlabResource, adaptor(upstream, slab.map_err(to_py)?)))
+        Ok(with_base(
+            SlabResource,
+            adaptor(upstream, slab.map_err(to_py)?),
+        ))
     }
 }
 
 fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
-    Resource { core: Arc::new(core), upstream: Some(upstream.clone().unbind()) }
+    Resource {
+        core: Arc::new(core),
+        upstream: Some(upstream.clone().unbind()),
+    }
 }
 
 /// Counts what passes through it on the way to `upstream`.
@@ -201,7 +232,13 @@ fn scope_tuple(counts: core::statistics::ScopeCounts) -> ScopeCounts {
         total_count,
         current_bytes,
     } = counts;
-    (start_bytes, peak_bytes, total_bytes, total_count, current_bytes)
+    (
+        start_bytes,
+        peak_bytes,
+        total_bytes,
+        total_count,
+        current_bytes,
+    )
 }
 
 #[pymethods]
@@ -210,8 +247,10 @@ impl StatisticsAdaptor {
     fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
         let core = core::statistics::StatisticsAdaptor::new(Arc::clone(&upstream.get().core));
         let core = Arc::new(core);
-        let base =
-            Resource { core: core.clone(), upstream: Some(upstream.clone().unbind()) };
+        let base = Resource {
+            core: core.clone(),
+            upstream: Some(upstream.clone().unbind()),
+        };
         with_base(StatisticsAdaptor(core), base)
     }
 
@@ -275,7 +314,10 @@ impl LimitAdaptor {
             limit_bytes,
             Box::new(collect_garbage),
         );
-        Ok(with_base(LimitAdaptor { limit_bytes }, adaptor(upstream, limit)))
+        Ok(with_base(
+            LimitAdaptor { limit_bytes },
+            adaptor(upstream, limit),
+        ))
     }
 }
 
@@ -370,11 +412,20 @@ impl HealthReport {
             count => vec![format!("{count} finding(s)")],
         };
         lines.extend(self.0.findings.iter().map(|finding| format!("- {finding}")));
-        lines.extend(self.0.counts.iter().map(|(name, value)| format!("{name}: {value}")));
+        lines.extend(
+            self.0
+                .counts
+                .iter()
+                .map(|(name, value)| format!("{name}: {value}")),
+        );
         lines.join("\n")
     }
 
     fn __repr__(&self) -> String {
-        format!("HealthReport(ok={}, findings={:?})", self.ok(), self.0.findings)
+        format!(
+            "HealthReport(ok={}, findings={:?})",
+            self.ok(),
+            self.0.findings
+        )
     }
 }

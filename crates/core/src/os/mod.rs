@@ -62,7 +62,11 @@ pub fn reserve(bytes: usize) -> Option<NonNull<u8>> {
 pub unsafe fn commit(address: NonNull<u8>, bytes: usize) -> bool {
     // SAFETY: the caller owns the range; changing its protection loses no data.
     let status = unsafe {
-        libc::mprotect(address.as_ptr().cast(), bytes, libc::PROT_READ | libc::PROT_WRITE)
+        libc::mprotect(
+            address.as_ptr().cast(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+        )
     };
     status == 0
 }
@@ -75,8 +79,7 @@ pub unsafe fn commit(address: NonNull<u8>, bytes: usize) -> bool {
 /// The range is page-aligned, private anonymous memory of the caller, and its contents are dead.
 pub unsafe fn decommit(address: NonNull<u8>, bytes: usize) -> bool {
     // SAFETY: the caller says that nobody needs the contents.
-    let status =
-        unsafe { libc::madvise(address.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
+    let status = unsafe { libc::madvise(address.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
     status == 0
 }
 
@@ -96,7 +99,11 @@ pub enum HugePages {
 /// # Safety
 /// The range lies in a live reservation of the caller.
 pub unsafe fn advise_huge(address: NonNull<u8>, bytes: usize, huge: bool) {
-    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    let advice = if huge {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
     // SAFETY: the advice changes how faults are served, not what memory holds. A kernel built
     // without huge pages answers EINVAL, which changes nothing.
     unsafe { libc::madvise(address.as_ptr().cast(), bytes, advice) };
@@ -125,12 +132,19 @@ pub fn map_zeroed(bytes: usize) -> Option<NonNull<u8>> {
             0,
         )
     };
-    if raw == libc::MAP_FAILED { None } else { NonNull::new(raw.cast()) }
+    if raw == libc::MAP_FAILED {
+        None
+    } else {
+        NonNull::new(raw.cast())
+    }
 }
 
 /// The soft limit on the process's address space, if there is one.
 pub fn address_space_limit() -> Option<usize> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: `limit` is a valid place for the answer.
     let status = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) };
     (status == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur as usize)
@@ -138,7 +152,10 @@ pub fn address_space_limit() -> Option<usize> {
 
 /// Milliseconds since an arbitrary point; coarse (some milliseconds), never goes back.
 pub fn now_milliseconds() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `time` is a valid place for the answer, and the clock exists on every Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut time) };
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
@@ -167,7 +184,10 @@ pub fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
     unsafe { libc::sigfillset(all.as_mut_ptr()) };
     // SAFETY: `all` was filled above, `old` is a valid place for the answer.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr()) };
-    let started = std::thread::Builder::new().name(name.into()).spawn(body).is_ok();
+    let started = std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .is_ok();
     // SAFETY: `old` was filled by the call above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut()) };
     started
@@ -178,7 +198,11 @@ pub fn libc_allocate(size: usize, alignment: usize) -> Option<NonNull<u8>> {
     let mut raw = std::ptr::null_mut();
     // SAFETY: `raw` is a valid place for the answer; the alignment is as POSIX wants it.
     let status = unsafe { libc::posix_memalign(&mut raw, alignment, size) };
-    if status == 0 { NonNull::new(raw.cast()) } else { None }
+    if status == 0 {
+        NonNull::new(raw.cast())
+    } else {
+        None
+    }
 }
 
 /// Give back a block of [`libc_allocate`].

@@ -29,7 +29,9 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
 
     /// An empty map, or `None` if there is no address space for its root.
     pub(crate) fn new() -> Option<Self> {
-        Some(AddressMap { root: os::map_zeroed(Self::ROOT_BYTES)?.cast() })
+        Some(AddressMap {
+            root: os::map_zeroed(Self::ROOT_BYTES)?.cast(),
+        })
     }
 
     #[inline]
@@ -49,7 +51,9 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
     /// The word of the granule that holds `address`.
     #[inline]
     pub(crate) fn get(&self, address: usize) -> u64 {
-        let Some((entry, index)) = self.slot(address) else { return 0 };
+        let Some((entry, index)) = self.slot(address) else {
+            return 0;
+        };
         let leaf = entry.get();
         if leaf.is_null() {
             return 0;
@@ -62,10 +66,14 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
 
     /// Set the word of one granule; false if there is no memory for its table.
     pub(crate) fn set(&self, address: usize, value: u64) -> bool {
-        let Some((entry, index)) = self.slot(address) else { return false };
+        let Some((entry, index)) = self.slot(address) else {
+            return false;
+        };
         let mut leaf = entry.get();
         if leaf.is_null() {
-            let Some(fresh) = os::map_zeroed(Self::LEAF_BYTES) else { return false };
+            let Some(fresh) = os::map_zeroed(Self::LEAF_BYTES) else {
+                return false;
+            };
             leaf = match entry.publish(fresh.as_ptr().cast()) {
                 Ok(()) => fresh.as_ptr().cast(),
                 Err(first) => {
@@ -116,7 +124,10 @@ mod tests {
     fn each_granule_keeps_its_own_word() {
         let map = AddressMap::<16>::new().unwrap();
         for index in 0..100u64 {
-            assert!(map.set(0x7000_0000_0000 + (index as usize) * 65536 * 1000, index + 1));
+            assert!(map.set(
+                0x7000_0000_0000 + (index as usize) * 65536 * 1000,
+                index + 1
+            ));
         }
         for index in 0..100u64 {
             let address = 0x7000_0000_0000 + (index as usize) * 65536 * 1000;

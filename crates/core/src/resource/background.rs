@@ -17,7 +17,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(100);
 pub(crate) trait Ages: Send + Sync {
     /// Give back what is old enough. Called about every [`TICK`] while anything is kept.
     fn age(&self);
-    /// Whether anything is kept that could age; must be visible with `SeqCst` before `wake`.
+    /// Whether anything is kept that could age; stored before `wake` is called.
     fn keeps(&self) -> bool;
 }
 
@@ -29,7 +29,8 @@ struct Ticker {
 static KEEPERS: Mutex<Vec<Weak<dyn Ages>>> = Mutex::new(Vec::new());
 /// The running thread's ticker, or null. Tickers are leaked: one a start, a few words each.
 static CURRENT: AtomicPtr<Ticker> = AtomicPtr::new(std::ptr::null_mut());
-static STARTING: Mutex<()> = Mutex::new(());
+/// Held while the thread is started or stopped; every ticker ever made, so that none is lost.
+static TICKERS: Mutex<Vec<&'static Ticker>> = Mutex::new(Vec::new());
 
 /// Let `keeper` age for as long as it lives.
 pub(crate) fn register(keeper: Weak<dyn Ages>) {
@@ -52,7 +53,7 @@ pub(crate) fn wake() {
 
 /// End the thread. It starts again when a resource next keeps memory.
 pub fn stop() {
-    let _starting = STARTING.lock();
+    let _tickers = TICKERS.lock();
     let ticker = CURRENT.swap(std::ptr::null_mut(), Ordering::AcqRel);
     if !ticker.is_null() {
         // SAFETY: tickers are leaked.
@@ -64,7 +65,7 @@ pub fn stop() {
 
 /// Before a fork: take this module's locks.
 pub(super) fn fork_lock() {
-    std::mem::forget(STARTING.lock());
+    std::mem::forget(TICKERS.lock());
     std::mem::forget(KEEPERS.lock());
 }
 
@@ -79,18 +80,23 @@ pub(super) unsafe fn fork_unlock(in_child: bool) {
     // SAFETY: `fork_lock` forgot the guard.
     unsafe { KEEPERS.force_unlock() };
     // SAFETY: as above.
-    unsafe { STARTING.force_unlock() };
+    unsafe { TICKERS.force_unlock() };
 }
 
 #[cold]
 fn start() {
     // Whoever finds the lock taken leaves it to the other thread, which is about to look.
-    let Some(_starting) = STARTING.try_lock() else { return };
+    let Some(mut tickers) = TICKERS.try_lock() else {
+        return;
+    };
     if !CURRENT.load(Ordering::Acquire).is_null() {
         return;
     }
-    let ticker: &'static Ticker =
-        Box::leak(Box::new(Ticker { bell: Bell::new(), stopping: AtomicBool::new(false) }));
+    let ticker: &'static Ticker = Box::leak(Box::new(Ticker {
+        bell: Bell::new(),
+        stopping: AtomicBool::new(false),
+    }));
+    tickers.push(ticker);
     CURRENT.store(std::ptr::from_ref(ticker).cast_mut(), Ordering::Release);
     if !os::spawn_quiet("moirai-decay", move || run(ticker)) {
         // No thread to be had: memory still ages at the next cap or trim. Try again at next wake.

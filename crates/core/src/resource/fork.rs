@@ -24,7 +24,6 @@ static ONCE: Once = Once::new();
 /// What `prepare` locked, for the forking thread's `parent` and `child`.
 static HELD: Mutex<Vec<std::sync::Arc<dyn ForkLocks>>> = Mutex::new(Vec::new());
 
-
 /// Have `locks` taken and released around every fork for as long as it lives.
 pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
     ONCE.call_once(|| os::at_fork(prepare, parent, child));

@@ -21,7 +21,10 @@ pub struct LedgerAdaptor {
 impl LedgerAdaptor {
     /// Remember what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        LedgerAdaptor { upstream, shards: Default::default() }
+        LedgerAdaptor {
+            upstream,
+            shards: Default::default(),
+        }
     }
 
     /// `upstream` itself if it knows its blocks, else a ledger over it.
@@ -46,12 +49,18 @@ unsafe impl Resource for LedgerAdaptor {
 
     fn allocate(&self, request: Request) -> Result<Block> {
         let block = self.upstream.allocate(request)?;
-        self.shard(block.address).lock().insert(block.address.as_ptr() as usize);
+        self.shard(block.address)
+            .lock()
+            .insert(block.address.as_ptr() as usize);
         Ok(block)
     }
 
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        if !self.shard(address).lock().remove(&(address.as_ptr() as usize)) {
+        if !self
+            .shard(address)
+            .lock()
+            .remove(&(address.as_ptr() as usize))
+        {
             return 0;
         }
         // SAFETY: a live block of upstream's, and the caller gives it up.
@@ -64,7 +73,11 @@ unsafe impl Resource for LedgerAdaptor {
     }
 
     fn owns(&self, address: NonNull<u8>) -> Ownership {
-        if self.shard(address).lock().contains(&(address.as_ptr() as usize)) {
+        if self
+            .shard(address)
+            .lock()
+            .contains(&(address.as_ptr() as usize))
+        {
             Ownership::Yes
         } else {
             Ownership::No

@@ -24,7 +24,12 @@ pub struct LimitAdaptor {
 impl LimitAdaptor {
     /// Limit what is drawn from `upstream` to `limit` bytes.
     pub fn new(upstream: Arc<dyn Resource>, limit: usize, on_limit: OnLimit) -> Self {
-        LimitAdaptor { upstream, budget: Budget::new(limit), counters: Counters::default(), on_limit }
+        LimitAdaptor {
+            upstream,
+            budget: Budget::new(limit),
+            counters: Counters::default(),
+            on_limit,
+        }
     }
 
     /// The limit in bytes.
@@ -72,7 +77,8 @@ unsafe impl Resource for LimitAdaptor {
     }
 
     fn allocate(&self, request: Request) -> Result<Block> {
-        self.reserve(request.size()).map_err(|used| self.refuse(request, used))?;
+        self.reserve(request.size())
+            .map_err(|used| self.refuse(request, used))?;
         self.make_room();
         let block = match self.draw(request) {
             Ok(block) => block,
@@ -147,7 +153,10 @@ unsafe impl Resource for LimitAdaptor {
         self.counters.check(self.name(), report);
         let used = self.budget.used();
         report.expect(used <= self.budget.limit(), || {
-            format!("LimitAdaptor: {used} bytes are in use of a limit of {}", self.budget.limit())
+            format!(
+                "LimitAdaptor: {used} bytes are in use of a limit of {}",
+                self.budget.limit()
+            )
         });
         self.upstream.check(report);
     }

@@ -52,7 +52,11 @@ impl Request {
             ));
         }
         let alignment = alignment.max(DEFAULT_ALIGNMENT);
-        Ok(Request { size: size.max(1), alignment, zeroed })
+        Ok(Request {
+            size: size.max(1),
+            alignment,
+            zeroed,
+        })
     }
 
     /// A request for `size` bytes, cache-line aligned, contents undefined.
@@ -226,7 +230,11 @@ pub unsafe trait Resource: Send + Sync {
         // SAFETY: the caller's promise.
         let old_size = unsafe { self.block_bytes(address) };
         if request.size() <= old_size && request.size() >= old_size / 2 {
-            return Ok(Block { address, size: old_size, reused: true });
+            return Ok(Block {
+                address,
+                size: old_size,
+                reused: true,
+            });
         }
         let block = self.allocate(request)?;
         let kept = old_size.min(block.size);

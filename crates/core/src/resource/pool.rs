@@ -16,7 +16,9 @@ impl PoolResource {
     /// A pool whose large-object heap is made as `options` say.
     pub fn new(options: Options) -> Result<Self> {
         let large: Arc<dyn Resource> = Arc::new(LargeObjectResource::new(options)?);
-        Ok(PoolResource { slab: SlabResource::new(large)? })
+        Ok(PoolResource {
+            slab: SlabResource::new(large)?,
+        })
     }
 }
 

@@ -63,8 +63,12 @@ impl Counters {
 
     /// Start a new peak at what is in use now; returns the old one as (bytes, count).
     fn restart_peak(&self) -> (u64, u64) {
-        let bytes = self.peak_bytes.swap(self.current_bytes.load(Relaxed), Relaxed);
-        let count = self.peak_count.swap(self.current_count.load(Relaxed), Relaxed);
+        let bytes = self
+            .peak_bytes
+            .swap(self.current_bytes.load(Relaxed), Relaxed);
+        let count = self
+            .peak_count
+            .swap(self.current_count.load(Relaxed), Relaxed);
         (bytes, count)
     }
 
@@ -131,7 +135,11 @@ pub struct StatisticsAdaptor {
 impl StatisticsAdaptor {
     /// Count what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        StatisticsAdaptor { upstream, counters: Counters::default(), scopes: Mutex::default() }
+        StatisticsAdaptor {
+            upstream,
+            counters: Counters::default(),
+            scopes: Mutex::default(),
+        }
     }
 
     fn end_window(&self, scopes: &mut Scopes) {
@@ -150,7 +158,11 @@ impl StatisticsAdaptor {
         let start = self.counters.read();
         let id = scopes.next_id;
         scopes.next_id += 1;
-        scopes.open.push(OpenScope { id, start, peak_bytes: start.current_bytes });
+        scopes.open.push(OpenScope {
+            id,
+            start,
+            peak_bytes: start.current_bytes,
+        });
         id
     }
 

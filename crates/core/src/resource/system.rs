@@ -57,7 +57,11 @@ unsafe impl Resource for SystemResource {
         // SAFETY: allocated above.
         let size = unsafe { os::libc_block_bytes(address) };
         self.counters.allocated(size, false);
-        Ok(Block { address, size, reused: false })
+        Ok(Block {
+            address,
+            size,
+            reused: false,
+        })
     }
 
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
@@ -80,7 +84,10 @@ unsafe impl Resource for SystemResource {
 
     fn statistics(&self) -> Statistics {
         let counts = self.counters.read();
-        Statistics { resident_bytes: counts.current_bytes, ..counts }
+        Statistics {
+            resident_bytes: counts.current_bytes,
+            ..counts
+        }
     }
 
     fn cached_bytes(&self) -> usize {

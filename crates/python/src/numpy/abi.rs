@@ -166,7 +166,8 @@ fn find_variable<'py>(
     }
     match context.try_iter()?.next() {
         Some(variable) => variable,
-        None => Err(PyImportError::new_err("numpy sets no context variable for its handler")),
+        None => Err(PyImportError::new_err(
+            "numpy sets no context variable for its handler",
+        )),
     }
 }
-

@@ -45,7 +45,10 @@ unsafe impl Send for OriginalAllocator {}
 unsafe impl Sync for OriginalAllocator {}
 
 fn original() -> &'static Allocator {
-    &ORIGINAL.get().expect("our functions stand in NumPy's handler only after ORIGINAL is set").0
+    &ORIGINAL
+        .get()
+        .expect("our functions stand in NumPy's handler only after ORIGINAL is set")
+        .0
 }
 
 #[inline]
@@ -73,7 +76,9 @@ unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) ->
         // SAFETY: NumPy's function with NumPy's context.
         return unsafe { (numpy.calloc)(numpy.context, count, size) };
     };
-    let Some(bytes) = count.checked_mul(size) else { return null_mut() };
+    let Some(bytes) = count.checked_mul(size) else {
+        return null_mut();
+    };
     if bytes >= LARGE_BYTES {
         largest::note(bytes);
     }
@@ -81,7 +86,9 @@ unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) ->
 }
 
 unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usize) {
-    let Some(block) = NonNull::new(address.cast()) else { return };
+    let Some(block) = NonNull::new(address.cast()) else {
+        return;
+    };
     if let Some(installed) = active() {
         // SAFETY: NumPy gives the block up; if it is not ours, nothing is done.
         if unsafe { installed.core.take_back(block) }.is_some() {
@@ -151,7 +158,13 @@ fn take_over(py: Python<'_>) -> PyResult<()> {
     let _ = ORIGINAL.set(OriginalAllocator(handler.allocator));
     // The name stays NumPy's: programs (and its own tests) ask for it.
     let ours = Box::leak(Box::new(Handler {
-        allocator: Allocator { context: null_mut(), malloc, calloc, realloc, free },
+        allocator: Allocator {
+            context: null_mut(),
+            malloc,
+            calloc,
+            realloc,
+            free,
+        },
         ..handler
     }));
     // SAFETY: a live capsule and a pointer that is never freed; one word is stored, so a thread
@@ -177,7 +190,11 @@ pub fn install(resource: &Bound<'_, Resource>, replace: bool) -> PyResult<()> {
             )));
         }
     }
-    let known = EVER.read().iter().copied().find(|entry| entry.resource.is(resource));
+    let known = EVER
+        .read()
+        .iter()
+        .copied()
+        .find(|entry| entry.resource.is(resource));
     let entry = known.unwrap_or_else(|| {
         let entry: &'static Installed = Box::leak(Box::new(Installed {
             core: LedgerAdaptor::where_needed(Arc::clone(resource.get().core())),
@@ -207,7 +224,10 @@ pub fn installed(py: Python<'_>) -> Option<Py<Resource>> {
 /// The resource that owns an array's data under the default handler.
 pub(super) fn owner_of(py: Python<'_>, data: NonNull<u8>) -> Option<Py<Resource>> {
     let ever = EVER.read();
-    let owner = ever.iter().rev().find(|entry| entry.core.owns(data) == core::Ownership::Yes);
+    let owner = ever
+        .iter()
+        .rev()
+        .find(|entry| entry.core.owns(data) == core::Ownership::Yes);
     owner.map(|entry| entry.resource.clone_ref(py))
 }
 
@@ -288,7 +308,10 @@ mod largest {
                 return Some(place);
             }
             innermost.get_or_insert(place);
-            frame = current.getattr("f_back").ok().filter(|back| !back.is_none());
+            frame = current
+                .getattr("f_back")
+                .ok()
+                .filter(|back| !back.is_none());
         }
         innermost
     }

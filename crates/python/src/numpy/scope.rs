@@ -28,7 +28,9 @@ unsafe extern "C" fn malloc(context: *mut c_void, size: usize) -> *mut c_void {
 }
 
 unsafe extern "C" fn calloc(context: *mut c_void, count: usize, size: usize) -> *mut c_void {
-    let Some(bytes) = count.checked_mul(size) else { return null_mut() };
+    let Some(bytes) = count.checked_mul(size) else {
+        return null_mut();
+    };
     // SAFETY: as in `malloc`.
     draw(unsafe { resource_of(context) }, bytes, true)
 }
@@ -40,7 +42,9 @@ unsafe extern "C" fn realloc(
 ) -> *mut c_void {
     // SAFETY: as in `malloc`.
     let resource = unsafe { resource_of(context) };
-    let Some(address) = NonNull::new(address.cast()) else { return draw(resource, size, false) };
+    let Some(address) = NonNull::new(address.cast()) else {
+        return draw(resource, size, false);
+    };
     // SAFETY: NumPy resizes blocks with the handler that made them.
     match unsafe { resource.reallocate(address, size) } {
         Ok(block) => block.address.as_ptr().cast(),
@@ -50,7 +54,9 @@ unsafe extern "C" fn realloc(
 
 /// The size NumPy passes is a guess and not looked at: the resource knows its blocks.
 unsafe extern "C" fn free(context: *mut c_void, address: *mut c_void, _size: usize) {
-    let Some(address) = NonNull::new(address.cast()) else { return };
+    let Some(address) = NonNull::new(address.cast()) else {
+        return;
+    };
     // SAFETY: as in `malloc`.
     let resource = unsafe { resource_of(context) };
     // SAFETY: NumPy frees blocks with the handler that made them, when nothing uses them.
@@ -97,7 +103,13 @@ fn new_capsule(resource: &Bound<'_, Resource>) -> PyResult<Py<PyAny>> {
         handler: Handler {
             name: handler_name(core.name()),
             version: 1,
-            allocator: Allocator { context: null_mut(), malloc, calloc, realloc, free },
+            allocator: Allocator {
+                context: null_mut(),
+                malloc,
+                calloc,
+                realloc,
+                free,
+            },
         },
         core,
         resource: resource.clone().unbind(),
@@ -105,9 +117,8 @@ fn new_capsule(resource: &Bound<'_, Resource>) -> PyResult<Py<PyAny>> {
     drawn.handler.allocator.context = (&raw mut *drawn).cast();
     let pointer = Box::into_raw(drawn);
     // SAFETY: the pointer is not null, the name is static, the destructor takes what was leaked.
-    let capsule = unsafe {
-        ffi::PyCapsule_New(pointer.cast(), CAPSULE_NAME.as_ptr(), Some(drop_capsule))
-    };
+    let capsule =
+        unsafe { ffi::PyCapsule_New(pointer.cast(), CAPSULE_NAME.as_ptr(), Some(drop_capsule)) };
     // SAFETY: a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(resource.py(), capsule) }.map(Bound::unbind)
 }
@@ -149,14 +160,17 @@ impl Use {
     }
 
     #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, pyo3::types::PyTuple>) -> PyResult<()> {
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _exception: &Bound<'_, pyo3::types::PyTuple>,
+    ) -> PyResult<()> {
         // Usually the newest token; another thread or task may have entered since.
         let mut foreign = Vec::new();
         let mut outcome = Err(PyRuntimeError::new_err("use: left more often than entered"));
         while let Some(token) = { self.tokens.lock().pop() } {
             // SAFETY: the variable and a token of it.
-            let status =
-                unsafe { ffi::PyContextVar_Reset(self.variable.as_ptr(), token.as_ptr()) };
+            let status = unsafe { ffi::PyContextVar_Reset(self.variable.as_ptr(), token.as_ptr()) };
             if status == 0 {
                 outcome = Ok(());
                 break;
@@ -180,11 +194,15 @@ pub fn handler_of(array: &Bound<'_, PyAny>) -> PyResult<Option<Py<Resource>>> {
     let py = array.py();
     let numpy = abi::numpy(py)?;
     let owner = numpy.owner(array)?;
-    let Some((capsule, data)) = numpy.handler(&owner) else { return Ok(None) };
+    let Some((capsule, data)) = numpy.handler(&owner) else {
+        return Ok(None);
+    };
     // SAFETY: an object and a static name; the call checks both.
     let pointer = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), CAPSULE_NAME.as_ptr()) };
     if pointer.is_null() {
-        return Err(PyErr::take(py).unwrap_or_else(|| InvalidArgument::new_err("array: no handler")));
+        return Err(
+            PyErr::take(py).unwrap_or_else(|| InvalidArgument::new_err("array: no handler"))
+        );
     }
     // SAFETY: every capsule of this name holds a handler.
     let allocator = unsafe { (*pointer.cast::<Handler>()).allocator };

@@ -32,7 +32,10 @@ pub(super) struct FreeIndex {
 
 impl FreeIndex {
     pub(super) fn new(fit: Fit) -> Self {
-        FreeIndex { fit, entries: BTreeSet::new() }
+        FreeIndex {
+            fit,
+            entries: BTreeSet::new(),
+        }
     }
 
     fn key(&self, entry: &Entry) -> (usize, u64, u32) {

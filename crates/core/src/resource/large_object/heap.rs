@@ -162,7 +162,10 @@ fn pointer(address: usize) -> NonNull<u8> {
 
 impl Heap {
     pub(super) fn new(fit: Fit, huge_pages: HugePages, fixed_cap: Option<usize>) -> Self {
-        let index = || AreaIndex { hot: FreeIndex::new(fit), cold: FreeIndex::new(fit) };
+        let index = || AreaIndex {
+            hot: FreeIndex::new(fit),
+            cold: FreeIndex::new(fit),
+        };
         Heap {
             huge_pages,
             fixed_cap,
@@ -202,14 +205,20 @@ impl Heap {
     }
 
     fn cap(&self) -> usize {
-        self.fixed_cap.unwrap_or(BASE_CAP_BYTES.max(self.demand_bytes))
+        self.fixed_cap
+            .unwrap_or(BASE_CAP_BYTES.max(self.demand_bytes))
     }
 
     // ---- spans and the map ----
 
     fn entry(&self, id: u32) -> Entry {
         let span = &self.spans[id as usize];
-        Entry { pages: span.pages, start: span.start, sequence: span.sequence, id }
+        Entry {
+            pages: span.pages,
+            start: span.start,
+            sequence: span.sequence,
+            id,
+        }
     }
 
     fn new_span(&mut self, span: Span) -> u32 {
@@ -297,8 +306,8 @@ impl Heap {
             self.remove_free(other_id);
             let own = self.spans[id as usize];
             let total = own.pages + other.pages;
-            let weighted = own.stamp as u128 * own.pages as u128
-                + other.stamp as u128 * other.pages as u128;
+            let weighted =
+                own.stamp as u128 * own.pages as u128 + other.stamp as u128 * other.pages as u128;
             let merged = &mut self.spans[other_id as usize];
             merged.start = own.start.min(other.start);
             merged.pages = total;
@@ -360,7 +369,12 @@ impl Heap {
             // SAFETY: the reservation was made above.
             unsafe { os::advise_huge(base, bytes, huge) };
         }
-        let region = Some(Region { base, bytes, frontier: 0, area });
+        let region = Some(Region {
+            base,
+            bytes,
+            frontier: 0,
+            area,
+        });
         let vacant = self.regions.iter().position(Option::is_none);
         Some(match vacant {
             Some(index) => {
@@ -378,17 +392,18 @@ impl Heap {
     fn extend(&mut self, map: &AddressMap<12>, area: Area, pages: usize) -> Option<u32> {
         let need = pages * PAGE_BYTES;
         let fits = |region: &Option<Region>| {
-            region.as_ref().is_some_and(|region| {
-                region.area == area && region.bytes - region.frontier >= need
-            })
+            region
+                .as_ref()
+                .is_some_and(|region| region.area == area && region.bytes - region.frontier >= need)
         };
         let index = match self.regions.iter().position(fits) {
             Some(index) => index,
             None => self.add_region(area, need)?,
         };
         let region = self.regions[index].as_mut().expect("found or made above");
-        let bytes =
-            need.next_multiple_of(os::HUGE_PAGE_BYTES).min(region.bytes - region.frontier);
+        let bytes = need
+            .next_multiple_of(os::HUGE_PAGE_BYTES)
+            .min(region.bytes - region.frontier);
         let start = region.base.as_ptr() as usize + region.frontier;
         // Make the map's tables now, so that marking spans later cannot fail.
         let leaf = (1usize << 18) * PAGE_BYTES;
@@ -424,9 +439,15 @@ impl Heap {
     pub(super) fn release_empty_regions(&mut self, map: &AddressMap<12>) -> bool {
         let mut any = false;
         for index in 0..self.regions.len() {
-            let Some(region) = &self.regions[index] else { continue };
+            let Some(region) = &self.regions[index] else {
+                continue;
+            };
             let base = region.base;
-            let word = if region.frontier == 0 { 0 } else { map.get(base.as_ptr() as usize) };
+            let word = if region.frontier == 0 {
+                0
+            } else {
+                map.get(base.as_ptr() as usize)
+            };
             if word == 0 {
                 continue;
             }
@@ -469,7 +490,14 @@ impl Heap {
             Area::Huge => HUGE_COLOURS,
         };
         let pages = (size + (colours - 1) * COLOUR_BYTES).div_ceil(PAGE_BYTES);
-        (pages, if alignment > PAGE_BYTES { alignment / PAGE_BYTES - 1 } else { 0 })
+        (
+            pages,
+            if alignment > PAGE_BYTES {
+                alignment / PAGE_BYTES - 1
+            } else {
+                0
+            },
+        )
     }
 
     /// Take a block. `lazy` asks for pages that the kernel zeroes when they are touched.
@@ -483,7 +511,11 @@ impl Heap {
         let area = Self::area_of(size, alignment);
         let (pages, extra) = Self::pages_for(area, size, alignment);
         let (id, hot) = self.find(map, area, pages + extra, lazy)?;
-        let id = if extra > 0 { self.align(map, id, pages, alignment, hot) } else { id };
+        let id = if extra > 0 {
+            self.align(map, id, pages, alignment, hot)
+        } else {
+            id
+        };
         Some(self.hand_out(map, id, size, alignment, hot, lazy))
     }
 
@@ -510,7 +542,12 @@ impl Heap {
                 self.demand_bytes = self.demand_bytes.max(self.hot_bytes);
             }
             self.remove_free(id);
-            self.split(map, id, pages, if was_hot { State::Hot } else { State::Cold });
+            self.split(
+                map,
+                id,
+                pages,
+                if was_hot { State::Hot } else { State::Cold },
+            );
             return Some((id, was_hot));
         }
         self.learn_from_miss(pages * PAGE_BYTES);
@@ -619,7 +656,8 @@ impl Heap {
 
     /// Size of the live block at `address`, or 0.
     pub(super) fn block_bytes(&self, map: &AddressMap<12>, address: usize) -> usize {
-        self.used_at(map, address).map_or(0, |id| self.spans[id as usize].size)
+        self.used_at(map, address)
+            .map_or(0, |id| self.spans[id as usize].size)
     }
 
     /// Take the block at `address` back; returns its size, or 0 if there is none.
@@ -669,7 +707,11 @@ impl Heap {
         self.remove_free(id);
         let span = &mut self.spans[id as usize];
         span.state = State::Purging;
-        let victim = Victim { id, start: pointer(span.start), bytes: span.bytes() };
+        let victim = Victim {
+            id,
+            start: pointer(span.start),
+            bytes: span.bytes(),
+        };
         self.purging_bytes += victim.bytes;
         victim
     }
@@ -678,7 +720,9 @@ impl Heap {
     fn purge_to(&mut self, limit: usize) -> Vec<Victim> {
         let mut victims = Vec::new();
         while self.hot_bytes > limit {
-            let Some(&(_, id)) = self.by_age.first() else { break };
+            let Some(&(_, id)) = self.by_age.first() else {
+                break;
+            };
             victims.push(self.start_purge(id));
         }
         victims
@@ -748,7 +792,14 @@ impl Heap {
         let mut indexed = [[0usize; 2]; 3];
         let mut used_count = 0u64;
         for region in self.regions.iter().flatten() {
-            self.check_region(map, region, report, &mut sums, &mut indexed, &mut used_count);
+            self.check_region(
+                map,
+                region,
+                report,
+                &mut sums,
+                &mut indexed,
+                &mut used_count,
+            );
         }
         let [used, quick, hot, cold, purging] = sums;
         for (name, counted, walked) in [
@@ -764,14 +815,18 @@ impl Heap {
             });
         }
         report.expect(used_count == self.counts.current_count, || {
-            format!("large: {} blocks are counted, {used_count} found", self.counts.current_count)
+            format!(
+                "large: {} blocks are counted, {used_count} found",
+                self.counts.current_count
+            )
         });
         for area in AREAS {
             let index = &self.areas[area as usize];
             let found = indexed[area as usize];
-            report.expect(index.hot.len() == found[0] && index.cold.len() == found[1], || {
-                format!("large: the free index of {area:?} disagrees with the walk")
-            });
+            report.expect(
+                index.hot.len() == found[0] && index.cold.len() == found[1],
+                || format!("large: the free index of {area:?} disagrees with the walk"),
+            );
         }
     }
 
@@ -789,18 +844,27 @@ impl Heap {
         let mut previous = None;
         while at < base + region.frontier {
             let word = map.get(at);
-            let Some(span) = word.checked_sub(1).and_then(|id| self.spans.get(id as usize)) else {
+            let Some(span) = word
+                .checked_sub(1)
+                .and_then(|id| self.spans.get(id as usize))
+            else {
                 report.expect(false, || format!("large: no span at offset {}", at - base));
                 return;
             };
             let broken = span.start != at || span.pages == 0 || span.area != region.area;
-            report.expect(!broken, || format!("large: broken span at offset {}", at - base));
+            report.expect(!broken, || {
+                format!("large: broken span at offset {}", at - base)
+            });
             if broken {
                 return;
             }
             let free = matches!(span.state, State::Hot | State::Cold);
             report.expect(!(free && previous == Some(span.state)), || {
-                format!("large: two {:?} neighbours at offset {}", span.state, at - base)
+                format!(
+                    "large: two {:?} neighbours at offset {}",
+                    span.state,
+                    at - base
+                )
             });
             let kind = match span.state {
                 State::Used => 0,
@@ -818,8 +882,11 @@ impl Heap {
                 let index = &self.areas[span.area as usize];
                 let hot = span.state == State::Hot;
                 indexed[span.area as usize][usize::from(!hot)] += 1;
-                let listed =
-                    if hot { index.hot.contains(&entry) } else { index.cold.contains(&entry) };
+                let listed = if hot {
+                    index.hot.contains(&entry)
+                } else {
+                    index.cold.contains(&entry)
+                };
                 report.expect(listed, || {
                     format!("large: free span at offset {} is not indexed", at - base)
                 });

@@ -55,8 +55,9 @@ struct Shared {
     options: Options,
     heap: Mutex<Heap>,
     map: AddressMap<12>,
-    /// Bytes kept; `SeqCst` because the background thread sleeps on it being 0 (see `Bell`).
+    /// Bytes kept. Read by reports and limits only, so `Relaxed` suffices.
     kept: AtomicUsize,
+    /// Whether a tick has anything to do. `Relaxed`: `Bell` has the fences.
     fades: AtomicBool,
 }
 
@@ -69,13 +70,20 @@ impl LargeObjectResource {
     /// A heap that holds nothing yet.
     pub fn new(options: Options) -> Result<Self> {
         if !os::supported() {
-            return Err(Error::invalid("LargeObjectResource", "needs a kernel with 4 KiB pages"));
+            return Err(Error::invalid(
+                "LargeObjectResource",
+                "needs a kernel with 4 KiB pages",
+            ));
         }
         let map = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for the page map"))?;
         let shared = Arc::new(Shared {
             options,
-            heap: Mutex::new(Heap::new(options.fit, options.huge_pages, options.cache_cap)),
+            heap: Mutex::new(Heap::new(
+                options.fit,
+                options.huge_pages,
+                options.cache_cap,
+            )),
             map,
             kept: AtomicUsize::new(0),
             fades: AtomicBool::new(false),
@@ -92,8 +100,8 @@ impl LargeObjectResource {
 
 impl Shared {
     fn publish(&self, heap: &Heap) {
-        self.kept.store(heap.cached_bytes(), Ordering::SeqCst);
-        self.fades.store(heap.fades(), Ordering::SeqCst);
+        self.kept.store(heap.cached_bytes(), Ordering::Relaxed);
+        self.fades.store(heap.fades(), Ordering::Relaxed);
     }
 
     /// Give victims back to the kernel, without the lock, then note it; returns the bytes.
@@ -111,7 +119,10 @@ impl Shared {
         let mut heap = self.heap.lock();
         heap.end_purge(&self.map, &done);
         self.publish(&heap);
-        done.iter().filter(|(_, given)| *given).map(|(victim, _)| victim.bytes).sum()
+        done.iter()
+            .filter(|(_, given)| *given)
+            .map(|(victim, _)| victim.bytes)
+            .sum()
     }
 
     /// Take a block; when the kernel refuses, give back all that is kept and try once more.
@@ -120,8 +131,11 @@ impl Shared {
         {
             let mut heap = self.heap.lock();
             if let Some(taken) = heap.take(&self.map, size, alignment, lazy) {
-                let excess =
-                    if taken.reused { Vec::new() } else { heap.excess_after_fresh() };
+                let excess = if taken.reused {
+                    Vec::new()
+                } else {
+                    heap.excess_after_fresh()
+                };
                 self.publish(&heap);
                 return Some((taken, excess));
             }
@@ -138,8 +152,12 @@ impl Shared {
 
 impl Ages for Shared {
     fn age(&self) {
-        let Some(decay) = self.options.decay_milliseconds else { return };
-        let Some(until) = os::now_milliseconds().checked_sub(decay) else { return };
+        let Some(decay) = self.options.decay_milliseconds else {
+            return;
+        };
+        let Some(until) = os::now_milliseconds().checked_sub(decay) else {
+            return;
+        };
         let victims = {
             let mut heap = self.heap.lock();
             let victims = heap.aged(&self.map, until);
@@ -150,7 +168,7 @@ impl Ages for Shared {
     }
 
     fn keeps(&self) -> bool {
-        self.fades.load(Ordering::SeqCst)
+        self.fades.load(Ordering::Relaxed)
     }
 }
 
@@ -190,7 +208,11 @@ unsafe impl Resource for LargeObjectResource {
             // SAFETY: the block has at least `size` bytes, and nobody has seen it yet.
             unsafe { taken.data.write_bytes(0, request.size()) };
         }
-        Ok(Block { address: taken.data, size: taken.size, reused: taken.reused })
+        Ok(Block {
+            address: taken.data,
+            size: taken.size,
+            reused: taken.reused,
+        })
     }
 
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
@@ -211,13 +233,21 @@ unsafe impl Resource for LargeObjectResource {
     }
 
     unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        self.shared.heap.lock().block_bytes(&self.shared.map, address.as_ptr() as usize)
+        self.shared
+            .heap
+            .lock()
+            .block_bytes(&self.shared.map, address.as_ptr() as usize)
     }
 
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         let address = address.as_ptr() as usize;
         if self.shared.map.get(address) != 0
-            && self.shared.heap.lock().block_bytes(&self.shared.map, address) > 0
+            && self
+                .shared
+                .heap
+                .lock()
+                .block_bytes(&self.shared.map, address)
+                > 0
         {
             Ownership::Yes
         } else {
@@ -255,14 +285,21 @@ unsafe impl Resource for LargeObjectResource {
     }
 
     fn cached_bytes(&self) -> usize {
-        self.shared.kept.load(Ordering::SeqCst)
+        self.shared.kept.load(Ordering::Relaxed)
     }
 
     fn trim(&self, target_bytes: usize) -> usize {
-        let victims = self.shared.heap.lock().excess_over(&self.shared.map, target_bytes);
+        let victims = self
+            .shared
+            .heap
+            .lock()
+            .excess_over(&self.shared.map, target_bytes);
         let bytes = self.shared.purge(victims);
         if os::address_space_limit().is_some() {
-            self.shared.heap.lock().release_empty_regions(&self.shared.map);
+            self.shared
+                .heap
+                .lock()
+                .release_empty_regions(&self.shared.map);
         }
         bytes
     }

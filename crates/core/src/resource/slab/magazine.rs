@@ -16,9 +16,13 @@ pub(super) struct Magazine {
 }
 
 impl Magazine {
-    pub(super) fn empty(class: usize) -> Box<Self> {
+    pub(super) fn empty(class: usize) -> Self {
         let rounds = vec![std::ptr::null_mut(); magazine_rounds(class)].into_boxed_slice();
-        Box::new(Magazine { count: 0, fresh: 0, rounds })
+        Magazine {
+            count: 0,
+            fresh: 0,
+            rounds,
+        }
     }
 
     #[inline]
@@ -27,11 +31,17 @@ impl Magazine {
     }
 }
 
-/// A thread's two magazines of one class, and what passed through them.
+/// A thread's two magazines of one class.
 pub(super) struct Pair {
-    pub loaded: Box<Magazine>,
-    pub previous: Box<Magazine>,
-    /// Written by the owning thread only, read by reports: `Relaxed` loads and stores suffice.
+    pub loaded: Magazine,
+    pub previous: Magazine,
+}
+
+/// What passed through a thread's magazines of one class.
+///
+/// Written by the owning thread only, read by reports: `Relaxed` loads and stores suffice.
+#[derive(Default)]
+pub(super) struct Counts {
     pub allocated: AtomicU64,
     pub freed: AtomicU64,
     pub misses: AtomicU64,
@@ -44,62 +54,59 @@ pub(super) fn bump(counter: &AtomicU64) {
 }
 
 impl Pair {
-    fn new(class: usize) -> Self {
-        Pair {
-            loaded: Magazine::empty(class),
-            previous: Magazine::empty(class),
-            allocated: AtomicU64::new(0),
-            freed: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
-        }
-    }
-
     /// A block and whether it was used before; `None` if both magazines are empty.
     #[inline]
-    pub(super) fn pop(&mut self) -> Option<(*mut u8, bool)> {
+    pub(super) fn pop(&mut self, counts: &Counts) -> Option<(*mut u8, bool)> {
         if self.loaded.count == 0 {
             if self.previous.count == 0 {
                 return None;
             }
             std::mem::swap(&mut self.loaded, &mut self.previous);
         }
-        let magazine = &mut *self.loaded;
+        let magazine = &mut self.loaded;
         magazine.count -= 1;
         let index = magazine.count;
         let address = magazine.rounds[index as usize];
-        bump(&self.allocated);
+        bump(&counts.allocated);
         let reused = index >= magazine.fresh;
         if !reused {
             magazine.fresh = index;
-            bump(&self.misses);
+            bump(&counts.misses);
         }
         Some((address, reused))
     }
 
     /// Put a block back; false if both magazines are full.
     #[inline]
-    pub(super) fn push(&mut self, address: *mut u8) -> bool {
+    pub(super) fn push(&mut self, counts: &Counts, address: *mut u8) -> bool {
         if self.loaded.is_full() {
             if self.previous.is_full() {
                 return false;
             }
             std::mem::swap(&mut self.loaded, &mut self.previous);
         }
-        let magazine = &mut *self.loaded;
+        let magazine = &mut self.loaded;
         magazine.rounds[magazine.count as usize] = address;
         magazine.count += 1;
-        bump(&self.freed);
+        bump(&counts.freed);
         true
     }
 }
 
-/// A thread's magazines for one slab. Only that thread touches the magazines; others read counters.
+/// A thread's magazines for one slab. Only that thread touches `pairs`; others read `counts`.
 pub(super) struct ThreadCache {
     pub pairs: [Pair; CLASS_COUNT],
+    pub counts: [Counts; CLASS_COUNT],
 }
 
 impl ThreadCache {
     pub(super) fn new() -> Box<Self> {
-        Box::new(ThreadCache { pairs: std::array::from_fn(Pair::new) })
+        Box::new(ThreadCache {
+            pairs: std::array::from_fn(|class| Pair {
+                loaded: Magazine::empty(class),
+                previous: Magazine::empty(class),
+            }),
+            counts: std::array::from_fn(|_| Counts::default()),
+        })
     }
 }

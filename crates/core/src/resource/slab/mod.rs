@@ -19,12 +19,12 @@ use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use classes::{CLASS_COUNT, RUN_BYTES, alignment, block_bytes, class_of, magazine_rounds};
-use magazine::{Magazine, ThreadCache};
+use magazine::{Counts, Magazine, Pair, ThreadCache};
 use parking_lot::Mutex;
 use run::Run;
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
 pub use classes::MAX_BLOCK_BYTES;
@@ -37,8 +37,8 @@ const REST_TICKS: u64 = 4;
 /// The part of a class that its lock guards.
 struct Class {
     index: usize,
-    full: Vec<Box<Magazine>>,
-    empty: Vec<Box<Magazine>>,
+    full: Vec<Magazine>,
+    empty: Vec<Magazine>,
     /// Fewest full magazines since the last tick: that many were not needed.
     full_low_water: usize,
     runs: Vec<*mut Run>,
@@ -69,7 +69,7 @@ struct Shared {
     invalid_frees: AtomicU64,
     purged_total: AtomicU64,
     tick: AtomicU64,
-    /// Whether a tick may find something to give back; `SeqCst`, see `Bell`.
+    /// Whether a tick may find something to give back. `Relaxed`: `Bell` has the fences.
     dirty: AtomicBool,
 }
 
@@ -103,7 +103,10 @@ struct Slot {
 const SLOTS: usize = 4;
 
 /// All caches of a thread; its drop, at the thread's end, returns them.
-struct Owned(RefCell<Vec<(u64, Weak<Shared>, NonNull<ThreadCache>)>>);
+struct Owned(RefCell<Vec<OwnedCache>>);
+
+/// A cache of the thread, by slab id.
+type OwnedCache = (u64, Weak<Shared>, NonNull<ThreadCache>);
 
 thread_local! {
     static FAST: [Cell<Slot>; SLOTS] = const {
@@ -116,7 +119,10 @@ impl Drop for Owned {
     fn drop(&mut self) {
         FAST.with(|slots| {
             for slot in slots {
-                slot.set(Slot { id: 0, cache: std::ptr::null_mut() });
+                slot.set(Slot {
+                    id: 0,
+                    cache: std::ptr::null_mut(),
+                });
             }
         });
         for (_, shared, cache) in self.0.take() {
@@ -132,7 +138,11 @@ impl Shared {
     #[inline]
     fn cache(self: &Arc<Self>) -> Option<*mut ThreadCache> {
         let slot = FAST.with(|slots| slots[self.id as usize % SLOTS].get());
-        if slot.id == self.id { Some(slot.cache) } else { self.find_cache() }
+        if slot.id == self.id {
+            Some(slot.cache)
+        } else {
+            self.find_cache()
+        }
     }
 
     #[cold]
@@ -150,7 +160,10 @@ impl Shared {
                 cache
             })
             .ok()?;
-        let slot = Slot { id: self.id, cache: cache.as_ptr() };
+        let slot = Slot {
+            id: self.id,
+            cache: cache.as_ptr(),
+        };
         FAST.with(|slots| slots[self.id as usize % SLOTS].set(slot));
         Some(cache.as_ptr())
     }
@@ -178,10 +191,14 @@ impl Shared {
         let mut caches = self.caches.lock();
         // SAFETY: the cache was leaked by `find_cache` and is removed from the list below.
         let cache_box = unsafe { Box::from_raw(cache.as_ptr()) };
-        for (pair, retired) in cache_box.pairs.iter().zip(&self.retired) {
-            retired.allocated.fetch_add(pair.allocated.load(Relaxed), Relaxed);
-            retired.freed.fetch_add(pair.freed.load(Relaxed), Relaxed);
-            retired.misses.fetch_add(pair.misses.load(Relaxed), Relaxed);
+        for (counts, retired) in cache_box.counts.iter().zip(&self.retired) {
+            retired
+                .allocated
+                .fetch_add(counts.allocated.load(Relaxed), Relaxed);
+            retired.freed.fetch_add(counts.freed.load(Relaxed), Relaxed);
+            retired
+                .misses
+                .fetch_add(counts.misses.load(Relaxed), Relaxed);
         }
         caches.retain(|entry| *entry != cache);
     }
@@ -197,12 +214,15 @@ impl Shared {
     }
 
     fn came_in(&self, class: usize, blocks: usize) {
-        self.out_bytes.fetch_sub((blocks * block_bytes(class)) as u64, Relaxed);
+        self.out_bytes
+            .fetch_sub((blocks * block_bytes(class)) as u64, Relaxed);
         self.out_count.fetch_sub(blocks as u64, Relaxed);
     }
 
     fn draw_run(&self, class: &mut Class) -> Result<*mut Run> {
-        let block = self.upstream.allocate(Request::new(RUN_BYTES, RUN_BYTES, false)?)?;
+        let block = self
+            .upstream
+            .allocate(Request::new(RUN_BYTES, RUN_BYTES, false)?)?;
         class.colour = class.colour.wrapping_add(1);
         let mut run = Box::new(Run::new(block.address, class.index, class.colour));
         run.index = class.runs.len();
@@ -214,7 +234,10 @@ impl Shared {
             drop(unsafe { Box::from_raw(run) });
             // SAFETY: drawn above, seen by nobody.
             unsafe { self.upstream.deallocate(block.address) };
-            return Err(Error::out_of_memory(RUN_BYTES, "no address space for the slab's table"));
+            return Err(Error::out_of_memory(
+                RUN_BYTES,
+                "no address space for the slab's table",
+            ));
         }
         class.runs.push(run);
         class.partial.push(run);
@@ -222,9 +245,11 @@ impl Shared {
     }
 
     fn return_run(&self, class: &mut Class, run: *mut Run) {
-        // SAFETY: runs in the lists are live boxes, and the class's lock is held.
-        let (base, index, purged) =
-            unsafe { ((*run).base, (*run).index, (*run).purged_bytes()) };
+        let (base, index, purged) = {
+            // SAFETY: runs in the lists are live boxes, and the class's lock is held.
+            let run = unsafe { &*run };
+            (run.base, run.index, run.purged_bytes())
+        };
         unlist_partial(class, run);
         class.runs.swap_remove(index);
         if let Some(&moved) = class.runs.get(index) {
@@ -240,7 +265,7 @@ impl Shared {
     }
 
     /// Fill an empty magazine from the depot or the runs.
-    fn refill(&self, class: &mut Class, magazine: &mut Box<Magazine>) -> Result<()> {
+    fn refill(&self, class: &mut Class, magazine: &mut Magazine) -> Result<()> {
         debug_assert_eq!(magazine.count, 0);
         if let Some(full) = class.full.pop() {
             class.full_low_water = class.full_low_water.min(class.full.len());
@@ -310,9 +335,9 @@ impl Shared {
         let mut guard = self.classes[class].lock();
         if let Some(cache) = cache {
             // SAFETY: the calling thread's own cache.
-            let pair = unsafe { &mut (*cache).pairs[class] };
+            let (pair, counts) = unsafe { own(cache, class) };
             self.refill(&mut guard, &mut pair.loaded)?;
-            return Ok(pair.pop().expect("just refilled"));
+            return Ok(pair.pop(counts).expect("just refilled"));
         }
         let mut magazine = Magazine::empty(class);
         self.refill(&mut guard, &mut magazine)?;
@@ -332,7 +357,7 @@ impl Shared {
         let mut guard = self.classes[class].lock();
         if let Some(cache) = cache {
             // SAFETY: the calling thread's own cache.
-            let pair = unsafe { &mut (*cache).pairs[class] };
+            let (pair, counts) = unsafe { own(cache, class) };
             let empty = guard.empty.pop().unwrap_or_else(|| Magazine::empty(class));
             let full = std::mem::replace(&mut pair.previous, empty);
             self.came_in(class, full.count as usize);
@@ -342,7 +367,7 @@ impl Shared {
                 self.drain(&mut guard, &mut oldest);
                 guard.empty.push(oldest);
             }
-            let taken = pair.push(address);
+            let taken = pair.push(counts, address);
             debug_assert!(taken);
         } else {
             self.put(&mut guard, address);
@@ -360,12 +385,13 @@ impl Shared {
     }
 
     fn went_out_quietly(&self, class: usize, blocks: usize) {
-        self.out_bytes.fetch_add((blocks * block_bytes(class)) as u64, Relaxed);
+        self.out_bytes
+            .fetch_add((blocks * block_bytes(class)) as u64, Relaxed);
         self.out_count.fetch_add(blocks as u64, Relaxed);
     }
 
     fn wake(&self) {
-        self.dirty.store(true, Ordering::SeqCst);
+        self.dirty.store(true, Relaxed);
         background::wake();
     }
 
@@ -376,7 +402,11 @@ impl Shared {
         let mut waiting = false;
         for class in &self.classes {
             let mut class = class.lock();
-            let unneeded = if everything { class.full.len() } else { class.full_low_water };
+            let unneeded = if everything {
+                class.full.len()
+            } else {
+                class.full_low_water
+            };
             for _ in 0..unneeded {
                 let mut magazine = class.full.remove(0);
                 self.drain(&mut class, &mut magazine);
@@ -399,7 +429,7 @@ impl Shared {
         }
         self.purged_total.fetch_add(given as u64, Relaxed);
         if !waiting {
-            self.dirty.store(false, Ordering::SeqCst);
+            self.dirty.store(false, Relaxed);
         }
         given
     }
@@ -415,14 +445,11 @@ impl Shared {
                 retired.misses.load(Relaxed),
             );
             for cache in caches.iter() {
-                // SAFETY: caches in the list are live; only their atomics are read.
-                let pairs = unsafe { &raw const (*cache.as_ptr()).pairs[class] };
-                // SAFETY: as above.
-                let (allocated, freed, misses) =
-                    unsafe { (&(*pairs).allocated, &(*pairs).freed, &(*pairs).misses) };
-                sums.0 += allocated.load(Relaxed);
-                sums.1 += freed.load(Relaxed);
-                sums.2 += misses.load(Relaxed);
+                // SAFETY: caches in the list are live, and `counts` is never borrowed mutably.
+                let counts = unsafe { &(*cache.as_ptr()).counts[class] };
+                sums.0 += counts.allocated.load(Relaxed);
+                sums.1 += counts.freed.load(Relaxed);
+                sums.2 += counts.misses.load(Relaxed);
             }
             sums
         })
@@ -432,9 +459,25 @@ impl Shared {
     fn run_bytes(&self) -> (usize, usize) {
         self.classes.iter().fold((0, 0), |(runs, purged), class| {
             let class = class.lock();
-            (runs + class.runs.len() * RUN_BYTES, purged + class.purged_bytes)
+            (
+                runs + class.runs.len() * RUN_BYTES,
+                purged + class.purged_bytes,
+            )
         })
     }
+}
+
+/// A thread's magazines of a class, and their counts.
+///
+/// # Safety
+/// `cache` is the calling thread's own; the borrow ends before the cache is used again.
+#[inline]
+unsafe fn own<'a>(cache: *mut ThreadCache, class: usize) -> (&'a mut Pair, &'a Counts) {
+    // SAFETY: the caller's promise; only the owner borrows `pairs`.
+    let pair = unsafe { &mut (*cache).pairs[class] };
+    // SAFETY: a live cache; `counts` is only ever borrowed shared.
+    let counts = unsafe { &(*cache).counts[class] };
+    (pair, counts)
 }
 
 fn list_partial(class: &mut Class, run: *mut Run) {
@@ -445,7 +488,9 @@ fn list_partial(class: &mut Class, run: *mut Run) {
 
 fn unlist_partial(class: &mut Class, run: *mut Run) {
     // SAFETY: a live run of this class, whose lock is held.
-    let Some(index) = (unsafe { (*run).partial_index.take() }) else { return };
+    let Some(index) = (unsafe { (*run).partial_index.take() }) else {
+        return;
+    };
     class.partial.swap_remove(index);
     if let Some(&moved) = class.partial.get(index) {
         // SAFETY: as above.
@@ -474,13 +519,13 @@ impl Drop for Shared {
 impl Ages for Shared {
     fn age(&self) {
         self.tick.fetch_add(1, Relaxed);
-        if self.dirty.load(Ordering::SeqCst) {
+        if self.dirty.load(Relaxed) {
             self.give_back(false);
         }
     }
 
     fn keeps(&self) -> bool {
-        self.dirty.load(Ordering::SeqCst)
+        self.dirty.load(Relaxed)
     }
 }
 
@@ -576,8 +621,11 @@ impl SlabResource {
     fn put_back(&self, class: usize, address: NonNull<u8>) -> usize {
         let cache = self.shared.cache();
         let pushed = match cache {
-            // SAFETY: the calling thread's own cache.
-            Some(cache) => unsafe { (*cache).pairs[class].push(address.as_ptr()) },
+            Some(cache) => {
+                // SAFETY: the calling thread's own cache.
+                let (pair, counts) = unsafe { own(cache, class) };
+                pair.push(counts, address.as_ptr())
+            }
             None => false,
         };
         if !pushed {
@@ -610,8 +658,11 @@ unsafe impl Resource for SlabResource {
         }
         let cache = self.shared.cache();
         let popped = match cache {
-            // SAFETY: the calling thread's own cache.
-            Some(cache) => unsafe { (*cache).pairs[class].pop() },
+            Some(cache) => {
+                // SAFETY: the calling thread's own cache.
+                let (pair, counts) = unsafe { own(cache, class) };
+                pair.pop(counts)
+            }
             None => None,
         };
         let (address, reused) = match popped {
@@ -624,7 +675,11 @@ unsafe impl Resource for SlabResource {
             // SAFETY: the block holds `size` bytes, and nobody has seen it yet.
             unsafe { address.write_bytes(0, size) };
         }
-        Ok(Block { address, size: block_bytes(class), reused })
+        Ok(Block {
+            address,
+            size: block_bytes(class),
+            reused,
+        })
     }
 
     #[inline]
@@ -681,8 +736,9 @@ unsafe impl Resource for SlabResource {
         }
         let total_count = own.total_count + passed.total_count;
         let misses = own.misses + passed.misses;
-        let free_in_runs =
-            (run_bytes as u64).saturating_sub(purged as u64).saturating_sub(own.current_bytes);
+        let free_in_runs = (run_bytes as u64)
+            .saturating_sub(purged as u64)
+            .saturating_sub(own.current_bytes);
         let peak = |counter: &AtomicU64, current: u64| counter.load(Relaxed).max(current);
         let current_bytes = own.current_bytes + passed.current_bytes;
         let current_count = own.current_count + passed.current_count;
@@ -722,7 +778,11 @@ unsafe impl Resource for SlabResource {
         let mut out = 0;
         for class in &shared.classes {
             let class = class.lock();
-            let racked: usize = class.full.iter().map(|magazine| magazine.count as usize).sum();
+            let racked: usize = class
+                .full
+                .iter()
+                .map(|magazine| magazine.count as usize)
+                .sum();
             let mut used = 0;
             let mut purged = 0;
             for (index, &run) in class.runs.iter().enumerate() {
@@ -742,7 +802,10 @@ unsafe impl Resource for SlabResource {
                 format!("slab: purged bytes of class {} disagree", class.index)
             });
             report.expect(used >= racked, || {
-                format!("slab: class {} has more in its depot than its runs gave", class.index)
+                format!(
+                    "slab: class {} has more in its depot than its runs gave",
+                    class.index
+                )
             });
             out += (used - racked.min(used)) * block_bytes(class.index);
         }
@@ -750,7 +813,10 @@ unsafe impl Resource for SlabResource {
         let counted = shared.out_bytes.load(Relaxed);
         report.count("slab.out_bytes", out as u64);
         report.expect(counted == out as u64 + passed, || {
-            format!("slab: {counted} bytes are counted as out, {} found", out as u64 + passed)
+            format!(
+                "slab: {counted} bytes are counted as out, {} found",
+                out as u64 + passed
+            )
         });
         shared.upstream.check(report);
     }

@@ -81,15 +81,20 @@ impl Run {
     /// Used ones are preferred; returns how many of the blocks are fresh.
     pub(super) fn take(&mut self, out: &mut [*mut u8], wanted: usize) -> usize {
         let wanted = wanted.min(self.free_count).min(out.len());
-        let used_free: usize =
-            (0..WORDS).map(|w| (self.free[w] & !self.fresh[w]).count_ones() as usize).sum();
+        let used_free: usize = (0..WORDS)
+            .map(|w| (self.free[w] & !self.fresh[w]).count_ones() as usize)
+            .sum();
         let fresh_wanted = wanted.saturating_sub(used_free);
         let mut taken = 0;
         for fresh in [true, false] {
             let until = if fresh { fresh_wanted } else { wanted };
             for word in 0..WORDS {
                 while taken < until {
-                    let mask = if fresh { self.fresh[word] } else { !self.fresh[word] };
+                    let mask = if fresh {
+                        self.fresh[word]
+                    } else {
+                        !self.fresh[word]
+                    };
                     let candidates = self.free[word] & mask;
                     if candidates == 0 {
                         break;
@@ -103,7 +108,9 @@ impl Run {
         }
         debug_assert_eq!(taken, wanted);
         for address in &out[..fresh_wanted] {
-            let index = self.index_of(*address as usize).expect("one of this run's blocks");
+            let index = self
+                .index_of(*address as usize)
+                .expect("one of this run's blocks");
             self.fresh[index / 64] &= !(1 << (index % 64));
             self.unpurge(index);
         }
@@ -124,7 +131,9 @@ impl Run {
 
     /// Take a block back; false if it is no block of this run or is free already.
     pub(super) fn put(&mut self, address: usize) -> bool {
-        let Some(index) = self.index_of(address) else { return false };
+        let Some(index) = self.index_of(address) else {
+            return false;
+        };
         let (word, bit) = (index / 64, 1u64 << (index % 64));
         if self.free[word] & bit != 0 {
             return false;
@@ -161,7 +170,9 @@ impl Run {
             given += PAGE_BYTES;
         }
         for index in 0..self.capacity {
-            let gone = self.pages_of(index).all(|page| self.purged & (1 << page) != 0);
+            let gone = self
+                .pages_of(index)
+                .all(|page| self.purged & (1 << page) != 0);
             if gone {
                 self.fresh[index / 64] |= 1 << (index % 64);
             }
@@ -197,13 +208,21 @@ mod tests {
             assert_eq!(run.free_count, 0);
             let mut addresses: Vec<usize> = out[..all].iter().map(|a| *a as usize).collect();
             addresses.sort_unstable();
-            assert!(addresses.windows(2).all(|pair| pair[1] - pair[0] >= block_bytes(class)));
+            assert!(
+                addresses
+                    .windows(2)
+                    .all(|pair| pair[1] - pair[0] >= block_bytes(class))
+            );
             assert!(addresses[0] >= base.as_ptr() as usize);
             assert!(addresses[all - 1] + block_bytes(class) <= base.as_ptr() as usize + RUN_BYTES);
             assert!(run.put(addresses[0]));
             assert!(!run.put(addresses[0]), "a double free is seen");
             assert!(!run.put(addresses[0] + 1), "an inner address is no block");
-            assert_eq!(run.take(&mut out, 1), 0, "a block that was used is not fresh");
+            assert_eq!(
+                run.take(&mut out, 1),
+                0,
+                "a block that was used is not fresh"
+            );
             assert!(run.counts_agree());
             // SAFETY: allocated above.
             unsafe { os::libc_deallocate(base) };
@@ -229,7 +248,10 @@ mod tests {
         // SAFETY: block 10 is live.
         assert_eq!(unsafe { out[10].read() }, 7);
         let fresh = run.take(&mut out[..4], 4);
-        assert_eq!(fresh, 1, "the three free blocks beside the live one were kept");
+        assert_eq!(
+            fresh, 1,
+            "the three free blocks beside the live one were kept"
+        );
         // SAFETY: allocated above.
         unsafe { os::libc_deallocate(base) };
     }

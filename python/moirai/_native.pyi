@@ -1,0 +1,266 @@
+"""The compiled core. Import it through `moirai.memory`, never directly."""
+
+from types import TracebackType
+from typing import Any, Literal, Self, final
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = [
+    "Buffer",
+    "HealthReport",
+    "LargeObjectResource",
+    "LimitAdaptor",
+    "PoolResource",
+    "Resource",
+    "SlabResource",
+    "Statistics",
+    "StatisticsAdaptor",
+    "SystemResource",
+    "build_profile",
+    "handler_of",
+    "install",
+    "installed",
+    "largest_arrays",
+    "stop_background",
+    "uninstall",
+    "use",
+]
+
+@final
+class Buffer:
+    """One block of a resource; given back when the last view of it is gone.
+
+    Exports the buffer protocol (writable bytes), `numpy()` and DLPack, all without a copy. May be
+    dropped in any thread.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes asked for."""
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the block: the request rounded up to what the resource hands out."""
+    @property
+    def resource(self) -> Resource:
+        """The resource it came from."""
+    def numpy(
+        self, dtype: DTypeLike | None = None, shape: int | tuple[int, ...] | None = None
+    ) -> NDArray[Any]:
+        """The block as an array that keeps it alive; shape defaults to all of it in one dimension.
+
+        Args:
+            dtype: Any dtype without object references; None is uint8.
+            shape: A shape whose items fit the block.
+
+        Raises:
+            InvalidArgument: The dtype holds objects, or dtype and shape do not fit the block.
+        """
+    def __dlpack__(self, **options: Any) -> Any:
+        """DLPack export of the block as bytes; the keyword arguments are NumPy's."""
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """(1, 0): main memory."""
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+class Resource:
+    """A source of memory; the base of every resource and adaptor.
+
+    Not made directly. Every method may be called by any number of threads at once.
+    """
+
+    @property
+    def upstream(self) -> Resource | None:
+        """The resource this one draws from, or None."""
+    def allocate(
+        self, size_bytes: int, *, alignment_bytes: int = 64, zeroed: bool = False
+    ) -> Buffer:
+        """A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
+
+        Args:
+            size_bytes: >= 0; a block of 0 bytes is legal.
+            alignment_bytes: A power of two from 1 to 2 MiB; at least 64 is given.
+            zeroed: Whether the block must read as zero. From 4 MiB the kernel zeroes pages as they
+                are touched.
+
+        Raises:
+            InvalidArgument: A value above is out of its range.
+            OutOfMemory: The request cannot be met.
+        """
+    def statistics(self) -> Statistics:
+        """What happened so far."""
+    def trim(self, target_bytes: int = 0) -> int:
+        """Give kept memory back to the system until at most `target_bytes` are kept.
+
+        Returns:
+            Bytes given back. What other threads hold in their magazines stays.
+        """
+    def check(self) -> HealthReport:
+        """Walk the resource's own structures; raises nothing, reports all."""
+
+class SystemResource(Resource):
+    """Draws every block from the C library, 64-byte aligned.
+
+    libc does not say what it reuses, so every block counts as a miss.
+    """
+
+    def __new__(cls) -> Self: ...
+
+class LargeObjectResource(Resource):
+    """Spans of pages for large blocks."""
+
+    def __new__(
+        cls,
+        *,
+        fit: str = "best",
+        huge_pages: str = "auto",
+        cache_cap_bytes: int | None = None,
+        decay_seconds: float | None = 0.5,
+    ) -> Self: ...
+
+class PoolResource(Resource):
+    """A slab in front of a large-object heap: the general-purpose resource."""
+
+    def __new__(
+        cls,
+        *,
+        huge_pages: str = "auto",
+        cache_cap_bytes: int | None = None,
+        decay_seconds: float | None = 0.5,
+    ) -> Self: ...
+
+class SlabResource(Resource):
+    """Equal blocks by size class; what is larger than 32 KiB goes upstream."""
+
+    def __new__(cls, upstream: Resource) -> Self: ...
+
+class StatisticsAdaptor(Resource):
+    """Counts what passes through it on the way to `upstream`."""
+
+    def __new__(cls, upstream: Resource) -> Self: ...
+    def open_scope(self) -> int:
+        """Open a scope; the number names it."""
+    def scope_counts(self, scope: int) -> tuple[int, int, int, int, int] | None:
+        """(start, peak, total bytes; total count; current bytes) of an open scope, or None."""
+    def close_scope(self, scope: int) -> tuple[int, int, int, int, int] | None:
+        """Close a scope; its counts, or None if it is not open."""
+
+class LimitAdaptor(Resource):
+    """Refuses what would take the use of `upstream` above a limit."""
+
+    def __new__(cls, upstream: Resource, *, limit_bytes: int) -> Self: ...
+    @property
+    def limit_bytes(self) -> int:
+        """The limit in bytes."""
+
+@final
+class Statistics:
+    """Counts of a resource; bytes are block bytes, the request rounded up to its block.
+
+    `hits + misses == total_count`, and `cached_bytes <= resident_bytes`.
+    """
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes in blocks that are handed out now."""
+    @property
+    def current_count(self) -> int:
+        """Blocks that are handed out now."""
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes handed out at once; a slab counts blocks resting in magazines too."""
+    @property
+    def peak_count(self) -> int:
+        """Most blocks handed out at once, with the same remark."""
+    @property
+    def total_bytes(self) -> int:
+        """Bytes handed out so far."""
+    @property
+    def total_count(self) -> int:
+        """Blocks handed out so far."""
+    @property
+    def hits(self) -> int:
+        """Blocks served from memory that was used before and kept."""
+    @property
+    def misses(self) -> int:
+        """Blocks served from memory new from the kernel, or from libc, which does not say."""
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes held from the kernel, handed out or kept, whether touched or not."""
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes held from the kernel that are not handed out."""
+    @property
+    def reused_bytes(self) -> int:
+        """Bytes of kept spans of pages that were handed out again."""
+    @property
+    def reused_pages(self) -> int:
+        """Pages of kept spans that were handed out again without having been given back."""
+    @property
+    def decommitted_bytes(self) -> int:
+        """Bytes given back to the kernel so far."""
+    @property
+    def invalid_frees(self) -> int:
+        """Frees of an address that was no live block; they are ignored."""
+    def as_dict(self) -> dict[str, int]:
+        """Every count by name."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class HealthReport:
+    """What a walk over a resource's structures found."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant held."""
+    @property
+    def findings(self) -> list[str]:
+        """One sentence for each broken invariant."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was counted on the way, by name."""
+
+class use:  # noqa: N801
+    """Makes NumPy draw from `resource` in the current context between enter and exit.
+
+    May be entered again, also in other threads and tasks, before it is left.
+    """
+
+    def __new__(cls, resource: Resource) -> Self: ...
+    @property
+    def resource(self) -> Resource:
+        """The resource NumPy draws from inside."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+def handler_of(array: NDArray[Any] | np.ndarray[Any, Any]) -> Resource | None:
+    """The resource an array's memory came from, or None if it is NumPy's own or another library's.
+
+    Views are followed to the array that owns the memory.
+
+    Raises:
+        TypeError: `array` is no numpy.ndarray.
+    """
+
+def install(resource: Resource, *, replace: bool = False) -> None:
+    """Draw every array of the process from `resource`, in new threads too."""
+
+def uninstall() -> None:
+    """Let NumPy serve new arrays itself again; arrays made meanwhile stay valid."""
+
+def installed() -> Resource | None:
+    """The resource that is installed, or None."""
+
+def largest_arrays() -> list[tuple[int, int, str | None]]:
+    """(bytes, times seen, "file:line" or None) of the largest arrays made while installed."""
+
+def stop_background() -> None:
+    """End the background thread that lets kept memory age; it starts again when needed."""
+
+def build_profile() -> Literal["release", "debug"]:
+    """How this module was compiled: "release" or "debug"."""
