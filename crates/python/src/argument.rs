@@ -49,7 +49,7 @@ pub(crate) fn choice<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) ->
 pub(crate) fn milliseconds(name: &str, seconds: Option<f64>) -> PyResult<Option<u64>> {
     match seconds {
         None => Ok(None),
-        Some(seconds) if seconds >= 0.0 && seconds <= 1e9 => Ok(Some((seconds * 1e3) as u64)),
+        Some(seconds) if (0.0..=1e9).contains(&seconds) => Ok(Some((seconds * 1e3) as u64)),
         Some(seconds) => Err(InvalidArgument::new_err(format!(
             "{name}: must be None or a number from 0 to 1e9, got {seconds}"
         ))),

@@ -78,7 +78,9 @@ impl NumPy {
         let entry = |index: usize| {
             // SAFETY: the capsule holds NumPy's table, which has these entries since NumPy 1.22;
             // `FEATURE_VERSION` is far older and is looked at first.
-            unsafe { table.add(index).read() }
+            let place = unsafe { table.add(index) };
+            // SAFETY: as above.
+            unsafe { place.read() }
         };
         // SAFETY: `PyArray_GetNDArrayCFeatureVersion`, of this type in every NumPy.
         let feature: unsafe extern "C" fn() -> u32 =
@@ -136,7 +138,8 @@ impl NumPy {
     ) -> Option<(Bound<'py, PyAny>, *mut u8)> {
         let fields = owner.as_ptr().cast::<ArrayFields>();
         // SAFETY: `owner` was checked to be an ndarray, whose fields are laid out so.
-        let (handler, data) = unsafe { ((*fields).handler, (*fields).data) };
+        let fields = unsafe { &*fields };
+        let (handler, data) = (fields.handler, fields.data);
         // SAFETY: the array holds a reference to its handler, or null.
         let handler = unsafe { Bound::from_borrowed_ptr_or_opt(owner.py(), handler) }?;
         Some((handler, data.cast()))

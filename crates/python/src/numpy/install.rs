@@ -268,7 +268,7 @@ mod largest {
         let site = if attached { Python::attach(site) } else { None };
         let mut records = RECORDS.lock();
         records.push((size, 1, site));
-        records.sort_by(|a, b| b.0.cmp(&a.0));
+        records.sort_by_key(|record| std::cmp::Reverse(record.0));
         records.truncate(KEPT);
         if records.len() == KEPT {
             FLOOR.store(records[KEPT - 1].0 - 1, Ordering::Relaxed);
