@@ -22,7 +22,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any, Protocol
@@ -45,6 +45,9 @@ class Process:
         self.is_recorded = False
 
 
+# Name of a main process that has read the records; the kernel keeps 15 bytes.
+RECORDS_READ = b"moirai-summary"
+
 process = Process(is_forked=False, baseline={})
 _baseline_before_fork: dict[str, int] = {}
 
@@ -57,7 +60,7 @@ def start() -> None:
             atexit.register(_finish)
         _watch_for_numpy()
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
-        if not _is_main() and not _is_service():
+        if "MOIRAI_RECORDS" in os.environ and not _is_main() and not _is_service():
             _record_start()
     probe_path = os.environ.get("MOIRAI_PROBE")
     if probe_path and _claims(probe_path):
@@ -91,11 +94,28 @@ def _finish() -> None:
     """Exit handler: the main process writes the summary, any other its record."""
     try:
         if _is_main():
-            _session().summarise(_used_memory())
+            used = _used_memory()
+            _close_records()
+            _session().summarise(used)
         else:
             _record()
     except Exception as error:  # The program is done: nothing here may change how it ended.
         _say(f"moirai: run: no summary: {type(error).__name__}: {error}")
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1"):
+        _stay_interrupted()
+
+
+def _stay_interrupted() -> None:
+    """Let the interpreter still die of SIGINT, as it does after an uncaught KeyboardInterrupt.
+
+    CPython remembers the interrupt in a flag that any eval or exec of a string resets, and modules
+    that define dataclasses or named tuples do that when imported, in exit handlers too. Raising it
+    in such a string sets the flag anew.
+    """
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        pass
 
 
 def _say(line: str) -> None:
@@ -185,44 +205,77 @@ def _is_service() -> bool:
     return not process.is_forked and any(service in code for service in services)
 
 
-def start_time(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot, or "" if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
-        return ""
+def _open_records() -> str | None:
+    """Return where children leave their records, or None if nobody would read them any more.
 
-
-def _records_directory() -> str | None:
-    """Return where children leave their records, or None if nobody would read them."""
+    The main process must live (not another with its number) and must not have read them yet: it
+    says so in its own name, which dies with it.
+    """
     pid, _, rest = os.environ.get("MOIRAI_RECORDS", "").partition(":")
     started, _, directory = rest.partition(":")
-    if not directory or start_time(int(pid)) != started:
+    if not directory:
         return None
-    return directory
-
-
-def _record_start() -> None:
-    """Leave a sign that this process was there, should it end without a record."""
-    directory = _records_directory()
-    if directory is None:
-        return
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        with open(os.path.join(directory, process.identity + ".started"), "x"):
-            pass
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            name, _, fields = file.read().partition(b"(")[2].rpartition(b")")
+    except OSError:
+        return None
+    is_open = name != RECORDS_READ and fields.split()[19].decode() == started
+    return directory if is_open else None
+
+
+def _close_records() -> None:
+    """Let children know that what they leave from now on is not read."""
+    try:
+        with open("/proc/self/comm", "wb") as file:
+            file.write(RECORDS_READ)
     except OSError:
         pass
 
 
+def _leave(write: Callable[[str], None]) -> None:
+    """Have something written into the directory of records, and nothing left that nobody reads."""
+    directory = _open_records()
+    try:
+        if directory is not None:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            write(directory)
+        if _open_records() is None:
+            _remove_own_records()
+    except OSError:
+        pass
+
+
+def _remove_own_records() -> None:
+    directory = os.environ.get("MOIRAI_RECORDS", "").split(":", 2)[-1]
+    for ending in (".started", ".json"):
+        try:
+            os.unlink(os.path.join(directory, process.identity + ending))
+        except FileNotFoundError:
+            continue
+    os.rmdir(directory)
+
+
+def _record_start() -> None:
+    """Leave a sign that this process was there, should it end without a record."""
+
+    def write(directory: str) -> None:
+        with open(os.path.join(directory, process.identity + ".started"), "x"):
+            pass
+
+    _leave(write)
+
+
 def _record() -> None:
     """Write this child's record once; multiprocessing and atexit may both call."""
-    directory = _records_directory()
-    if process.is_recorded or _is_service() or directory is None:
+    if process.is_recorded or _is_service() or "MOIRAI_RECORDS" not in os.environ:
         return
     process.is_recorded = True
-    _session().record(directory, process.identity, process.baseline, _used_memory())
+
+    def write(directory: str) -> None:
+        _session().record(directory, process.identity, process.baseline, _used_memory())
+
+    _leave(write)
 
 
 def _before_fork() -> None:

@@ -84,4 +84,4 @@ def byte_count(text: str) -> int:
     try:
         return memory.parse_bytes(text)
     except InvalidArgument as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size: ")) from None

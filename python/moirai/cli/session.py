@@ -107,7 +107,6 @@ def record(
         "problem": _install_problem,
     }
     path = os.path.join(directory, identity)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
     with open(path + ".partial", "w") as file:
         json.dump(content, file)
     os.rename(path + ".partial", path + ".json")
