@@ -87,14 +87,13 @@ def address(buffer: memory.Buffer) -> int:
 
 def assert_adds_up(resource: memory.Resource, live: list[memory.Buffer]) -> None:
     now = resource.statistics()
-    asked = sum(buffer.size_bytes for buffer in live)
     assert now.current_count == len(live)
-    assert now.current_bytes >= asked
+    assert now.current_bytes == sum(buffer.block_bytes for buffer in live)
+    assert all(buffer.block_bytes >= max(buffer.size_bytes, 1) for buffer in live)
+    assert now.cached_bytes <= now.resident_bytes
     assert now.hits + now.misses == now.total_count
     assert now.peak_bytes >= now.current_bytes
     assert now.peak_count >= now.current_count
-    assert now.total_bytes >= now.peak_bytes
-    assert now.total_count >= now.peak_count
     assert now.invalid_frees == 0
 
 
@@ -245,7 +244,7 @@ def test_reuse_is_counted_in_bytes(make: Make) -> None:
 
 
 @every_resource
-@pytest.mark.parametrize("size_bytes", [1 << 47, 1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("size_bytes", [1 << 47, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 100])
 @pytest.mark.parametrize("zeroed", [False, True])
 def test_huge_request_is_out_of_memory_and_leaves_nothing_behind(
     make: Make, size_bytes: int, zeroed: bool
@@ -265,8 +264,8 @@ def test_out_of_memory_is_a_memory_error() -> None:
 
 
 @every_resource
-@pytest.mark.parametrize("size_bytes", [-1, -(1 << 63), -(1 << 80), 1 << 63, 1 << 100])
-def test_impossible_size_is_refused_by_name(make: Make, size_bytes: int) -> None:
+@pytest.mark.parametrize("size_bytes", [-1, -(1 << 63), -(1 << 80)])
+def test_negative_size_is_refused_by_name(make: Make, size_bytes: int) -> None:
     with checked(make) as resource, pytest.raises(InvalidArgument, match="size_bytes"):
         resource.allocate(size_bytes)
 
@@ -462,19 +461,19 @@ def test_trim_gives_cached_memory_back(make: Make, size_bytes: int) -> None:
         buffers.clear()
         del buffer
         before = resource.statistics()
-        assert before.cached_bytes >= 15 * MIB
+        assert before.cached_bytes >= 4 * MIB
 
         returned_bytes = resource.trim()
 
         after = resource.statistics()
-        assert returned_bytes >= 15 * MIB
+        assert returned_bytes >= 4 * MIB
         assert before.resident_bytes - after.resident_bytes == returned_bytes
         assert after.cached_bytes == before.cached_bytes - returned_bytes
         assert resource.trim() <= after.cached_bytes
 
 
 @every_caching_resource
-def test_trim_keeps_up_to_its_target(make: Make) -> None:
+def test_trim_keeps_at_most_its_target(make: Make) -> None:
     with checked(make) as resource:
         buffers = [resource.allocate(1 * MIB) for _ in range(16)]
         for buffer in buffers:
@@ -484,7 +483,7 @@ def test_trim_keeps_up_to_its_target(make: Make) -> None:
 
         resource.trim(8 * MIB)
 
-        assert 0 < resource.statistics().cached_bytes <= 8 * MIB
+        assert resource.statistics().cached_bytes <= 8 * MIB
 
 
 @every_resource
@@ -530,6 +529,15 @@ def test_peak_outlives_the_blocks_that_made_it(make: Make) -> None:
         now = resource.statistics()
         assert now.peak_bytes >= 1000 * KIB
         assert now.peak_count == now.total_count == 10
+
+
+@every_resource
+def test_peak_is_at_most_what_was_ever_handed_out(make: Make) -> None:
+    with checked(make) as resource:
+        resource.allocate(100)
+        now = resource.statistics()
+        assert now.peak_count <= now.total_count
+        assert now.peak_bytes <= now.total_bytes
 
 
 @every_resource
