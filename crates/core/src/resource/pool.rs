@@ -34,6 +34,11 @@ unsafe impl Resource for PoolResource {
     }
 
     #[inline]
+    fn draw(&self, size: usize) -> Option<NonNull<u8>> {
+        self.slab.draw(size)
+    }
+
+    #[inline]
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
         // SAFETY: the caller's promise.
         unsafe { self.slab.deallocate(address) }

@@ -72,11 +72,15 @@ unsafe fn resource_of<'a>(context: *mut c_void) -> &'a dyn core::Resource {
 }
 
 /// A block for NumPy, or null: it raises MemoryError then.
+#[inline]
 pub(super) fn draw(resource: &dyn core::Resource, size: usize, zeroed: bool) -> *mut c_void {
-    match Request::new(size, 1, zeroed).and_then(|request| resource.allocate(request)) {
-        Ok(block) => block.address.as_ptr().cast(),
-        Err(_) => null_mut(),
-    }
+    let address = if zeroed {
+        let block = Request::new(size, 1, true).and_then(|request| resource.allocate(request));
+        block.ok().map(|block| block.address)
+    } else {
+        resource.draw(size)
+    };
+    address.map_or(null_mut(), |address| address.as_ptr().cast())
 }
 
 /// A name field as NumPy wants it.

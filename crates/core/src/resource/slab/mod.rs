@@ -616,6 +616,26 @@ impl SlabResource {
         }
     }
 
+    /// Take a block of `class` out, and whether it was used before.
+    #[inline]
+    fn take_out(&self, class: usize) -> Result<(NonNull<u8>, bool)> {
+        let cache = self.shared.cache();
+        let popped = match cache {
+            Some(cache) => {
+                // SAFETY: the calling thread's own cache.
+                let (pair, counts) = unsafe { own(cache, class) };
+                pair.pop(counts)
+            }
+            None => None,
+        };
+        let (address, reused) = match popped {
+            Some(popped) => popped,
+            None => self.shared.allocate_slow(cache, class)?,
+        };
+        // SAFETY: blocks of runs are never null.
+        Ok((unsafe { NonNull::new_unchecked(address) }, reused))
+    }
+
     /// Put a block of one of our runs back.
     #[inline]
     fn put_back(&self, class: usize, address: NonNull<u8>) -> usize {
@@ -656,21 +676,7 @@ unsafe impl Resource for SlabResource {
                 return self.pass_upstream(request);
             }
         }
-        let cache = self.shared.cache();
-        let popped = match cache {
-            Some(cache) => {
-                // SAFETY: the calling thread's own cache.
-                let (pair, counts) = unsafe { own(cache, class) };
-                pair.pop(counts)
-            }
-            None => None,
-        };
-        let (address, reused) = match popped {
-            Some(popped) => popped,
-            None => self.shared.allocate_slow(cache, class)?,
-        };
-        // SAFETY: blocks of runs are never null.
-        let address = unsafe { NonNull::new_unchecked(address) };
+        let (address, reused) = self.take_out(class)?;
         if request.zeroed() {
             // SAFETY: the block holds `size` bytes, and nobody has seen it yet.
             unsafe { address.write_bytes(0, size) };
@@ -680,6 +686,19 @@ unsafe impl Resource for SlabResource {
             size: block_bytes(class),
             reused,
         })
+    }
+
+    #[inline]
+    fn draw(&self, size: usize) -> Option<NonNull<u8>> {
+        if size.wrapping_sub(1) < MAX_BLOCK_BYTES {
+            return self
+                .take_out(class_of(size))
+                .ok()
+                .map(|(address, _)| address);
+        }
+        self.allocate(Request::bytes(size).ok()?)
+            .ok()
+            .map(|block| block.address)
     }
 
     #[inline]
