@@ -112,7 +112,7 @@ def _stay_interrupted() -> None:
     that define dataclasses or named tuples do that when imported, in exit handlers too. Raising it
     in such a string sets the flag anew.
     """
-    try:
+    try:  # noqa: SIM105  contextlib is not imported here
         exec("raise KeyboardInterrupt")
     except KeyboardInterrupt:
         pass

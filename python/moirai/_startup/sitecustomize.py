@@ -15,9 +15,12 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _BUILD = "%s%s" % (sys.implementation.cache_tag, getattr(sys, "abiflags", ""))  # noqa: UP031
 
 if os.environ.get("MOIRAI_BUILD") == _BUILD:
-    import moirai_hook  # type: ignore[import-not-found, unused-ignore]
+    try:
+        import moirai_hook  # type: ignore[import-not-found, unused-ignore]
 
-    moirai_hook.start()
+        moirai_hook.start()
+    except Exception as error:  # The program is the user's: it runs without us then.
+        sys.stderr.write("moirai: run: the startup hook failed: %r\n" % (error,))  # noqa: UP031
 
 sys.path[:] = [entry for entry in sys.path if not entry or os.path.abspath(entry) != _HERE]
 del sys.modules["sitecustomize"]

@@ -112,9 +112,10 @@ def measure(
 
 
 def _true_peak(maximum_bytes: int, inherited_bytes: int, probed_bytes: int | None) -> int:
-    if maximum_bytes > inherited_bytes or probed_bytes is None:
+    if probed_bytes is None:
         return maximum_bytes
-    return probed_bytes
+    # The two count in batches of their own, so that either may be a few pages behind.
+    return max(probed_bytes, maximum_bytes if maximum_bytes > inherited_bytes else 0)
 
 
 def _wait(pid: int, timeout_seconds: float | None) -> None:
