@@ -83,6 +83,24 @@ pub unsafe fn decommit(address: NonNull<u8>, bytes: usize) -> bool {
     status == 0
 }
 
+/// Of `samples` pages spread over the range, how many are in memory; `samples` if it cannot be told.
+///
+/// # Safety
+/// The range is page-aligned, lies in a live mapping of the caller, and has at least one page.
+pub unsafe fn resident_samples(address: NonNull<u8>, bytes: usize, samples: usize) -> usize {
+    let pages = bytes / PAGE_BYTES;
+    let count = |sample: usize| {
+        let page = (2 * sample + 1) * pages / (2 * samples);
+        let mut resident = 0u8;
+        // SAFETY: `sample < samples`, so the page lies in the range.
+        let start = unsafe { address.add(page * PAGE_BYTES) };
+        // SAFETY: one page is asked for, and there is one byte for the answer.
+        let status = unsafe { libc::mincore(start.as_ptr().cast(), PAGE_BYTES, &mut resident) };
+        usize::from(status != 0 || resident & 1 != 0)
+    };
+    (0..samples).map(count).sum()
+}
+
 /// What to ask of transparent huge pages for a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePages {

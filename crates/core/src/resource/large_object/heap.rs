@@ -17,8 +17,9 @@ use crate::resource::address_map::AddressMap;
 use std::collections::BTreeSet;
 use std::ptr::NonNull;
 
-/// Spans of at least this many bytes live apart, where huge pages are asked for.
-pub(super) const HUGE_AREA_BYTES: usize = 1024 * 1024;
+/// Spans of at least this many bytes live apart, where huge pages are asked for (NumPy's own
+/// threshold). Giving back less would split huge pages, which come back one small fault at a time.
+const HUGE_AREA_BYTES: usize = 4 * 1024 * 1024;
 /// Blocks of at least this size are given room for colouring.
 const COLOUR_FROM_BYTES: usize = 64 * 1024;
 /// Distance of two colours: 17 cache lines, so that colours differ in every set of the cache.
@@ -26,9 +27,9 @@ const COLOUR_BYTES: usize = 1088;
 const MIDDLE_COLOURS: usize = 4;
 const HUGE_COLOURS: usize = 16;
 /// Free spans up to this many pages wait unmerged, by exact size, to be handed out again.
-const QUICK_PAGES: usize = HUGE_AREA_BYTES / PAGE_BYTES + 1;
+const QUICK_PAGES: usize = 256 * 1024 / PAGE_BYTES + 1;
 /// Bytes that may wait so before all of them are merged.
-const QUICK_LIMIT_BYTES: usize = 4 * 1024 * 1024;
+const QUICK_LIMIT_BYTES: usize = 2 * 1024 * 1024;
 /// The cap on hot memory that needs no evidence of reuse.
 const BASE_CAP_BYTES: usize = 32 * 1024 * 1024;
 /// Hot memory that may stay when fresh pages are needed, beyond what the peak already took.
@@ -65,6 +66,8 @@ struct Span {
     /// Used: first byte and size of the block.
     data: usize,
     size: usize,
+    /// Used: its pages come as they are touched, so that how many did is seen when it is freed.
+    lazy: bool,
     /// Free: when it was freed, in milliseconds, averaged by size when spans merge.
     stamp: u64,
     sequence: u64,
@@ -150,8 +153,42 @@ pub(super) struct Heap {
     ghost_bytes: usize,
     sequence: u64,
     colour: usize,
+    zeroing: Zeroing,
     pub counts: Counts,
 }
+
+/// Whether large zeroed blocks are filled or left mostly untouched, by size, as seen when freed.
+///
+/// Filled ones are cheaper from hot memory that is written over; untouched ones from pages that the
+/// kernel zeroes when touched. Every [`Zeroing::LOOK_EVERY`]th block is served lazily to look again.
+#[derive(Default)]
+struct Zeroing {
+    /// By the logarithm of the size: whether the last look found the block filled.
+    filled: u64,
+    served: u64,
+}
+
+impl Zeroing {
+    const LOOK_EVERY: u64 = 16;
+
+    /// Whether to serve a zeroed block of `size` by pages that the kernel zeroes.
+    fn serve_lazily(&mut self, size: usize) -> bool {
+        self.served += 1;
+        self.filled & (1 << size.ilog2()) == 0 || self.served % Self::LOOK_EVERY == 0
+    }
+
+    fn learn(&mut self, size: usize, filled: bool) {
+        let bit = 1 << size.ilog2();
+        self.filled = if filled {
+            self.filled | bit
+        } else {
+            self.filled & !bit
+        };
+    }
+}
+
+/// Pages looked at to see how much of a lazily zeroed block was touched.
+const TOUCH_SAMPLES: usize = 8;
 
 // SAFETY: regions are owned by the heap; their addresses are as good in one thread as in another.
 unsafe impl Send for Heap {}
@@ -185,6 +222,7 @@ impl Heap {
             ghost_bytes: 0,
             sequence: 0,
             colour: 0,
+            zeroing: Zeroing::default(),
             counts: Counts::default(),
         }
     }
@@ -427,6 +465,7 @@ impl Heap {
             state: State::Cold,
             data: 0,
             size: 0,
+            lazy: false,
             stamp: 0,
             sequence: 0,
         });
@@ -508,6 +547,7 @@ impl Heap {
         alignment: usize,
         lazy: bool,
     ) -> Option<Taken> {
+        let lazy = lazy && self.zeroing.serve_lazily(size);
         let area = Self::area_of(size, alignment);
         let (pages, extra) = Self::pages_for(area, size, alignment);
         let (id, hot) = self.find(map, area, pages + extra, lazy)?;
@@ -616,6 +656,7 @@ impl Heap {
         let data = span.start + (colour % colours) * COLOUR_BYTES;
         let room = span.end() - data;
         span.state = State::Used;
+        span.lazy = lazy;
         span.data = data;
         span.size = size.next_multiple_of(64).min(room);
         let span = *span;
@@ -660,11 +701,17 @@ impl Heap {
             .map_or(0, |id| self.spans[id as usize].size)
     }
 
-    /// Take the block at `address` back; returns its size, or 0 if there is none.
-    pub(super) fn give_back(&mut self, map: &AddressMap<12>, address: usize, now: u64) -> usize {
+    /// Take the block at `address` back; returns its size, or 0 if there is none, and what of it
+    /// was hardly touched and need not be kept.
+    pub(super) fn give_back(
+        &mut self,
+        map: &AddressMap<12>,
+        address: usize,
+        now: u64,
+    ) -> (usize, Option<Victim>) {
         let Some(id) = self.used_at(map, address) else {
             self.counts.invalid_frees += 1;
-            return 0;
+            return (0, None);
         };
         let span = &mut self.spans[id as usize];
         span.stamp = now;
@@ -672,6 +719,15 @@ impl Heap {
         self.used_bytes -= span.bytes();
         self.counts.current_bytes -= span.size as u64;
         self.counts.current_count -= 1;
+        if span.lazy {
+            // SAFETY: the span is whole pages of a live region.
+            let resident =
+                unsafe { os::resident_samples(pointer(span.start), span.bytes(), TOUCH_SAMPLES) };
+            self.zeroing.learn(span.size, resident * 2 > TOUCH_SAMPLES);
+            if resident == 0 {
+                return (span.size, Some(self.purge_span(id)));
+            }
+        }
         if span.area == Area::Middle && span.pages <= QUICK_PAGES {
             self.spans[id as usize].state = State::Quick;
             self.quick[span.pages].push(id);
@@ -682,7 +738,7 @@ impl Heap {
         } else {
             self.release_span(map, id, State::Hot);
         }
-        span.size
+        (span.size, None)
     }
 
     /// Merge the waiting spans that were freed before `until` into the hot ones.
@@ -705,6 +761,11 @@ impl Heap {
 
     fn start_purge(&mut self, id: u32) -> Victim {
         self.remove_free(id);
+        self.purge_span(id)
+    }
+
+    /// Send a span that is in no index on its way to the kernel.
+    fn purge_span(&mut self, id: u32) -> Victim {
         let span = &mut self.spans[id as usize];
         span.state = State::Purging;
         let victim = Victim {

@@ -5,6 +5,9 @@
 //! size as in dlmalloc's fast bins (Lea); colouring from Bonwick, "The Slab Allocator" (1994),
 //! applied to large blocks. Left out: growing a block in place, NUMA (see the roadmap).
 //!
+//! Large zeroed blocks come as pages that the kernel zeroes, unless blocks of their size were found
+//! filled when they were freed: then hot memory is written over, which is cheaper than faulting.
+//!
 //! How much stays hot: at most the cap. Unless one is given, it is 32 MiB plus what reuse has shown
 //! to be needed: when fresh pages are asked for soon after the cap drove as many away, the cap
 //! rises; unused, it falls again. It never exceeds the largest use so far. When fresh pages are
@@ -220,8 +223,9 @@ unsafe impl Resource for LargeObjectResource {
         let now = os::now_milliseconds();
         let (size, excess) = {
             let mut heap = shared.heap.lock();
-            let size = heap.give_back(&shared.map, address.as_ptr() as usize, now);
-            let excess = heap.excess_after_free();
+            let (size, untouched) = heap.give_back(&shared.map, address.as_ptr() as usize, now);
+            let mut excess = heap.excess_after_free();
+            excess.extend(untouched);
             shared.publish(&heap);
             (size, excess)
         };
