@@ -580,6 +580,8 @@ LOCK_FUTURE_MEMORY = dedent("""
     import ctypes, resource
 
     CAP_IPC_LOCK, MCL_FUTURE = 14, 2
+    with open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # should a defect take all memory, this process is the one to go
     with open("/proc/self/status") as status:
         capabilities = int(status.read().split("CapEff:")[1].split()[0], 16)
     unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
