@@ -212,6 +212,14 @@ def test_close_ratios_whose_spreads_do_not_overlap_are_no_tie() -> None:
     assert comparison.best(compared(PLAIN, fast, small)) is fast
 
 
+def test_short_program_is_told_what_starting_costs() -> None:
+    short = compared(PLAIN, configuration("moirai", [0.9, 1.9, 0.9]))
+    assert "The program is short (1.00 s CPU, less than 2 s)" in comparison.to_text(short)
+    assert "is short" not in comparison.to_text(compared(PLAIN, configuration("tuned", [1.0] * 3)))
+    long = compared(configuration("plain", [5.0] * 3), configuration("moirai", [4.0] * 3))
+    assert "is short" not in comparison.to_text(long)
+
+
 def test_interrupted_comparison_shows_what_there_is() -> None:
     partial = comparison.Comparison(
         "app.py", 3, False, (configuration("plain", [1.0]), configuration("tuned", []))

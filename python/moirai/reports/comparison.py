@@ -25,6 +25,9 @@ __all__ = [
 
 SCHEMA = "moirai.comparison/1"
 
+# Below this the fixed cost of starting `moirai run` (a second interpreter) shows in the ratio.
+_SHORT_SECONDS = 2.0
+
 # CPU ratios this close are no difference: the same program on the same machine varies as much.
 TIE_RATIO = 0.02
 
@@ -168,6 +171,14 @@ def _notes(comparison: Comparison, chosen: Configuration | None) -> list[str]:
     if chosen is None:
         return notes
     notes.append(_reason(comparison, chosen))
+    plain_seconds = _median(_plain(comparison), lambda run: run.cpu_seconds)
+    if plain_seconds < _SHORT_SECONDS and any(
+        each.name.startswith("moirai") for each in comparison.configurations
+    ):
+        notes.append(
+            f"The program is short ({seconds_text(plain_seconds)} CPU, less than "
+            f"{_SHORT_SECONDS:.0f} s): starting `moirai run` is a visible part of its ratio."
+        )
     notes.append(f"Keep it with:  {chosen.command_line}")
     return notes
 
