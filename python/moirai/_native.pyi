@@ -131,7 +131,7 @@ class PoolResource(Resource):
     ) -> Self: ...
 
 class SlabResource(Resource):
-    """Equal blocks by size class; what is larger than 32 KiB goes upstream."""
+    """Equal blocks by size class; what is larger than 16 KiB goes upstream."""
 
     def __new__(cls, upstream: Resource) -> Self: ...
 

@@ -159,7 +159,7 @@ class LargeObjectResource(_native.LargeObjectResource):
 
 
 class PoolResource(_native.PoolResource):
-    """The general-purpose resource: a slab for blocks to 32 KiB, a large-object heap above.
+    """The general-purpose resource: a slab for blocks to 16 KiB, a large-object heap above.
 
     Args:
         huge_pages: As for `LargeObjectResource`.
@@ -186,10 +186,10 @@ class PoolResource(_native.PoolResource):
 
 
 class SlabResource(_native.SlabResource):
-    """Equal blocks by size class: steps of 64 bytes to 1 KiB, then 4 to a doubling, to 32 KiB.
+    """Equal blocks by size class: steps of 64 bytes to 1 KiB, then 4 to a doubling, to 16 KiB.
 
     Args:
-        upstream: Where runs of 64 KiB, and requests above 32 KiB, come from. None makes a
+        upstream: Where runs of 64 KiB, and requests above 16 KiB, come from. None makes a
             `LargeObjectResource`.
     """
 

@@ -194,7 +194,7 @@ impl PoolResource {
     }
 }
 
-/// Equal blocks by size class; what is larger than 32 KiB goes upstream.
+/// Equal blocks by size class; what is larger than 16 KiB goes upstream.
 #[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
 pub struct SlabResource;
 

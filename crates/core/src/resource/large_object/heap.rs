@@ -32,8 +32,8 @@ const QUICK_PAGES: usize = 256 * 1024 / PAGE_BYTES + 1;
 const QUICK_LIMIT_BYTES: usize = 2 * 1024 * 1024;
 /// The cap on hot memory that needs no evidence of reuse.
 const BASE_CAP_BYTES: usize = 32 * 1024 * 1024;
-/// Hot memory that may stay when fresh pages are needed, beyond what the peak already took.
-const FRESH_SLACK_BYTES: usize = 16 * 1024 * 1024;
+/// Hot memory that may always stay beyond what the recent peak of use took.
+const MIN_SLACK_BYTES: usize = 16 * 1024 * 1024;
 
 /// Where a span lives, by what its blocks need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +142,8 @@ pub(super) struct Heap {
     /// Hot spans, oldest first: (stamp, id).
     by_age: BTreeSet<(u64, u32)>,
     used_bytes: usize,
-    peak_used_bytes: usize,
+    /// The most that was in use; fades towards what is.
+    recent_peak_bytes: usize,
     hot_bytes: usize,
     quick_bytes: usize,
     purging_bytes: usize,
@@ -213,7 +214,7 @@ impl Heap {
             quick: vec![Vec::new(); QUICK_PAGES + 1],
             by_age: BTreeSet::new(),
             used_bytes: 0,
-            peak_used_bytes: 0,
+            recent_peak_bytes: 0,
             hot_bytes: 0,
             quick_bytes: 0,
             purging_bytes: 0,
@@ -242,9 +243,18 @@ impl Heap {
         self.cached_bytes() > 0 || self.ghost_bytes > 0
     }
 
+    /// Most bytes that may stay hot now: what was shown to be needed, and no more than keeps the
+    /// whole near the peak of what was in use.
     fn cap(&self) -> usize {
-        self.fixed_cap
-            .unwrap_or(BASE_CAP_BYTES.max(self.demand_bytes))
+        let below_peak = self.recent_peak_bytes - self.used_bytes + self.slack();
+        let needed = BASE_CAP_BYTES.max(self.demand_bytes);
+        self.fixed_cap.unwrap_or(needed.min(below_peak))
+    }
+
+    /// Hot memory that may stay beyond what the recent peak of use took: three eighths of what is
+    /// in use, within bounds. Less and blocks of random sizes fault; more and memory is wasted.
+    fn slack(&self) -> usize {
+        (self.used_bytes / 8 * 3).clamp(MIN_SLACK_BYTES, BASE_CAP_BYTES)
     }
 
     // ---- spans and the map ----
@@ -607,7 +617,7 @@ impl Heap {
         if self.ghost_bytes >= bytes {
             self.ghost_bytes -= bytes;
             let raised = self.demand_bytes.max(BASE_CAP_BYTES) + bytes;
-            self.demand_bytes = raised.min(self.peak_used_bytes.max(BASE_CAP_BYTES));
+            self.demand_bytes = raised.min(self.recent_peak_bytes.max(BASE_CAP_BYTES));
         }
     }
 
@@ -663,7 +673,7 @@ impl Heap {
         self.mark(map, id);
         map.set(data, u64::from(id) + 1);
         self.used_bytes += span.bytes();
-        self.peak_used_bytes = self.peak_used_bytes.max(self.used_bytes);
+        self.recent_peak_bytes = self.recent_peak_bytes.max(self.used_bytes);
         let reused = hot && !lazy;
         let counts = &mut self.counts;
         counts.current_bytes += span.size as u64;
@@ -796,16 +806,16 @@ impl Heap {
         }
         let victims = self.purge_to(self.cap());
         let bytes: usize = victims.iter().map(|victim| victim.bytes).sum();
-        self.ghost_bytes = (self.ghost_bytes + bytes).min(self.peak_used_bytes);
+        self.ghost_bytes = (self.ghost_bytes + bytes).min(self.recent_peak_bytes);
         victims
     }
 
     /// What must go so that fresh pages do not raise the peak by what lies idle.
     pub(super) fn excess_after_fresh(&mut self) -> Vec<Victim> {
-        if self.hot_bytes <= FRESH_SLACK_BYTES {
+        if self.hot_bytes <= MIN_SLACK_BYTES {
             return Vec::new();
         }
-        let allowed = (self.peak_used_bytes - self.used_bytes).max(FRESH_SLACK_BYTES);
+        let allowed = (self.recent_peak_bytes - self.used_bytes).max(self.slack());
         self.purge_to(allowed)
     }
 
@@ -819,8 +829,9 @@ impl Heap {
 
     /// What was freed at or before `until`; lets demand fade.
     pub(super) fn aged(&mut self, map: &AddressMap<12>, until: u64) -> Vec<Victim> {
-        self.ghost_bytes -= self.ghost_bytes.div_ceil(8).min(self.ghost_bytes);
+        self.ghost_bytes -= self.ghost_bytes.div_ceil(8);
         self.demand_bytes -= self.demand_bytes / 64;
+        self.recent_peak_bytes -= (self.recent_peak_bytes - self.used_bytes) / 16;
         self.merge_quick(map, until.saturating_add(1));
         let mut victims = Vec::new();
         while let Some(&(stamp, id)) = self.by_age.first() {

@@ -3,12 +3,12 @@
 /// Bytes of a run: the unit that the slab draws from upstream, and its alignment.
 pub(super) const RUN_BYTES: usize = 64 * 1024;
 /// The largest block a slab serves; what is larger goes upstream.
-pub const MAX_BLOCK_BYTES: usize = 32 * 1024;
+pub const MAX_BLOCK_BYTES: usize = 16 * 1024;
 const STEP: usize = 64;
 const LINEAR_MAX: usize = 1024;
 const LINEAR_COUNT: usize = LINEAR_MAX / STEP;
-/// Number of classes: 16 linear ones and 4 for each of the 5 doublings from 1 KiB to 32 KiB.
-pub(super) const CLASS_COUNT: usize = LINEAR_COUNT + 4 * 5;
+/// Number of classes: 16 linear ones and 4 for each of the 4 doublings from 1 KiB to 16 KiB.
+pub(super) const CLASS_COUNT: usize = LINEAR_COUNT + 4 * 4;
 
 /// The class that serves `size` bytes; `1 <= size <= MAX_BLOCK_BYTES`.
 #[inline]
@@ -46,9 +46,9 @@ pub(super) const fn blocks_per_run(class: usize) -> usize {
     RUN_BYTES / block_bytes(class)
 }
 
-/// Blocks in a full magazine: about 64 KiB, at least 2 and at most 64.
+/// Blocks in a full magazine: about 32 KiB, at least 2 and at most 64.
 pub(super) const fn magazine_rounds(class: usize) -> usize {
-    let rounds = 65536 / block_bytes(class);
+    let rounds = 32 * 1024 / block_bytes(class);
     if rounds > 64 {
         64
     } else if rounds < 2 {

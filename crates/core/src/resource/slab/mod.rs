@@ -34,6 +34,9 @@ const DEPOT_MAGAZINES: usize = 8;
 /// Ticks that a run with free blocks rests before its free pages are given back.
 const REST_TICKS: u64 = 4;
 
+/// Runs looked at to find one that is nearly full.
+const RUNS_COMPARED: usize = 32;
+
 /// The part of a class that its lock guards.
 struct Class {
     index: usize,
@@ -273,8 +276,8 @@ impl Shared {
             self.went_out(class.index, magazine.count as usize);
             return Ok(());
         }
-        let run = match class.partial.last() {
-            Some(&run) => run,
+        let run = match fullest(class) {
+            Some(run) => run,
             None => self.draw_run(class)?,
         };
         // SAFETY: a live run of this class, whose lock is held.
@@ -478,6 +481,19 @@ unsafe fn own<'a>(cache: *mut ThreadCache, class: usize) -> (&'a mut Pair, &'a C
     // SAFETY: a live cache; `counts` is only ever borrowed shared.
     let counts = unsafe { &(*cache).counts[class] };
     (pair, counts)
+}
+
+/// The fullest of the runs that became partly free lately: emptier ones may so become empty.
+fn fullest(class: &Class) -> Option<*mut Run> {
+    // SAFETY: live runs of this class, whose lock is held.
+    let free = |run: &&*mut Run| unsafe { (***run).free_count };
+    class
+        .partial
+        .iter()
+        .rev()
+        .take(RUNS_COMPARED)
+        .min_by_key(free)
+        .copied()
 }
 
 fn list_partial(class: &mut Class, run: *mut Run) {
