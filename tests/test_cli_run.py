@@ -83,7 +83,7 @@ SCRIPTS = {
         "import threading\nbegin = threading.Event()\n"
         "def late():\n    begin.wait()\n    print('late')\n"
         "threading.Thread(target=late).start()\n"
-        "threading.main_thread()\nbegin.set()\nprint('main done')"
+        "print('main done', flush=True)\nbegin.set()"
     ),
     "standard input": "import sys; print(sys.stdin.read()[::-1], sys.stdin.isatty())",
     "standard error closed": "import sys, os; print(1); os.close(2); sys.stderr = None",

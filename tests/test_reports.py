@@ -96,7 +96,7 @@ def test_summary_names_every_number() -> None:
         "  page faults     5 000 minor, 1 major",
         "  arrays          100 served, 1000 MiB in all, 100 MiB at once at most",
         "  reused          90 % of them from memory that was already there (900 MiB)",
-        "  faults avoided  230 400: pages handed out again while still in memory",
+        "  faults avoided  at most 230 400: pages handed out again while in memory",
         "  given back      0 B during the run; 0 B still cached at the end",
         "  largest arrays   64.0 MiB  app.py:12",
         "                    8.0 MiB  (site unknown)",

@@ -149,7 +149,7 @@ def _array_rows(summary: Summary) -> list[tuple[str, str]]:
         ),
         (
             "faults avoided",
-            f"{count_text(served.reused_pages)}: pages handed out again while still in memory",
+            f"at most {count_text(served.reused_pages)}: pages handed out again while in memory",
         ),
         (
             "given back",
