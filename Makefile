@@ -57,7 +57,7 @@ check: $(BUILT) ## formatting, lints, types, stubs, layers
 bench: $(BENCHMARKS) ## every benchmark; takes long, writes benchmarks/results
 
 $(BENCHMARKS): bench-%: $(BUILT)
-	$(PY) benchmarks/bench_$*.py
+	$(PY) benchmarks/bench_$*.py --write-docs
 
 docs: $(BUILT) ## refresh the measured tables, check links, run every snippet
 	$(PY) scripts/refresh_docs.py

@@ -1,0 +1,53 @@
+"""Put the measured tables of benchmarks/results into README.md, and check every relative link.
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, where NAME.json is its
+result. Nothing is written for a benchmark that has no result yet.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import harness  # noqa: E402  found through the line above
+
+PAGES = ["*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md"]
+MARKER = re.compile(r"^<!-- (\w+):begin -->$", re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def refresh(page: Path) -> None:
+    for name in MARKER.findall(page.read_text(encoding="utf-8")):
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            print(f"{page.name}: {name} has no result yet; `make bench` makes it")
+            continue
+        document = json.loads(path.read_text(encoding="utf-8"))
+        measured_on = f"Measured on: {harness.machine_line(document['machine'])}."
+        harness.write_section(page, name, f"{document['markdown']}\n\n{measured_on}")
+        print(f"{page.name}: {name} refreshed")
+
+
+def broken_links(page: Path) -> list[str]:
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    return [
+        f"{page.relative_to(ROOT)}: {target} does not exist"
+        for target in targets
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+
+
+def main() -> int:
+    refresh(ROOT / "README.md")
+    pages = sorted(page for pattern in PAGES for page in ROOT.glob(pattern))
+    broken = [problem for page in pages for problem in broken_links(page)]
+    print("\n".join(broken) or f"{len(pages)} pages, every link leads somewhere")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
