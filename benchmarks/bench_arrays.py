@@ -523,8 +523,8 @@ def render(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     parts = []
     if "expression" in results:
         parts += [
-            "**`np.add(np.multiply(a, b), c)`, CPU time over the floor** (natural inputs; page faults "
-            "per operation in brackets)",
+            "**`np.add(np.multiply(a, b), c)`, CPU time over the floor** (natural inputs; page "
+            "faults per operation in brackets)",
             _table_of_sizes(results["expression"], labels, _expression_cell("natural")),
             "**The same with aligned inputs**",
             _table_of_sizes(results["expression"], labels, _expression_cell("aligned")),

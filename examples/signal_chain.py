@@ -44,7 +44,7 @@ def load():
 
 
 def analyse(samples):
-    """Return cadence in repetitions a minute, effort in dB, and the envelope of the template match."""
+    """Return cadence (repetitions a minute), effort (dB) and envelope of the template match."""
     band = signal.butter(4, [0.15, 12.0], btype="bandpass", fs=SENSOR_HZ)
     steady = signal.filtfilt(*band, samples)
     fine = signal.resample(steady, samples.shape[1] * ANALYSIS_HZ // SENSOR_HZ, axis=1)
