@@ -7,8 +7,15 @@ Importing this package is cheap and imports neither NumPy nor the compiled core;
 - `moirai run app.py` in a shell: any program under Moirai, unchanged.
 """
 
-from importlib import metadata as _metadata
-
 __all__ = ["__version__"]
 
-__version__ = _metadata.version("moirai-runtime")
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    # Looked up when asked for: reading the metadata costs more than the rest of the import.
+    if name != "__version__":
+        raise AttributeError(f"module 'moirai' has no attribute {name!r}")
+    from importlib import metadata
+
+    return metadata.version("moirai-runtime")

@@ -84,6 +84,7 @@ _UNITS = {
     "TIB": 1024**4,
     "TB": 1000**4,
 }
+_LONGEST_SIZE = 64  # characters; no machine has more bytes than fit them
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -110,10 +111,10 @@ def parse_bytes(size: int | str, *, argument: str = "size") -> int:
         raise TypeError(f"{argument}: must be an int or a str, got {type(size).__name__}")
     match = _SIZE.fullmatch(size)
     factor = _UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None:
+    if match is None or factor is None or len(size) > _LONGEST_SIZE:
         raise InvalidArgument(
             f"{argument}: must be a number of bytes, with a unit such as KiB, MiB or GiB if it has "
-            f"one, got {size!r}"
+            f"one, got {size[:80]!r}"
         )
     if "." not in match[1]:
         return int(match[1]) * factor

@@ -1,7 +1,8 @@
 //! The only source of atomics and blocking primitives that a loom model may replace.
 //!
-//! Locks that guard plain data and take part in `fork` come from `parking_lot` (they can be
-//! released in the child); what a model explores comes from here.
+//! [`Lock`] is for plain data and takes part in `fork`; it is std's mutex, whose state is one word of
+//! its own, because locks with a table shared by all (as in `parking_lot`) cannot be made whole in a
+//! child that was forked while another thread was inside that table.
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
@@ -193,5 +194,97 @@ impl Bell {
             .wait_timeout_while(rung, timeout, |rung| !*rung)
             .unwrap_or_else(|poison| poison.into_inner());
         *rung = false;
+    }
+}
+
+/// A mutex that does not poison and can be held over a `fork`.
+#[cfg(not(loom))]
+pub struct Lock<T: 'static> {
+    mutex: Mutex<T>,
+    /// The guard of whoever called `hold`; only touched by the thread that holds the mutex.
+    held: std::cell::UnsafeCell<Option<std::sync::MutexGuard<'static, T>>>,
+}
+
+// SAFETY: `held` is only touched while `mutex` is locked, by the thread that locked it.
+#[cfg(not(loom))]
+unsafe impl<T: Send> Sync for Lock<T> {}
+// SAFETY: as above; a lock that is moved is borrowed by nobody, so nothing is held.
+#[cfg(not(loom))]
+unsafe impl<T: Send> Send for Lock<T> {}
+
+#[cfg(not(loom))]
+impl<T> Lock<T> {
+    /// A lock around `value`.
+    pub const fn new(value: T) -> Self {
+        Lock {
+            mutex: Mutex::new(value),
+            held: std::cell::UnsafeCell::new(None),
+        }
+    }
+
+    /// Wait for the lock.
+    #[inline]
+    pub fn lock(&self) -> std::sync::MutexGuard<'_, T> {
+        self.mutex
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// Take the lock if it is free.
+    pub fn try_lock(&self) -> Option<std::sync::MutexGuard<'_, T>> {
+        match self.mutex.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(std::sync::TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The value, where no other thread can have the lock.
+    pub fn get_mut(&mut self) -> &mut T {
+        self.mutex
+            .get_mut()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// Take the lock and keep it until [`Lock::release`].
+    pub fn hold(&self) {
+        let guard = self.lock();
+        // SAFETY: the guard lives in `self`, next to the mutex it borrows, and `release` drops it
+        // before the caller of `hold` lets `self` go.
+        let guard = unsafe {
+            std::mem::transmute::<std::sync::MutexGuard<'_, T>, std::sync::MutexGuard<'static, T>>(
+                guard,
+            )
+        };
+        // SAFETY: this thread has the mutex.
+        unsafe { *self.held.get() = Some(guard) };
+    }
+
+    /// Release what [`Lock::hold`] took.
+    ///
+    /// # Safety
+    /// This thread, or the one it was forked from, called `hold`.
+    pub unsafe fn release(&self) {
+        // SAFETY: the caller has the mutex.
+        let guard = unsafe { (*self.held.get()).take() };
+        drop(guard);
+    }
+
+    /// The value while [`Lock::hold`] is in force.
+    ///
+    /// # Safety
+    /// As for `release`, and the borrow ends before `release` is called.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn held(&self) -> &mut T {
+        // SAFETY: the caller has the mutex.
+        let guard = unsafe { (*self.held.get()).as_mut() };
+        guard.expect("hold was called")
+    }
+}
+
+#[cfg(not(loom))]
+impl<T: Default> Default for Lock<T> {
+    fn default() -> Self {
+        Lock::new(T::default())
     }
 }

@@ -5,8 +5,8 @@
 
 use crate::os;
 use crate::sync::Bell;
-use parking_lot::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use crate::sync::Lock;
+use crate::sync::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -26,11 +26,11 @@ struct Ticker {
     stopping: AtomicBool,
 }
 
-static KEEPERS: Mutex<Vec<Weak<dyn Ages>>> = Mutex::new(Vec::new());
+static KEEPERS: Lock<Vec<Weak<dyn Ages>>> = Lock::new(Vec::new());
 /// The running thread's ticker, or null. Tickers are leaked: one a start, a few words each.
 static CURRENT: AtomicPtr<Ticker> = AtomicPtr::new(std::ptr::null_mut());
 /// Held while the thread is started or stopped; every ticker ever made, so that none is lost.
-static TICKERS: Mutex<Vec<&'static Ticker>> = Mutex::new(Vec::new());
+static TICKERS: Lock<Vec<&'static Ticker>> = Lock::new(Vec::new());
 
 /// Let `keeper` age for as long as it lives.
 pub(crate) fn register(keeper: Weak<dyn Ages>) {
@@ -65,8 +65,8 @@ pub fn stop() {
 
 /// Before a fork: take this module's locks.
 pub(super) fn fork_lock() {
-    std::mem::forget(TICKERS.lock());
-    std::mem::forget(KEEPERS.lock());
+    TICKERS.hold();
+    KEEPERS.hold();
 }
 
 /// After a fork: release them; in the child the thread does not exist any more.
@@ -77,10 +77,10 @@ pub(super) unsafe fn fork_unlock(in_child: bool) {
     if in_child {
         CURRENT.store(std::ptr::null_mut(), Ordering::Release);
     }
-    // SAFETY: `fork_lock` forgot the guard.
-    unsafe { KEEPERS.force_unlock() };
+    // SAFETY: `fork_lock` called `hold`.
+    unsafe { KEEPERS.release() };
     // SAFETY: as above.
-    unsafe { TICKERS.force_unlock() };
+    unsafe { TICKERS.release() };
 }
 
 #[cold]

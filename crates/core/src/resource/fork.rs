@@ -5,7 +5,7 @@
 //! the allocation paths take them.
 
 use crate::os;
-use parking_lot::Mutex;
+use crate::sync::Lock;
 use std::sync::{Once, Weak};
 
 /// Something with locks that a fork must not tear.
@@ -16,13 +16,13 @@ pub(crate) trait ForkLocks: Send + Sync {
     ///
     /// # Safety
     /// The calling thread (or its copy in a child) called `lock_all` just before.
-    unsafe fn unlock_all(&self, in_child: bool);
+    unsafe fn unlock_all(&self);
 }
 
-static REGISTERED: Mutex<Vec<Weak<dyn ForkLocks>>> = Mutex::new(Vec::new());
+static REGISTERED: Lock<Vec<Weak<dyn ForkLocks>>> = Lock::new(Vec::new());
 static ONCE: Once = Once::new();
 /// What `prepare` locked, for the forking thread's `parent` and `child`.
-static HELD: Mutex<Vec<std::sync::Arc<dyn ForkLocks>>> = Mutex::new(Vec::new());
+static HELD: Lock<Vec<std::sync::Arc<dyn ForkLocks>>> = Lock::new(Vec::new());
 
 /// Have `locks` taken and released around every fork for as long as it lives.
 pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
@@ -34,31 +34,31 @@ pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
 
 extern "C" fn prepare() {
     super::background::fork_lock();
-    let registered = REGISTERED.lock();
-    let held: Vec<_> = registered.iter().rev().filter_map(Weak::upgrade).collect();
-    std::mem::forget(registered);
-    let mut slot = HELD.lock();
-    *slot = held;
-    for locks in slot.iter() {
+    REGISTERED.hold();
+    HELD.hold();
+    // SAFETY: held above, by this thread.
+    let registered = unsafe { REGISTERED.held() };
+    // SAFETY: as above.
+    let held = unsafe { HELD.held() };
+    *held = registered.iter().rev().filter_map(Weak::upgrade).collect();
+    for locks in held.iter() {
         locks.lock_all();
     }
-    std::mem::forget(slot);
 }
 
 fn finish(in_child: bool) {
-    // SAFETY: `prepare` on this thread called `fork_lock`.
-    unsafe { super::background::fork_unlock(in_child) };
-    // SAFETY: `prepare` on this thread locked `HELD` and forgot the guard.
-    let slot = unsafe { &mut *HELD.data_ptr() };
-    let held = std::mem::take(slot);
+    // SAFETY: `prepare` on this thread held it.
+    let held = std::mem::take(unsafe { HELD.held() });
     for locks in held.iter().rev() {
         // SAFETY: `prepare` called `lock_all` on this thread.
-        unsafe { locks.unlock_all(in_child) };
+        unsafe { locks.unlock_all() };
     }
-    // SAFETY: `prepare` forgot the guard on this thread.
-    unsafe { HELD.force_unlock() };
+    // SAFETY: `prepare` held it on this thread.
+    unsafe { HELD.release() };
     // SAFETY: as above.
-    unsafe { REGISTERED.force_unlock() };
+    unsafe { REGISTERED.release() };
+    // SAFETY: `prepare` on this thread called `fork_lock`.
+    unsafe { super::background::fork_unlock(in_child) };
     // Dropped last: if this was the only reference, the resource's `drop` runs without our locks.
     drop(held);
 }

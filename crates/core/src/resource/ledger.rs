@@ -5,7 +5,7 @@
 
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::Result;
-use parking_lot::Mutex;
+use crate::sync::Lock;
 use std::collections::HashSet;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ const SHARDS: usize = 16;
 /// Remembers the address of every live block drawn through it.
 pub struct LedgerAdaptor {
     upstream: Arc<dyn Resource>,
-    shards: [Mutex<HashSet<usize>>; SHARDS],
+    shards: [Lock<HashSet<usize>>; SHARDS],
 }
 
 impl LedgerAdaptor {
@@ -36,7 +36,7 @@ impl LedgerAdaptor {
         }
     }
 
-    fn shard(&self, address: NonNull<u8>) -> &Mutex<HashSet<usize>> {
+    fn shard(&self, address: NonNull<u8>) -> &Lock<HashSet<usize>> {
         &self.shards[(address.as_ptr() as usize >> 6) % SHARDS]
     }
 }

@@ -2,10 +2,10 @@
 
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::Result;
-use parking_lot::Mutex;
+use crate::sync::Lock;
+use crate::sync::{AtomicU64, Ordering::Relaxed};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Exact counters that any thread may bump. Read by reports only, so `Relaxed` suffices.
 #[derive(Default)]
@@ -129,7 +129,7 @@ struct Scopes {
 pub struct StatisticsAdaptor {
     upstream: Arc<dyn Resource>,
     counters: Counters,
-    scopes: Mutex<Scopes>,
+    scopes: Lock<Scopes>,
 }
 
 impl StatisticsAdaptor {
@@ -138,7 +138,7 @@ impl StatisticsAdaptor {
         StatisticsAdaptor {
             upstream,
             counters: Counters::default(),
-            scopes: Mutex::default(),
+            scopes: Lock::default(),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::errors::InvalidArgument;
 use crate::resource::Resource;
 use moirai_core::resource as core;
 use moirai_core::resource::ledger::LedgerAdaptor;
-use parking_lot::{Mutex, RwLock};
+use moirai_core::sync::Lock;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use std::ffi::c_void;
@@ -33,9 +33,9 @@ static ORIGINAL: OnceLock<OriginalAllocator> = OnceLock::new();
 /// The resource new arrays draw from, or null: NumPy's own functions.
 static ACTIVE: AtomicPtr<Installed> = AtomicPtr::new(null_mut());
 /// All that were ever installed, newest last; any may still have live arrays.
-static EVER: RwLock<Vec<&'static Installed>> = RwLock::new(Vec::new());
+static EVER: Lock<Vec<&'static Installed>> = Lock::new(Vec::new());
 /// Serialises `install` and `uninstall`.
-static CHANGING: Mutex<()> = Mutex::new(());
+static CHANGING: Lock<()> = Lock::new(());
 
 struct OriginalAllocator(Allocator);
 
@@ -108,7 +108,7 @@ unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usi
 /// # Safety
 /// If the block is one of ours, nothing uses it any more.
 unsafe fn free_retired(block: NonNull<u8>) -> bool {
-    EVER.read().iter().rev().any(|installed| {
+    EVER.lock().iter().rev().any(|installed| {
         // SAFETY: the caller's promise.
         unsafe { installed.core.take_back(block) }.is_some()
     })
@@ -124,7 +124,7 @@ unsafe extern "C" fn realloc(
         return unsafe { malloc(context, size) };
     };
     let owner = EVER
-        .read()
+        .lock()
         .iter()
         .rev()
         .copied()
@@ -191,7 +191,7 @@ pub fn install(resource: &Bound<'_, Resource>, replace: bool) -> PyResult<()> {
         }
     }
     let known = EVER
-        .read()
+        .lock()
         .iter()
         .copied()
         .find(|entry| entry.resource.is(resource));
@@ -200,7 +200,7 @@ pub fn install(resource: &Bound<'_, Resource>, replace: bool) -> PyResult<()> {
             core: LedgerAdaptor::where_needed(Arc::clone(resource.get().core())),
             resource: resource.clone().unbind(),
         }));
-        EVER.write().push(entry);
+        EVER.lock().push(entry);
         entry
     });
     take_over(py)?;
@@ -223,7 +223,7 @@ pub fn installed(py: Python<'_>) -> Option<Py<Resource>> {
 
 /// The resource that owns an array's data under the default handler.
 pub(super) fn owner_of(py: Python<'_>, data: NonNull<u8>) -> Option<Py<Resource>> {
-    let ever = EVER.read();
+    let ever = EVER.lock();
     let owner = ever
         .iter()
         .rev()
@@ -242,7 +242,7 @@ const LARGE_BYTES: usize = 1024 * 1024;
 
 /// The few largest sizes, each with the place in the program that first asked for it.
 mod largest {
-    use super::{AtomicUsize, LARGE_BYTES, Mutex, Ordering};
+    use super::{AtomicUsize, LARGE_BYTES, Lock, Ordering};
     use pyo3::ffi;
     use pyo3::prelude::*;
     use pyo3::types::PyCode;
@@ -251,7 +251,7 @@ mod largest {
     /// How far up the stack to look for a line of the program itself.
     const FRAMES: usize = 40;
 
-    static RECORDS: Mutex<Vec<(usize, u64, Option<String>)>> = Mutex::new(Vec::new());
+    static RECORDS: Lock<Vec<(usize, u64, Option<String>)>> = Lock::new(Vec::new());
     /// Sizes at most this need not be looked at. Only ever grows, so a stale value costs a lookup.
     static FLOOR: AtomicUsize = AtomicUsize::new(LARGE_BYTES - 1);
 

@@ -6,7 +6,7 @@ use crate::errors::InvalidArgument;
 use crate::resource::Resource;
 use moirai_core::resource as core;
 use moirai_core::resource::Request;
-use parking_lot::Mutex;
+use moirai_core::sync::Lock;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -138,7 +138,7 @@ pub struct Use {
     capsule: Py<PyAny>,
     variable: &'static Py<PyAny>,
     /// Tokens of the contexts that are inside, oldest first.
-    tokens: Mutex<Vec<Py<PyAny>>>,
+    tokens: Lock<Vec<Py<PyAny>>>,
 }
 
 #[pymethods]
@@ -149,7 +149,7 @@ impl Use {
             variable: &abi::numpy(resource.py())?.current,
             capsule: new_capsule(resource)?,
             resource: resource.clone().unbind(),
-            tokens: Mutex::new(Vec::new()),
+            tokens: Lock::new(Vec::new()),
         })
     }
 

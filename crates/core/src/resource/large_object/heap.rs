@@ -453,6 +453,10 @@ impl Heap {
             .next_multiple_of(os::HUGE_PAGE_BYTES)
             .min(region.bytes - region.frontier);
         let start = region.base.as_ptr() as usize + region.frontier;
+        // SAFETY: the range lies in the region, behind its frontier, and is page-aligned.
+        if !unsafe { os::commit(pointer(start), bytes) } {
+            return None;
+        }
         // Make the map's tables now, so that marking spans later cannot fail.
         let leaf = (1usize << 18) * PAGE_BYTES;
         let mut probe = start;
@@ -461,10 +465,6 @@ impl Heap {
                 return None;
             }
             probe = (probe + 1).next_multiple_of(leaf);
-        }
-        // SAFETY: the range lies in the region, behind its frontier, and is page-aligned.
-        if !unsafe { os::commit(pointer(start), bytes) } {
-            return None;
         }
         region.frontier += bytes;
         let id = self.new_span(Span {

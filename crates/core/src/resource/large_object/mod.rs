@@ -22,10 +22,10 @@ use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, LAZY_ZERO_BYTES, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::os::{self, HugePages};
+use crate::sync::Lock;
+use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use heap::{Heap, Victim};
-use parking_lot::{Mutex, MutexGuard};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 pub use fit::Fit;
@@ -56,7 +56,7 @@ impl Default for Options {
 
 struct Shared {
     options: Options,
-    heap: Mutex<Heap>,
+    heap: Lock<Heap>,
     map: AddressMap<12>,
     /// Bytes kept. Read by reports and limits only, so `Relaxed` suffices.
     kept: AtomicUsize,
@@ -82,7 +82,7 @@ impl LargeObjectResource {
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for the page map"))?;
         let shared = Arc::new(Shared {
             options,
-            heap: Mutex::new(Heap::new(
+            heap: Lock::new(Heap::new(
                 options.fit,
                 options.huge_pages,
                 options.cache_cap,
@@ -145,7 +145,7 @@ impl Shared {
         }
         let everything = self.heap.lock().excess_over(&self.map, 0);
         self.purge(everything);
-        let mut heap: MutexGuard<'_, Heap> = self.heap.lock();
+        let mut heap = self.heap.lock();
         heap.release_empty_regions(&self.map);
         let taken = heap.take(&self.map, size, alignment, lazy);
         self.publish(&heap);
@@ -177,12 +177,12 @@ impl Ages for Shared {
 
 impl ForkLocks for Shared {
     fn lock_all(&self) {
-        std::mem::forget(self.heap.lock());
+        self.heap.hold();
     }
 
-    unsafe fn unlock_all(&self, _in_child: bool) {
-        // SAFETY: `lock_all` on this thread forgot the guard.
-        unsafe { self.heap.force_unlock() };
+    unsafe fn unlock_all(&self) {
+        // SAFETY: `lock_all` on this thread called `hold`.
+        unsafe { self.heap.release() };
     }
 }
 

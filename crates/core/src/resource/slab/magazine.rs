@@ -5,7 +5,7 @@
 //! contention.
 
 use super::classes::{CLASS_COUNT, magazine_rounds};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{AtomicU64, Ordering::Relaxed};
 
 /// A rack of free blocks. Invariant: `fresh <= count <= rounds`; rounds below `fresh` are blocks
 /// that were never used before.

@@ -18,13 +18,13 @@ use super::background::{self, Ages};
 use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
+use crate::sync::Lock;
+use crate::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use classes::{CLASS_COUNT, RUN_BYTES, alignment, block_bytes, class_of, magazine_rounds};
 use magazine::{Counts, Magazine, Pair, ThreadCache};
-use parking_lot::Mutex;
 use run::Run;
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
 pub use classes::MAX_BLOCK_BYTES;
@@ -58,9 +58,9 @@ struct Shared {
     upstream: Arc<dyn Resource>,
     /// From an address to its `Run` (shifted left by 8) and class; 0: not in a run.
     units: AddressMap<16>,
-    classes: [Mutex<Class>; CLASS_COUNT],
+    classes: [Lock<Class>; CLASS_COUNT],
     /// Every thread's cache; boxes, so that they outlive the thread until they are retired.
-    caches: Mutex<Vec<NonNull<ThreadCache>>>,
+    caches: Lock<Vec<NonNull<ThreadCache>>>,
     /// Counts of retired caches and of threads that have none any more.
     retired: [Retired; CLASS_COUNT],
     passed: super::statistics::Counters,
@@ -547,19 +547,19 @@ impl Ages for Shared {
 
 impl ForkLocks for Shared {
     fn lock_all(&self) {
-        std::mem::forget(self.caches.lock());
+        self.caches.hold();
         for class in &self.classes {
-            std::mem::forget(class.lock());
+            class.hold();
         }
     }
 
-    unsafe fn unlock_all(&self, _in_child: bool) {
+    unsafe fn unlock_all(&self) {
         for class in &self.classes {
-            // SAFETY: `lock_all` on this thread forgot the guard.
-            unsafe { class.force_unlock() };
+            // SAFETY: `lock_all` on this thread called `hold`.
+            unsafe { class.release() };
         }
         // SAFETY: as above.
-        unsafe { self.caches.force_unlock() };
+        unsafe { self.caches.release() };
     }
 }
 
@@ -575,7 +575,7 @@ impl SlabResource {
             upstream,
             units,
             classes: std::array::from_fn(|index| {
-                Mutex::new(Class {
+                Lock::new(Class {
                     index,
                     full: Vec::new(),
                     empty: Vec::new(),
@@ -586,7 +586,7 @@ impl SlabResource {
                     purged_bytes: 0,
                 })
             }),
-            caches: Mutex::new(Vec::new()),
+            caches: Lock::new(Vec::new()),
             retired: std::array::from_fn(|_| Retired::default()),
             passed: Default::default(),
             out_bytes: AtomicU64::new(0),
@@ -770,19 +770,23 @@ unsafe impl Resource for SlabResource {
             own.misses += misses.min(allocated);
         }
         let total_count = own.total_count + passed.total_count;
+        let total_bytes = own.total_bytes + passed.total_bytes;
         let misses = own.misses + passed.misses;
         let free_in_runs = (run_bytes as u64)
             .saturating_sub(purged as u64)
             .saturating_sub(own.current_bytes);
-        let peak = |counter: &AtomicU64, current: u64| counter.load(Relaxed).max(current);
+        // Blocks resting in magazines count as out, but no more can be in use than was handed out.
+        let peak = |counter: &AtomicU64, current: u64, total: u64| {
+            counter.load(Relaxed).clamp(current, total.max(current))
+        };
         let current_bytes = own.current_bytes + passed.current_bytes;
         let current_count = own.current_count + passed.current_count;
         Statistics {
             current_bytes,
             current_count,
-            peak_bytes: peak(&shared.peak_bytes, current_bytes),
-            peak_count: peak(&shared.peak_count, current_count),
-            total_bytes: own.total_bytes + passed.total_bytes,
+            peak_bytes: peak(&shared.peak_bytes, current_bytes, total_bytes),
+            peak_count: peak(&shared.peak_count, current_count, total_count),
+            total_bytes,
             total_count,
             hits: total_count - misses,
             misses,
