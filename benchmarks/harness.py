@@ -551,7 +551,13 @@ def argument_parser(question: str) -> argparse.ArgumentParser:
 
 
 def quick_output(arguments: argparse.Namespace, name: str) -> Path | None:
-    """Where the JSON goes: a quick run must not replace a real one unless told so."""
+    """Where the JSON goes: a quick run must not replace a real one unless told so.
+
+    Raises:
+        ValueError: A quick run was asked to go into the docs.
+    """
+    if arguments.quick and arguments.write_docs:
+        raise ValueError("--write-docs: expected a full run, got --quick")
     if arguments.output is None and arguments.quick:
         return RESULTS / "quick" / f"{name}.json"
     return arguments.output
