@@ -631,6 +631,24 @@ def test_locking_all_future_memory_does_not_populate_reservations(run_python: Ru
     assert int(out) < 1 << 20, f"{out} KiB resident"
 
 
+def test_refused_request_costs_no_memory(run_python: RunPython) -> None:
+    run_python("""
+        import psutil
+        from moirai import memory
+        from moirai.errors import OutOfMemory
+
+        me = psutil.Process()
+        resource = memory.LargeObjectResource()
+        resource.allocate(1 << 20)
+        before = me.memory_info().rss
+        try:
+            resource.allocate(1 << 45)
+        except OutOfMemory:
+            pass
+        assert me.memory_info().rss < before + (8 << 20), me.memory_info().rss - before
+    """)
+
+
 def test_importing_moirai_does_not_import_numpy(run_python: RunPython) -> None:
     run_python("""
         import sys
