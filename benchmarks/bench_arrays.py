@@ -11,324 +11,31 @@ take turns. Times are thread CPU times, so that other processes on the machine m
 from __future__ import annotations
 
 import argparse
-import gc
 import math
-import mmap
-import random
-import resource
 import sys
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 import harness
+from arrays_worker import KIB, MIB, SMALL_SIZES
 from harness import BASELINE, MOIRAI, Goal
 
 QUESTION = __doc__.partition("\n")[0]
 NAME = "bench_arrays"
+WORKER = Path(__file__).with_name("arrays_worker.py")
 
-KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64, 512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB,
          256 * MIB)  # fmt: skip
 ZEROS_SIZES = (256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 THREAD_SIZES = (4 * KIB, 64 * KIB, MIB, 8 * MIB)
-SMALL_SIZES = (8, 64, 256, 1024)
-LARGE_PAGE = 2 * MIB
 SECTIONS = ("expression", "zeros", "threads", "tail", "small")
 
-SAMPLE_NS = 4_000_000  # one timed sample lasts about this long, or one operation if that is longer
-WARM_NS = 2_000_000
 PAIRS_PER_VISIT = 3
 # From this size on a worker keeps its arrays for one visit only: eight workers share the memory.
 TRANSIENT_FROM = 64 * MIB
 
-
-# === in the worker ==============================================================================
-
-
-def _mapped(size_bytes: int) -> Any:
-    """A float64 array in its own mapping: page aligned, huge pages as NumPy asks for them."""
-    import numpy as np
-
-    mapping = mmap.mmap(-1, size_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size_bytes >= 4 * MIB:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(mapping, dtype=np.uint8)
-    skipped = -whole.ctypes.data % (LARGE_PAGE if size_bytes >= 4 * MIB else 4096)
-    array = whole[skipped : skipped + size_bytes].view(np.float64)
-    array.fill(1.5)
-    return array
-
-
-class Expression:
-    """The operation and its floor at one size: arrays and calibrated repeat counts."""
-
-    def __init__(self, size_bytes: int) -> None:
-        import numpy as np
-
-        count = size_bytes // 8
-        self.aligned = tuple(_mapped(size_bytes) for _ in range(3))
-        self.out = tuple(_mapped(size_bytes) for _ in range(2))
-        self.natural = tuple(np.full(count, 1.5) for _ in range(3))
-        self.floor_repeats = _repeats(lambda n: _run_floor(n, *self.aligned, *self.out))
-        self.repeats = _repeats(lambda n: _run_expression(n, *self.natural))
-
-    def visit(self, pair_count: int) -> list[dict[str, float]]:
-        """Time floor and operation alternately; nanoseconds and faults per operation."""
-        samples = []
-        _warm(lambda n: _run_expression(n, *self.natural))
-        _warm(lambda n: _run_floor(n, *self.aligned, *self.out))
-        for _ in range(pair_count):
-            floor, _ = _timed(self.floor_repeats, lambda n: _run_floor(n, *self.aligned, *self.out))
-            aligned, _ = _timed(self.repeats, lambda n: _run_expression(n, *self.aligned))
-            natural, faults = _timed(self.repeats, lambda n: _run_expression(n, *self.natural))
-            samples.append(
-                {"floor": floor, "aligned": aligned, "natural": natural, "faults": faults}
-            )
-        return samples
-
-
-def _run_floor(repeats: int, a: Any, b: Any, c: Any, product: Any, total: Any) -> None:
-    import numpy as np
-
-    multiply, add = np.multiply, np.add
-    for _ in range(repeats):
-        add(multiply(a, b, out=product), c, out=total)
-
-
-def _run_expression(repeats: int, a: Any, b: Any, c: Any) -> None:
-    import numpy as np
-
-    multiply, add = np.multiply, np.add
-    for _ in range(repeats):
-        add(multiply(a, b), c)
-
-
-def _repeats(run: Callable[[int], object]) -> int:
-    """How often to repeat so that a sample lasts about SAMPLE_NS."""
-    run(2)
-    repeats = 1
-    while True:
-        start = time.thread_time_ns()
-        run(repeats)
-        elapsed = time.thread_time_ns() - start
-        if elapsed >= SAMPLE_NS / 4:
-            return max(1, round(repeats * SAMPLE_NS / elapsed))
-        repeats *= 4
-
-
-def _warm(run: Callable[[int], object]) -> None:
-    """Repeat until the operation has had WARM_NS, twice at least: a pool may have decayed."""
-    start = time.thread_time_ns()
-    run(2)
-    while time.thread_time_ns() - start < WARM_NS:
-        run(1)
-
-
-def _timed(repeats: int, run: Callable[[int], object]) -> tuple[float, float]:
-    """(CPU ns, page faults) per operation of this thread."""
-    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    start = time.thread_time_ns()
-    run(repeats)
-    elapsed = time.thread_time_ns() - start
-    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - faults
-    return elapsed / repeats, faults / repeats
-
-
-def _run_zeros(repeats: int, count: int) -> None:
-    import numpy as np
-
-    zeros = np.zeros
-    for _ in range(repeats):
-        zeros(count)
-
-
-def _run_zeros_touched(repeats: int, count: int) -> None:
-    import numpy as np
-
-    zeros = np.zeros
-    for _ in range(repeats):
-        zeros(count).fill(1.5)
-
-
-def _run_empty(repeats: int, count: int) -> None:
-    import numpy as np
-
-    empty = np.empty
-    for _ in range(repeats):
-        empty(count)
-
-
-def _run_empty_held(repeats: int, count: int) -> None:
-    """A thousand arrays live at once: more than NumPy's cache of seven per size holds."""
-    import numpy as np
-
-    empty = np.empty
-    for _ in range(max(1, repeats // 1000)):
-        held = [empty(count) for _ in range(1000)]
-        held.clear()
-
-
-class ArraysWorker:
-    """Answers the driver's questions; keeps what it calibrated."""
-
-    def __init__(self) -> None:
-        self._expressions: dict[int, Expression] = {}
-        self._counts: dict[Any, int] = {}
-        self._neighbours: Any = None
-
-    def answer(self, request: Mapping[str, Any]) -> Any:
-        return getattr(self, "_do_" + request["do"])(request)
-
-    def _do_expression(self, request: Mapping[str, Any]) -> list[dict[str, float]]:
-        size, pair_count = request["size_bytes"], request["pair_count"]
-        if size not in self._expressions:
-            self._expressions[size] = Expression(size)
-        samples = self._expressions[size].visit(pair_count)
-        if request["transient"]:
-            del self._expressions[size]
-        return samples
-
-    def _do_forget(self, request: Mapping[str, Any]) -> None:
-        self._expressions.clear()
-        gc.collect()
-
-    def _calibrated(self, key: Any, run: Callable[[int], object]) -> int:
-        if key not in self._counts:
-            self._counts[key] = _repeats(run)
-        return self._counts[key]
-
-    def _do_zeros(self, request: Mapping[str, Any]) -> dict[str, float]:
-        count = request["size_bytes"] // 8
-        measured = {}
-        for name, function in (("untouched", _run_zeros), ("touched", _run_zeros_touched)):
-            run = lambda n, function=function: function(n, count)  # noqa: E731
-            repeats = self._calibrated(("zeros", name, count), run)
-            _warm(run)
-            measured[name], _ = _timed(repeats, run)
-        return measured
-
-    def _do_threads(self, request: Mapping[str, Any]) -> dict[str, float]:
-        """CPU and wall ns per operation: alone, with two threads, and the floor of both."""
-        import numpy as np
-
-        count = request["size_bytes"] // 8
-        inputs = [tuple(np.full(count, 1.5) for _ in range(3)) for _ in range(2)]
-        outputs = [tuple(_mapped(count * 8) for _ in range(2)) for _ in range(2)]
-        runs = {
-            "operation": [lambda n, i=i: _run_expression(n, *inputs[i]) for i in range(2)],
-            "floor": [lambda n, i=i: _run_floor(n, *inputs[i], *outputs[i]) for i in range(2)],
-        }
-        measured = {}
-        for name, pair in runs.items():
-            repeats = 4 * self._calibrated((name, count), pair[0])
-            measured[f"{name} alone"], measured[f"{name} alone wall"] = _in_threads(
-                repeats, pair[:1]
-            )
-            measured[f"{name} both"], measured[f"{name} both wall"] = _in_threads(repeats, pair)
-        return measured
-
-    def _do_tail(self, request: Mapping[str, Any]) -> dict[str, list[float]]:
-        """µs of operations on 1 MiB; before each, one of 64 neighbours changes its size."""
-        import numpy as np
-
-        if self._neighbours is None:
-            source = random.Random(7)
-            arrays = tuple(np.full(MIB // 8, 1.5) for _ in range(3))
-            self._neighbours = (source, arrays, [np.ones(MIB // 8) for _ in range(64)])
-        source, (a, b, c), neighbours = self._neighbours
-        multiply, add, empty = np.multiply, np.add, np.empty
-        wall_now, cpu_now = time.perf_counter_ns, time.thread_time_ns
-        wall, cpu = [], []
-        for index in range(-64, request["operations"]):
-            slot = source.randrange(64)
-            count = int(source.uniform(0.25, 2.0) * MIB) // 8
-            cpu_start, wall_start = cpu_now(), wall_now()
-            neighbours[slot] = empty(count)
-            add(multiply(a, b), c)
-            wall_end, cpu_end = wall_now(), cpu_now()
-            neighbours[slot].fill(0.5)
-            if index >= 0:  # the first 64 only warm up
-                wall.append((wall_end - wall_start) / 1000)
-                cpu.append((cpu_end - cpu_start) / 1000)
-        return {"wall": wall, "cpu": cpu}
-
-    def _do_small(self, request: Mapping[str, Any]) -> dict[str, float]:
-        count = request["size_bytes"] // 8
-        measured = {}
-        for name, function in (("single", _run_empty), ("held", _run_empty_held)):
-            run = lambda n, function=function: function(n, count)  # noqa: E731
-            repeats = max(1000, self._calibrated(("small", name, count), run) // 1000 * 1000)
-            _warm(run)
-            measured[name], _ = _timed(repeats, run)
-        return measured
-
-    def _do_use(self, request: Mapping[str, Any]) -> dict[str, float]:
-        """In one process without install(): np.empty plain and inside `use`; entering `use`."""
-        from moirai import memory
-
-        pool = memory.PoolResource()
-        measured: dict[str, float] = {}
-
-        def enter(repeats: int) -> None:
-            use = memory.use
-            for _ in range(repeats):
-                with use(pool):
-                    pass
-
-        def loop(repeats: int) -> None:
-            for _ in range(repeats):
-                pass
-
-        repeats = self._calibrated("enter", enter)
-        _warm(enter)
-        entered, _ = _timed(repeats, enter)
-        looped, _ = _timed(repeats, loop)
-        measured["enter"] = entered - looped
-        for size in SMALL_SIZES:
-            for name, function in (("single", _run_empty), ("held", _run_empty_held)):
-                run = lambda n, f=function, size=size: f(n, size // 8)  # noqa: E731
-                repeats = max(1000, self._calibrated(("use", name, size), run) // 1000 * 1000)
-                _warm(run)
-                measured[f"{name} {size} plain"], _ = _timed(repeats, run)
-                with memory.use(pool):
-                    _warm(run)
-                    measured[f"{name} {size} use"], _ = _timed(repeats, run)
-        return measured
-
-
-def _in_threads(repeats: int, runs: Sequence[Callable[[int], object]]) -> tuple[float, float]:
-    """(mean CPU ns, wall ns) per operation when each thread does `repeats` at the same time."""
-    barrier = threading.Barrier(len(runs))
-    cpu: list[float] = []
-    spans: list[tuple[int, int]] = []
-
-    def body(run: Callable[[int], object]) -> None:
-        run(2)
-        barrier.wait()
-        wall_start = time.perf_counter_ns()
-        elapsed, _ = _timed(repeats, run)
-        spans.append((wall_start, time.perf_counter_ns()))
-        cpu.append(elapsed)
-
-    # A handler is a context variable: threads get a copy of this context, not an empty one.
-    contexts = [copy_context() for _ in runs]
-    threads = [
-        threading.Thread(target=context.run, args=(body, run))
-        for context, run in zip(contexts, runs, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    return sum(cpu) / len(cpu), wall / repeats
-
-
-# === in the driver ==============================================================================
 
 Workers = Mapping[str, harness.Worker]
 
@@ -464,7 +171,11 @@ def measure_use(worker: harness.Worker, rounds: int) -> dict[str, Any]:
         for kind in ("single", "held")
         for size in SMALL_SIZES
     }
-    return {"enter_ns": harness.median(s["enter"] for s in samples), "ratios": ratios}
+    return {
+        "enter_ns": harness.median(s["enter"] for s in samples),
+        "leave_ns": harness.median(s["leave"] for s in samples),
+        "ratios": ratios,
+    }
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -568,7 +279,7 @@ def _use_text(use: Mapping[str, Any]) -> str:
     table = harness.markdown_table(["", *map(harness.size_label, SMALL_SIZES)], rows)
     return (
         "**Inside `moirai.memory.use(pool)` over outside, in one process** "
-        f"(entering and leaving costs {use['enter_ns']:.0f} ns)\n\n{table}"
+        f"(entering costs {use['enter_ns']:.0f} ns, leaving {use['leave_ns']:.0f} ns)\n\n{table}"
     )
 
 
@@ -596,12 +307,15 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
             found.append(Goal(text, touched[MOIRAI] / value, 1.0))
     for size, row in results.get("threads", {}).items():
         if MOIRAI in row:
-            text = f"two threads at {harness.size_label(int(size))}, CPU over one thread's"
+            floor = f"(the floor's own: {row[MOIRAI]['floor_ratio']:.2f})"
+            text = f"two threads at {harness.size_label(int(size))}, CPU over one thread's {floor}"
             found.append(Goal(text, row[MOIRAI]["ratio"], 1.05))
     if MOIRAI in results.get("tail", {}):
-        tails = {name: row["wall_p99.9"] for name, row in results["tail"].items()}
-        peer, value = harness.best_peer(tails)
-        found.append(Goal(f"tail p99.9 over the best peer ({peer})", tails[MOIRAI] / value, 0.6))
+        for clock in ("wall", "cpu"):
+            tails = {name: row[f"{clock}_p99.9"] for name, row in results["tail"].items()}
+            peer, value = harness.best_peer(tails)
+            text = f"tail p99.9, {clock}, over the best peer ({peer})"
+            found.append(Goal(text, tails[MOIRAI] / value, 0.6))
     for size, row in results.get("small", {}).items():
         for kind in ("single", "held"):
             if MOIRAI in row[kind]:
@@ -620,7 +334,7 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     rounds = arguments.rounds
     quick = arguments.quick
     results: dict[str, Any] = {}
-    with harness.workers(chosen, __file__) as pool:
+    with harness.workers(chosen, WORKER) as pool:
         if "expression" in arguments.sections:
             sizes = (4 * KIB, MIB) if quick else SIZES
             results["expression"] = measure_expression(pool, sizes, rounds)
@@ -638,7 +352,7 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
             )
     if "small" in arguments.sections and MOIRAI in chosen:
         plain = harness.Configuration("use", "moirai.memory.use")
-        with harness.workers({"use": plain}, __file__) as single:
+        with harness.workers({"use": plain}, WORKER) as single:
             results["use"] = measure_use(single["use"], rounds)
     labels = {name: configuration.label for name, configuration in chosen.items()}
     parameters = {
@@ -659,10 +373,6 @@ def main() -> int:
         "--sections", type=lambda names: names.split(","), default=SECTIONS, help=",".join(SECTIONS)
     )
     arguments = parser.parse_args()
-    if arguments.worker is not None:
-        harness.enter_handler(arguments.worker)
-        harness.serve(ArraysWorker().answer)
-        return 0
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 10)
     unknown = set(arguments.sections) - set(SECTIONS)
     if unknown:
