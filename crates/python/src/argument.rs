@@ -55,3 +55,14 @@ pub(crate) fn milliseconds(name: &str, seconds: Option<f64>) -> PyResult<Option<
         ))),
     }
 }
+
+/// An alignment in bytes, as an argument with a default.
+pub(crate) struct Alignment(pub usize);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Alignment {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        bytes("alignment_bytes", &value.to_owned()).map(Alignment)
+    }
+}

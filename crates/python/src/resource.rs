@@ -1,6 +1,6 @@
 //! The resources and adaptors as classes over one base.
 
-use crate::argument::{bytes, choice, milliseconds};
+use crate::argument::{Alignment, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
 use crate::errors::to_py;
 use moirai_core::os::HugePages;
@@ -38,18 +38,18 @@ impl Resource {
 #[pymethods]
 impl Resource {
     /// A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
-    #[pyo3(signature = (size_bytes, *, alignment_bytes=None, zeroed=false))]
+    #[pyo3(
+        signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
+        text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False)"
+    )]
     fn allocate(
         slf: &Bound<'_, Self>,
         size_bytes: &Bound<'_, PyAny>,
-        alignment_bytes: Option<&Bound<'_, PyAny>>,
+        alignment_bytes: Alignment,
         zeroed: bool,
     ) -> PyResult<Buffer> {
         let size = bytes("size_bytes", size_bytes)?;
-        let alignment = match alignment_bytes {
-            Some(value) => bytes("alignment_bytes", value)?,
-            None => core::DEFAULT_ALIGNMENT,
-        };
+        let alignment = alignment_bytes.0;
         let resource = Arc::clone(&slf.get().core);
         let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
         let block = if size > DETACH_BYTES {
