@@ -114,7 +114,7 @@ def parse_bytes(size: int | str, *, argument: str = "size") -> int:
     if match is None or factor is None or len(size) > _LONGEST_SIZE:
         raise InvalidArgument(
             f"{argument}: must be a number of bytes, with a unit such as KiB, MiB or GiB if it has "
-            f"one, got {size[:80]!r}"
+            f"one, got {size!r}"
         )
     if "." not in match[1]:
         return int(match[1]) * factor

@@ -1,6 +1,7 @@
 //! Numbers as they arrive: checked by name, so that the message says which one is wrong.
 
 use crate::errors::{InvalidArgument, OutOfMemory};
+use moirai_core::resource::MAX_ALIGNMENT;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
@@ -63,6 +64,16 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Alignment {
     type Error = PyErr;
 
     fn extract(value: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        bytes("alignment_bytes", &value.to_owned()).map(Alignment)
+        let bytes = bytes("alignment_bytes", &value.to_owned()).map_err(|error| {
+            if error.is_instance_of::<pyo3::exceptions::PyMemoryError>(value.py()) {
+                InvalidArgument::new_err(format!(
+                    "alignment_bytes: must be a power of two from 1 to {MAX_ALIGNMENT}, got {}",
+                    &*value
+                ))
+            } else {
+                error
+            }
+        })?;
+        Ok(Alignment(bytes))
     }
 }
