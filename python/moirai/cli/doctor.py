@@ -81,9 +81,9 @@ def how_install_works(numpy: str | None) -> str:
     if numpy is None:
         return "nothing to install into"
     major, minor = (int(part) for part in numpy.split(".")[:2])
-    if (major, minor) < (2, 5):
-        return "replaces the functions of NumPy's default data handler; all threads"
-    return "replaces the raw domain of Python's allocators (PyMem_SetAllocator); all threads"
+    if (major, minor) < (1, 22):
+        return "not possible: NumPy has data handlers from 1.22 on"
+    return "replaces the functions of NumPy's default data handler; all threads"
 
 
 def _allocators() -> tuple[report.FoundAllocator, ...]:
