@@ -9,7 +9,6 @@ DEPENDENCIES := $(VENV)/.stamp-dependencies
 RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) $(shell find crates -name '*.rs' -o -name Cargo.toml)
 RUST_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 BENCHMARKS := $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
-EXAMPLES := examples/image_pipeline.py examples/photo_segmentation.py examples/signal_chain.py
 DEMO_RUNS ?= 3
 
 # One interpreter for every cargo call, so that clippy, maturin and cargo share their builds.
@@ -28,12 +27,13 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '  make %-18s %s\n' 'bench-<name>' 'run one of: $(BENCHMARKS:bench-%=%)'
 
+# Running each program first warms the file cache, so that `compare` needs no warm-up round.
 demo: $(BUILT) ## run and compare three real programs; DEMO_RUNS=3
-	@for example in $(EXAMPLES); do \
-	    printf '\n== moirai compare %s\n' "$$example"; \
-	    $(PY) -m moirai compare --runs $(DEMO_RUNS) $$example || exit 1; \
-	    printf '\n== moirai run %s\n' "$$example"; \
-	    $(PY) -m moirai run $$example || exit 1; \
+	@for example in image_pipeline.py 'photo_segmentation.py --photographs flower' signal_chain.py; do \
+	    printf '\n== moirai run examples/%s\n' "$$example"; \
+	    $(PY) -m moirai run examples/$$example || exit 1; \
+	    printf '\n== moirai compare examples/%s\n' "$$example"; \
+	    $(PY) -m moirai compare --runs $(DEMO_RUNS) --no-warm-up examples/$$example || exit 1; \
 	done
 
 build: $(BUILT) ## create .venv and build the package into it, optimised
