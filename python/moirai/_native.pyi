@@ -1,10 +1,12 @@
 """The compiled core. Import it through `moirai.memory`, never directly."""
 
+import sys
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from typing_extensions import disjoint_base
 
 __all__ = [
     "Buffer",
@@ -61,9 +63,11 @@ class Buffer:
     def __dlpack_device__(self) -> tuple[int, int]:
         """(1, 0): main memory."""
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
 
+@disjoint_base
 class Resource:
     """A source of memory; the base of every resource and adaptor.
 
@@ -135,6 +139,7 @@ class SlabResource(Resource):
 
     def __new__(cls, upstream: Resource) -> Self: ...
 
+@disjoint_base
 class StatisticsAdaptor(Resource):
     """Counts what passes through it on the way to `upstream`."""
 
@@ -146,6 +151,7 @@ class StatisticsAdaptor(Resource):
     def close_scope(self, scope: int) -> tuple[int, int, int, int, int] | None:
         """Close a scope; its counts, or None if it is not open."""
 
+@disjoint_base
 class LimitAdaptor(Resource):
     """Refuses what would take the use of `upstream` above a limit."""
 
@@ -222,6 +228,7 @@ class HealthReport:
     def counts(self) -> dict[str, int]:
         """What was counted on the way, by name."""
 
+@disjoint_base
 class use:  # noqa: N801
     """Makes NumPy draw from `resource` in the current context between enter and exit.
 

@@ -69,7 +69,7 @@ impl Resource {
     }
 
     /// Give kept memory back to the system until at most `target_bytes` are kept.
-    #[pyo3(signature = (target_bytes=None))]
+    #[pyo3(signature = (target_bytes=None), text_signature = "($self, target_bytes=0)")]
     fn trim(&self, py: Python<'_>, target_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
         let target = target_bytes.map_or(Ok(0), |value| bytes("target_bytes", value))?;
         Ok(py.detach(|| self.core.trim(target)))
@@ -162,7 +162,10 @@ pub struct LargeObjectResource;
 #[pymethods]
 impl LargeObjectResource {
     #[new]
-    #[pyo3(signature = (*, fit="best", huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)))]
+    #[pyo3(
+        signature = (*, fit="best", huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)),
+        text_signature = "(*, fit='best', huge_pages='auto', cache_cap_bytes=None, decay_seconds=0.5)"
+    )]
     fn new(
         fit: &str,
         huge_pages: &str,
@@ -182,7 +185,10 @@ pub struct PoolResource;
 #[pymethods]
 impl PoolResource {
     #[new]
-    #[pyo3(signature = (*, huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)))]
+    #[pyo3(
+        signature = (*, huge_pages="auto", cache_cap_bytes=None, decay_seconds=Some(0.5)),
+        text_signature = "(*, huge_pages='auto', cache_cap_bytes=None, decay_seconds=0.5)"
+    )]
     fn new(
         huge_pages: &str,
         cache_cap_bytes: Option<&Bound<'_, PyAny>>,
