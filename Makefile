@@ -29,7 +29,8 @@ help: ## list the targets
 
 # Running each program first warms the file cache, so that `compare` needs no warm-up round.
 demo: $(BUILT) ## run and compare three real programs; DEMO_RUNS=3
-	@for example in image_pipeline.py 'photo_segmentation.py --photographs flower' signal_chain.py; do \
+	@for example in image_pipeline.py signal_chain.py \
+	    "photo_segmentation.py --photographs flower --iterations 3"; do \
 	    printf '\n== moirai run examples/%s\n' "$$example"; \
 	    $(PY) -m moirai run examples/$$example || exit 1; \
 	    printf '\n== moirai compare examples/%s\n' "$$example"; \
