@@ -134,7 +134,7 @@ class LargeObjectResource(_native.LargeObjectResource):
         huge_pages: "auto" asks for huge pages for blocks from 1 MiB, "always" everywhere, "never"
             refuses them even where the system gives them unasked.
         cache_cap_bytes: Most bytes of free memory to keep, as an int or such as "64 MiB". None
-            keeps 32 MiB, and more while reuse shows that it is needed, never above the peak use.
+            keeps 32 MiB, or more while reuse shows that it is needed, near the recent peak of use.
         decay_seconds: Free memory older than this goes back to the kernel, without traffic too;
             >= 0. None keeps it until the cap or `trim`.
 

@@ -10,8 +10,8 @@
 //!
 //! How much stays hot: at most the cap. Unless one is given, it is 32 MiB plus what reuse has shown
 //! to be needed: when fresh pages are asked for soon after the cap drove as many away, the cap
-//! rises; unused, it falls again. It never exceeds the largest use so far. When fresh pages are
-//! needed, idle hot ones go first if both together would exceed the peak.
+//! rises; unused, it falls again. It never lets the whole exceed the recent peak of use by more than
+//! a slack. When fresh pages are needed, idle hot ones go first if both together would exceed that.
 
 mod fit;
 mod heap;
