@@ -51,7 +51,9 @@ def test_memory_is_the_programs_own_though_it_is_started_by_a_larger_one(tmp_pat
     assert len(ballast) == 64 << 20
 
 
-def test_work_of_children_counts(tmp_path: Path) -> None:
+def test_work_of_children_counts_though_it_is_started_by_a_larger_one(tmp_path: Path) -> None:
+    ballast = bytearray(192 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
     child = "b = bytearray(b'x') * (128 << 20); sum(range(2_000_000))"
     alone = measured("pass", tmp_path)
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -61,6 +63,7 @@ def test_work_of_children_counts(tmp_path: Path) -> None:
     assert both.cpu_seconds > alone.cpu_seconds
     # The probe is the main process's: the child's memory is gone at its end.
     assert both.end_rss_bytes < 100 << 20
+    assert len(ballast) == 192 << 20
 
 
 def test_program_that_ends_by_os_exit_has_no_end(tmp_path: Path) -> None:

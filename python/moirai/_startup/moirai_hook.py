@@ -330,11 +330,15 @@ def _used_memory() -> dict[str, int]:
 
 
 def _write_probe(probe_path: str, pid: int) -> None:
+    """Write VmRSS and the peak of this process and of the children it waited for, in bytes."""
     if os.getpid() != pid:
         return
     used = _used_memory()
     try:
+        import resource
+
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         with open(probe_path, "w") as file:
-            file.write(f"{used['VmRSS']} {used['VmHWM']}")
-    except OSError:
+            file.write(f"{used['VmRSS']} {max(used['VmHWM'], children)}")
+    except (ImportError, OSError):
         pass

@@ -3,7 +3,9 @@
 CPU time, faults and wall time are the kernel's own (`wait4`). The peak of resident memory is not:
 `ru_maxrss` starts at the size of the process that started the program (exec keeps the maximum), so
 a small program would be given ours. The probe in the program reports VmHWM, which starts anew with
-each exec; `ru_maxrss` is used where it exceeds what was inherited, since it covers children too.
+each exec, and the `ru_maxrss` of the children it waited for, which inherit no more than that.
+`wait4`'s own is used where it exceeds what was inherited: of a program that left no probe, and of
+children that ended after the probe was written.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def _own_peak_bytes() -> int:
 
 
 def _read_probe(probe: Path) -> tuple[int | None, int | None]:
-    """Return VmRSS at the end and VmHWM in bytes; None where the program wrote none."""
+    """Return VmRSS at the end and the peak in bytes; None where the program wrote none."""
     try:
         numbers = [int(number) for number in probe.read_text().split()]
     except (OSError, ValueError):
