@@ -1,0 +1,59 @@
+"""Where blocks come from: resources, adaptors over them, and NumPy drawing from them.
+
+Every object here may be used by any number of threads at once, with or without the GIL. A forked
+child may go on using what it inherited; the parent's other threads' cached blocks stay unused
+there. Blocks and arrays keep their resource alive, so objects may be dropped in any order.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from moirai import _native
+from moirai._native import (
+    Buffer,
+    HealthReport,
+    Resource,
+    Statistics,
+    SystemResource,
+    handler_of,
+    installed,
+    stop_background,
+    uninstall,
+)
+from moirai.memory.arrays import LargeArray, install, largest_arrays, use
+from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
+from moirai.memory.sizes import parse_bytes
+from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
+
+__all__ = [
+    "Buffer",
+    "HealthReport",
+    "LargeArray",
+    "LargeObjectResource",
+    "LimitAdaptor",
+    "PoolResource",
+    "Resource",
+    "Scope",
+    "ScopeRecord",
+    "SlabResource",
+    "Statistics",
+    "StatisticsAdaptor",
+    "SystemResource",
+    "handler_of",
+    "install",
+    "installed",
+    "largest_arrays",
+    "parse_bytes",
+    "stop_background",
+    "uninstall",
+    "use",
+]
+
+if _native.build_profile() != "release":
+    warnings.warn(
+        "moirai._native is an unoptimised build: correct, but many times slower than a release "
+        "build; build it with `maturin develop --release`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
