@@ -232,7 +232,7 @@ PLANTED = [
     (
         python_layer_violations,
         "python/moirai/memory/arrays.py",
-        "from . import reports",
+        "from .. import reports",
         "memory must not import reports",
     ),
     (
