@@ -20,10 +20,10 @@ class LargeObjectResource(_native.LargeObjectResource):
     Args:
         fit: Which free span serves a request: the smallest that fits ("best"), the lowest address
             ("first", looks at free spans one by one), or the largest ("worst").
-        huge_pages: "auto" asks for huge pages for blocks from 1 MiB, "always" everywhere, "never"
+        huge_pages: "auto" asks for huge pages for blocks from 2 MiB, "always" everywhere, "never"
             refuses them even where the system gives them unasked.
         cache_cap_bytes: Most bytes of free memory to keep, as an int or such as "64 MiB". None
-            keeps 32 MiB, or more while reuse shows that it is needed, near the recent peak of use.
+            keeps what holds the whole, used and kept, near the recent peak of use.
         decay_seconds: Free memory older than this goes back to the kernel, without traffic too;
             >= 0. None keeps it until the cap or `trim`.
 

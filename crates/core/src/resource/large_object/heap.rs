@@ -17,9 +17,10 @@ use crate::resource::address_map::AddressMap;
 use std::collections::BTreeSet;
 use std::ptr::NonNull;
 
-/// Spans of at least this many bytes live apart, where huge pages are asked for (NumPy's own
-/// threshold). Giving back less would split huge pages, which come back one small fault at a time.
-const HUGE_AREA_BYTES: usize = 4 * 1024 * 1024;
+/// Spans of at least a huge page live apart, where huge pages are asked for. Giving back less would
+/// split huge pages, which come back one small fault at a time: from 1 MiB on, the slowest thousandth
+/// of operations took four times as long.
+const HUGE_AREA_BYTES: usize = 2 * 1024 * 1024;
 /// Blocks of at least this size are given room for colouring.
 const COLOUR_FROM_BYTES: usize = 64 * 1024;
 /// Distance of two colours: 17 cache lines, so that colours differ in every set of the cache.
@@ -30,10 +31,9 @@ const HUGE_COLOURS: usize = 16;
 const QUICK_PAGES: usize = 256 * 1024 / PAGE_BYTES + 1;
 /// Bytes that may wait so before all of them are merged.
 const QUICK_LIMIT_BYTES: usize = 2 * 1024 * 1024;
-/// The cap on hot memory that needs no evidence of reuse.
-const BASE_CAP_BYTES: usize = 32 * 1024 * 1024;
-/// Hot memory that may always stay beyond what the recent peak of use took.
-const MIN_SLACK_BYTES: usize = 16 * 1024 * 1024;
+/// Hot memory that may stay beyond what the recent peak of use took: at least, and at most. With 16
+/// MiB at most, changing sizes over 70 MiB in use fault six times an operation; with 24 not once.
+const SLACK_BYTES: (usize, usize) = (16 * 1024 * 1024, 24 * 1024 * 1024);
 
 /// Where a span lives, by what its blocks need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,10 +148,6 @@ pub(super) struct Heap {
     quick_bytes: usize,
     purging_bytes: usize,
     cold_bytes: usize,
-    /// What reuse has shown to be needed above the base cap; fades.
-    demand_bytes: usize,
-    /// What the cap made us give back lately; fades. A fresh request for as much was a mistake.
-    ghost_bytes: usize,
     sequence: u64,
     colour: usize,
     zeroing: Zeroing,
@@ -219,8 +215,6 @@ impl Heap {
             quick_bytes: 0,
             purging_bytes: 0,
             cold_bytes: 0,
-            demand_bytes: 0,
-            ghost_bytes: 0,
             sequence: 0,
             colour: 0,
             zeroing: Zeroing::default(),
@@ -238,23 +232,16 @@ impl Heap {
         self.used_bytes + self.cached_bytes()
     }
 
-    /// Whether a tick would have anything to do.
-    pub(super) fn fades(&self) -> bool {
-        self.cached_bytes() > 0 || self.ghost_bytes > 0
-    }
-
-    /// Most bytes that may stay hot now: what was shown to be needed, and no more than keeps the
-    /// whole near the peak of what was in use.
+    /// Most bytes that may stay hot now: what keeps the whole near the recent peak of use.
     fn cap(&self) -> usize {
         let below_peak = self.recent_peak_bytes - self.used_bytes + self.slack();
-        let needed = BASE_CAP_BYTES.max(self.demand_bytes);
-        self.fixed_cap.unwrap_or(needed.min(below_peak))
+        self.fixed_cap.unwrap_or(below_peak)
     }
 
     /// Hot memory that may stay beyond what the recent peak of use took: three eighths of what is
     /// in use, within bounds. Less and blocks of random sizes fault; more and memory is wasted.
     fn slack(&self) -> usize {
-        (self.used_bytes / 8 * 3).clamp(MIN_SLACK_BYTES, BASE_CAP_BYTES)
+        (self.used_bytes / 8 * 3).clamp(SLACK_BYTES.0, SLACK_BYTES.1)
     }
 
     // ---- spans and the map ----
@@ -588,9 +575,6 @@ impl Heap {
         let cold = self.areas[area as usize].cold.choose(pages);
         if let Some(id) = if lazy { cold.or(hot) } else { hot } {
             let was_hot = self.spans[id as usize].state == State::Hot;
-            if was_hot && self.hot_bytes > BASE_CAP_BYTES {
-                self.demand_bytes = self.demand_bytes.max(self.hot_bytes);
-            }
             self.remove_free(id);
             self.split(
                 map,
@@ -600,7 +584,6 @@ impl Heap {
             );
             return Some((id, was_hot));
         }
-        self.learn_from_miss(pages * PAGE_BYTES);
         let id = match cold {
             Some(id) => {
                 self.remove_free(id);
@@ -610,15 +593,6 @@ impl Heap {
         };
         self.split(map, id, pages, State::Cold);
         Some((id, false))
-    }
-
-    /// Fresh pages are needed: if the cap drove as much away lately, it was too low.
-    fn learn_from_miss(&mut self, bytes: usize) {
-        if self.ghost_bytes >= bytes {
-            self.ghost_bytes -= bytes;
-            let raised = self.demand_bytes.max(BASE_CAP_BYTES) + bytes;
-            self.demand_bytes = raised.min(self.recent_peak_bytes.max(BASE_CAP_BYTES));
-        }
     }
 
     /// Cut a span that is too long by the alignment to an aligned one of `pages`.
@@ -801,20 +775,11 @@ impl Heap {
 
     /// What the cap no longer allows to stay hot, after a block came back.
     pub(super) fn excess_after_free(&mut self) -> Vec<Victim> {
-        if self.hot_bytes <= self.cap() {
-            return Vec::new();
-        }
-        let victims = self.purge_to(self.cap());
-        let bytes: usize = victims.iter().map(|victim| victim.bytes).sum();
-        self.ghost_bytes = (self.ghost_bytes + bytes).min(self.recent_peak_bytes);
-        victims
+        self.purge_to(self.cap())
     }
 
     /// What must go so that fresh pages do not raise the peak by what lies idle.
     pub(super) fn excess_after_fresh(&mut self) -> Vec<Victim> {
-        if self.hot_bytes <= MIN_SLACK_BYTES {
-            return Vec::new();
-        }
         let allowed = (self.recent_peak_bytes - self.used_bytes).max(self.slack());
         self.purge_to(allowed)
     }
@@ -827,10 +792,8 @@ impl Heap {
         self.purge_to(limit)
     }
 
-    /// What was freed at or before `until`; lets demand fade.
+    /// What was freed at or before `until`; lets the peak fade.
     pub(super) fn aged(&mut self, map: &AddressMap<12>, until: u64) -> Vec<Victim> {
-        self.ghost_bytes -= self.ghost_bytes.div_ceil(8);
-        self.demand_bytes -= self.demand_bytes / 64;
         self.recent_peak_bytes -= (self.recent_peak_bytes - self.used_bytes) / 16;
         self.merge_quick(map, until.saturating_add(1));
         let mut victims = Vec::new();

@@ -8,10 +8,10 @@
 //! Large zeroed blocks come as pages that the kernel zeroes, unless blocks of their size were found
 //! filled when they were freed: then hot memory is written over, which is cheaper than faulting.
 //!
-//! How much stays hot: at most the cap. Unless one is given, it is 32 MiB plus what reuse has shown
-//! to be needed: when fresh pages are asked for soon after the cap drove as many away, the cap
-//! rises; unused, it falls again. It never lets the whole exceed the recent peak of use by more than
-//! a slack. When fresh pages are needed, idle hot ones go first if both together would exceed that.
+//! How much stays hot: at most the cap. Unless one is given, it is what keeps the whole, used and
+//! hot, within the recent peak of use and a slack: memory that was needed at once a moment ago will
+//! be needed again, and keeping it raises no peak. The recent peak fades towards what is used. When
+//! fresh pages are needed, idle hot ones go first if both together would exceed that.
 
 mod fit;
 mod heap;
@@ -23,7 +23,7 @@ use super::{Block, HealthReport, LAZY_ZERO_BYTES, Ownership, Request, Resource, 
 use crate::error::{Error, Result};
 use crate::os::{self, HugePages};
 use crate::sync::Lock;
-use crate::sync::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::{AtomicUsize, Ordering};
 use heap::{Heap, Victim};
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
@@ -58,10 +58,8 @@ struct Shared {
     options: Options,
     heap: Lock<Heap>,
     map: AddressMap<12>,
-    /// Bytes kept. Read by reports and limits only, so `Relaxed` suffices.
+    /// Bytes kept, for reports, limits and the tick. `Relaxed`: `Bell` has the fences.
     kept: AtomicUsize,
-    /// Whether a tick has anything to do. `Relaxed`: `Bell` has the fences.
-    fades: AtomicBool,
 }
 
 /// The heap as a resource. Any thread may use it; one lock guards it.
@@ -89,7 +87,6 @@ impl LargeObjectResource {
             )),
             map,
             kept: AtomicUsize::new(0),
-            fades: AtomicBool::new(false),
         });
         let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
         fork::register(locks);
@@ -104,7 +101,6 @@ impl LargeObjectResource {
 impl Shared {
     fn publish(&self, heap: &Heap) {
         self.kept.store(heap.cached_bytes(), Ordering::Relaxed);
-        self.fades.store(heap.fades(), Ordering::Relaxed);
     }
 
     /// Give victims back to the kernel, without the lock, then note it; returns the bytes.
@@ -171,7 +167,7 @@ impl Ages for Shared {
     }
 
     fn keeps(&self) -> bool {
-        self.fades.load(Ordering::Relaxed)
+        self.kept.load(Ordering::Relaxed) > 0
     }
 }
 
