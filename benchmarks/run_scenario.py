@@ -3,14 +3,18 @@
     python run_scenario.py REPORT.json HANDLER PROGRAM [ARGUMENTS...]
 
 The probe reads at the end of the program's own code, before the interpreter goes away: what is
-resident then is what a longer program would go on with.
+resident then is what a longer program would go on with. It reads once more a while later, when what
+goes back to the kernel by age has gone.
 """
 
 import json
 import resource
 import runpy
 import sys
+import time
 from pathlib import Path
+
+IDLE_SECONDS = 1.1
 
 
 def resident_kib() -> dict[str, int]:
@@ -34,11 +38,13 @@ def main() -> None:
     runpy.run_path(program, run_name="__main__")
     resident = resident_kib()
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(IDLE_SECONDS)
     Path(report).write_text(
         json.dumps(
             {
                 "end_rss_bytes": resident["VmRSS"] << 10,
                 "peak_rss_bytes": resident["VmHWM"] << 10,
+                "idle_rss_bytes": resident_kib()["VmRSS"] << 10,
                 "faults": usage.ru_minflt,
             }
         ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import select
 import signal
@@ -484,6 +485,48 @@ def test_tuned_sets_tunables_and_leaves_numpy_alone(tmp_path: Path) -> None:
     assert result.stdout.endswith(b":glibc.malloc.arena_max=1\n")
     summary = summary_of(result)
     assert (summary["allocator"], summary["memory"], summary["served"]) == ("tuned", "none", None)
+
+
+MAPPED_BLOCKS = """
+import ctypes
+import numpy
+
+class MallocInfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.mallinfo2.restype = MallocInfo
+before = libc.mallinfo2().hblks
+block = libc.malloc(24 << 20)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(
+    ("options", "variables", "mapped"),
+    [
+        ([], {}, "0"),
+        (["--allocator", "system"], {}, "1"),
+        (["--memory", "none"], {}, "1"),
+        ([], {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, "1"),
+        ([], {"MALLOC_ARENA_MAX": "4"}, "0"),
+        ([], {"MALLOC_TOP_PAD_": "4096"}, "1"),
+    ],
+)
+def test_libc_keeps_its_heap_unless_the_user_tuned_it(
+    options: list[str], variables: dict[str, str], mapped: str
+) -> None:
+    ended = subprocess.run(
+        [*RUN, "--summary", "none", *options, "-c", MAPPED_BLOCKS],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, mapped, "")
 
 
 @pytest.mark.parametrize("name", ["jemalloc", "mimalloc", "tcmalloc"])

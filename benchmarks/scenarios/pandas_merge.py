@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-ORDERS, CUSTOMERS, ROUNDS = 500_000, 40_000, 4
+ORDERS, CUSTOMERS, ROUNDS = 500_000, 40_000, 12
 
 
 def main():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-TILE, TILES, SWEEPS = 64, 24, 16
+TILE, TILES, SWEEPS = 64, 24, 48
 
 
 def main():

@@ -266,6 +266,9 @@ def installed() -> Resource | None:
 def largest_arrays() -> list[tuple[int, int, str | None]]:
     """(bytes, times seen, "file:line" or None) of the largest arrays made while installed."""
 
+def keep_libc_heap(keep_bytes: int, decay_seconds: float) -> bool:
+    """Have libc's heap keep freed memory and give it back by age; false if libc is not glibc."""
+
 def stop_background() -> None:
     """End the background thread that lets kept memory age; it starts again when needed."""
 

@@ -33,6 +33,17 @@ mod _native {
         py.detach(moirai_core::resource::stop_background);
     }
 
+    /// Have libc's heap keep freed memory and give it back by age; false if libc is not glibc.
+    #[pyfunction]
+    fn keep_libc_heap(keep_bytes: &Bound<'_, PyAny>, decay_seconds: f64) -> PyResult<bool> {
+        let keep = argument::bytes("keep_bytes", keep_bytes)?;
+        let decay = argument::milliseconds("decay_seconds", Some(decay_seconds))?;
+        Ok(moirai_core::resource::libc_heap::keep_warm(
+            keep,
+            decay.unwrap_or_default(),
+        ))
+    }
+
     /// How this module was compiled: "release" or "debug".
     #[pyfunction]
     fn build_profile() -> &'static str {

@@ -58,7 +58,7 @@ def check_memory_options(options: argparse.Namespace) -> None:
         InvalidArgument: An option contradicts --memory or --allocator.
     """
     if options.memory is None:
-        options.memory = "pool" if options.allocator == "system" else "none"
+        options.memory = "pool" if options.allocator in ("auto", "system") else "none"
     given = {
         "--limit": options.limit,
         "--cache-cap": options.cache_cap,
@@ -68,7 +68,7 @@ def check_memory_options(options: argparse.Namespace) -> None:
         if given[name] is not None:
             fitting = [memory for memory in MEMORIES if name not in _USELESS.get(memory, ())]
             came = f"--memory {options.memory}"
-            if options.allocator != "system":
+            if options.allocator != "auto":
                 came += f" --allocator {options.allocator}"
             raise InvalidArgument(f"{name}: needs --memory {', '.join(fitting)}; got {came}")
 

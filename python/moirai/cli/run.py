@@ -60,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     add_memory_options(parser)
     parser.add_argument(
         "--allocator",
-        choices=ALLOCATORS,
-        default="system",
-        help="what serves the process's malloc; NumPy is left to any but system, unless --memory "
-        "is given too (default: system)",
+        choices=("auto", *ALLOCATORS),
+        default="auto",
+        help="what serves the process's malloc: auto is the system's, kept warm; NumPy is left to "
+        "any but auto and system, unless --memory is given too (default: auto)",
     )
     parser.add_argument(
         "--summary",
@@ -107,7 +107,7 @@ def _variables(
 
 
 def _malloc_variables(name: str, environment: Mapping[str, str]) -> dict[str, str]:
-    if name == "system":
+    if name in ("auto", "system"):
         return {}
     from moirai.cli import allocators
 

@@ -64,9 +64,20 @@ def install() -> None:
         from moirai import memory
 
         _installed = memory.install(build_resource(settings))
+        if settings["allocator"] == "auto" and not _has_tuned_malloc(os.environ):
+            memory.keep_libc_heap()
     except (MoiraiError, ImportError) as error:
         _install_problem = str(error)
         raise
+
+
+def _has_tuned_malloc(environment: Mapping[str, str]) -> bool:
+    """Whether the user has set glibc's malloc as they want it, or put another in its place."""
+    return (
+        "glibc.malloc." in environment.get("GLIBC_TUNABLES", "")
+        or "LD_PRELOAD" in environment
+        or any(name.startswith("MALLOC_") and name.endswith("_") for name in environment)
+    )
 
 
 def build_resource(settings: Mapping[str, Any]) -> memory.Resource:

@@ -22,6 +22,7 @@ from moirai._native import (
     uninstall,
 )
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
+from moirai.memory.libc_heap import keep_libc_heap
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
@@ -43,6 +44,7 @@ __all__ = [
     "handler_of",
     "install",
     "installed",
+    "keep_libc_heap",
     "largest_arrays",
     "parse_bytes",
     "stop_background",

@@ -101,7 +101,7 @@ def _setup_text(summary: Summary) -> str:
         parts.append(f"cache cap {bytes_text(summary.cache_cap_bytes)}")
     if summary.limit_bytes is not None:
         parts.append(f"limit {bytes_text(summary.limit_bytes)}")
-    if summary.allocator != "system":
+    if summary.allocator != "auto":
         parts.append(f"malloc {summary.allocator}")
     return ", ".join(parts)
 

@@ -241,6 +241,51 @@ pub unsafe fn libc_block_bytes(address: NonNull<u8>) -> usize {
     unsafe { libc::malloc_usable_size(address.as_ptr().cast()) }
 }
 
+/// Have glibc keep up to `bytes` free at the top of its heap, and serve blocks of up to half of that
+/// from the heap. False with another libc.
+pub fn libc_keep(bytes: usize) -> bool {
+    #[cfg(target_env = "gnu")]
+    {
+        /// The most that glibc takes for M_MMAP_THRESHOLD on 64-bit systems.
+        const MOST_FROM_HEAP: usize = 32 * 1024 * 1024;
+        /// Asked for beyond what is needed when the heap grows, and left when it is trimmed.
+        const PAD: usize = 1024 * 1024;
+        let bytes = bytes.min(i32::MAX as usize);
+        [
+            (libc::M_MMAP_THRESHOLD, (bytes / 2).min(MOST_FROM_HEAP)),
+            (libc::M_TRIM_THRESHOLD, bytes),
+            (libc::M_TOP_PAD, PAD.min(bytes)),
+        ]
+        .into_iter()
+        .all(|(parameter, value)| {
+            // SAFETY: `mallopt` takes its locks itself, and the parameters are plain sizes.
+            unsafe { libc::mallopt(parameter, value as libc::c_int) == 1 }
+        })
+    }
+    #[cfg(not(target_env = "gnu"))]
+    {
+        let _ = bytes;
+        false
+    }
+}
+
+/// Where the process's heap ends now.
+pub fn libc_heap_end() -> usize {
+    // SAFETY: an increment of 0 moves nothing.
+    unsafe { libc::sbrk(0) as usize }
+}
+
+/// CPU time of the whole process in milliseconds.
+pub fn cpu_milliseconds() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a valid place for the answer, and the clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
 /// Ask libc to give free memory back to the kernel.
 pub fn libc_trim() {
     // SAFETY: no preconditions.

@@ -7,6 +7,7 @@ mod background;
 mod fork;
 pub mod large_object;
 pub mod ledger;
+pub mod libc_heap;
 pub mod limit;
 pub mod pool;
 pub mod slab;
