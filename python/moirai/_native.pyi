@@ -23,6 +23,7 @@ __all__ = [
     "handler_of",
     "install",
     "installed",
+    "keep_libc_heap",
     "largest_arrays",
     "stop_background",
     "uninstall",
