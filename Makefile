@@ -75,6 +75,7 @@ loom: ## every interleaving of the core's lock-free parts
 	    cargo test -p moirai-core --release --test 'loom*'
 
 numpy-suite: $(BUILT) ## NumPy's own tests, plain and under Moirai; QUICK=1 for fft and ma only
+	$(PY) -m pip install --group numpy-suite
 	$(PY) scripts/numpy_suite.py $(if $(QUICK),--quick)
 
 test-freethreaded: ## tests on a free-threaded interpreter: PYTHON=/path/to/python3.13t

@@ -28,7 +28,9 @@ VIRTUAL_ENV=$PWD/$venv
 PYO3_PYTHON=$VIRTUAL_ENV/bin/python
 export VIRTUAL_ENV PYO3_PYTHON
 "$venv/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
-"$venv/bin/python" -m pip install --quiet 'maturin>=1.8,<2' "$numpy" rich --group test-core
+# The newest NumPy with a wheel: building one takes longer than the tests.
+"$venv/bin/python" -m pip install --quiet --only-binary numpy \
+    'maturin>=1.8,<2' "$numpy" rich --group test-core
 rm -rf "build/wheel-$kind"
 "$venv/bin/python" -m maturin build --release --quiet \
     --interpreter "$PYO3_PYTHON" --target-dir "target/$kind" --out "build/wheel-$kind"
