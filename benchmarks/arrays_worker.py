@@ -57,10 +57,13 @@ class Expression:
     def visit(self, pair_count: int) -> list[dict[str, float]]:
         """Time floor and operation alternately; nanoseconds and faults per operation."""
         samples = []
-        _warm(lambda n: _run_expression(n, *self.natural))
         _warm(lambda n: _run_floor(n, *self.aligned, *self.out))
+        _warm(lambda n: _run_expression(n, *self.natural))
         for _ in range(pair_count):
             floor, _ = _timed(self.floor_repeats, lambda n: _run_floor(n, *self.aligned, *self.out))
+            if self.repeats == 1:
+                # While so long a floor ran, what was idle may have gone back by age.
+                _run_expression(1, *self.natural)
             aligned, _ = _timed(self.repeats, lambda n: _run_expression(n, *self.aligned))
             natural, faults = _timed(self.repeats, lambda n: _run_expression(n, *self.natural))
             samples.append(

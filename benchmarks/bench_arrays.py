@@ -5,7 +5,8 @@ The main number is the CPU time of `np.add(np.multiply(a, b), c)` over the same 
 anonymous mappings with huge pages from 4 MiB on, as NumPy's own arrays have: the same in every
 configuration. Inputs are measured twice: aligned (the floor's) and natural (the configuration's).
 Both are measured alternately, A B C A B C, in one worker process of each configuration; workers
-take turns. Times are thread CPU times, so that other processes on the machine matter less.
+take turns. Times are thread CPU times, so that other processes on the machine matter less. An
+operation that lasts longer than a sample is run once untimed before it, after the floor.
 """
 
 from __future__ import annotations
