@@ -28,11 +28,20 @@ VIRTUAL_ENV=$PWD/$venv
 PYO3_PYTHON=$VIRTUAL_ENV/bin/python
 export VIRTUAL_ENV PYO3_PYTHON
 "$venv/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
-# The newest NumPy with a wheel: building one takes longer than the tests.
-"$venv/bin/python" -m pip install --quiet --only-binary numpy \
+# The newest of each that has a wheel: building NumPy takes longer than the tests.
+"$venv/bin/python" -m pip install --quiet --only-binary :all: \
     'maturin>=1.8,<2' "$numpy" rich --group test-core
+manifest=crates/python/Cargo.toml
+if [ "$kind" = freethreaded ] && "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 14))'; then
+    # PyO3 from 0.29 on asks free-threaded builds to be 3.14 or newer: an older one, in a copy.
+    source=build/source-freethreaded
+    rm -rf "$source" && mkdir -p "$source"
+    git ls-files -z | xargs -0 cp --parents -t "$source"
+    manifest=$source/$manifest
+    cargo update --quiet --manifest-path "$manifest" --package pyo3 --precise 0.28.3
+fi
 rm -rf "build/wheel-$kind"
-"$venv/bin/python" -m maturin build --release --quiet \
+"$venv/bin/python" -m maturin build --release --quiet --manifest-path "$manifest" \
     --interpreter "$PYO3_PYTHON" --target-dir "target/$kind" --out "build/wheel-$kind"
 "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "build/wheel-$kind"/*.whl
 "$venv/bin/python" -c 'import numpy, sys; print("Python", sys.version.split()[0], "NumPy", numpy.__version__)'

@@ -270,11 +270,24 @@ def test_untouched_zeros_take_no_memory(pool: memory.PoolResource) -> None:
         zeros = np.zeros(2**28, dtype="u1")
         after = resident()
         assert after - before < 2**24
-        zeros[:] = 1
         del zeros
+        filled = np.ones(2**28, dtype="u1")
+        del filled
         again = np.zeros(2**28, dtype="u1")
         assert resident() - before < 2**24, "a hot block is given back, not kept and zeroed"
         assert not again[:: 2**20].any()
+
+
+def test_zeros_that_were_filled_come_from_warm_memory(pool: memory.PoolResource) -> None:
+    with memory.use(pool):
+        for _ in range(4):
+            zeros = np.zeros(2**24, dtype="u1")
+            assert not zeros.any()
+            zeros.fill(1)
+            del zeros
+    statistics = pool.statistics()
+    assert statistics.reused_bytes >= 3 * 2**24
+    assert statistics.decommitted_bytes == 0
 
 
 # ---- install ----
