@@ -169,26 +169,35 @@ impl Use {
         py: Python<'_>,
         _exception: &Bound<'_, pyo3::types::PyTuple>,
     ) -> PyResult<()> {
-        // Usually the newest token; another thread or task may have entered since.
-        let mut foreign = Vec::new();
-        let mut outcome = Err(PyRuntimeError::new_err("use: left more often than entered"));
-        while let Some(token) = { self.tokens.lock().pop() } {
+        // Usually the newest token; other threads and tasks may have entered since, and their tokens
+        // only serve them. A token leaves the list when it has served.
+        let mut foreign: Vec<Py<PyAny>> = Vec::new();
+        let untried = |foreign: &[Py<PyAny>]| {
+            let tokens = self.tokens.lock();
+            let mut newest_first = tokens.iter().rev();
+            newest_first
+                .find(|token| !foreign.iter().any(|other| other.is(*token)))
+                .map(|token| token.clone_ref(py))
+        };
+        while let Some(token) = untried(&foreign) {
             // SAFETY: the variable and a token of it.
             let status = unsafe { ffi::PyContextVar_Reset(self.variable.as_ptr(), token.as_ptr()) };
             if status == 0 {
-                outcome = Ok(());
-                break;
+                let mut tokens = self.tokens.lock();
+                let place = tokens.iter().rposition(|other| other.is(&token));
+                let served = place.map(|place| tokens.remove(place));
+                drop(tokens);
+                drop(served);
+                return Ok(());
             }
             drop(PyErr::take(py));
             foreign.push(token);
         }
-        if outcome.is_err() && !foreign.is_empty() {
-            outcome = Err(PyRuntimeError::new_err(
-                "use: must be left in the context (thread, task) in which it was entered",
-            ));
-        }
-        self.tokens.lock().extend(foreign.into_iter().rev());
-        outcome
+        Err(PyRuntimeError::new_err(if foreign.is_empty() {
+            "use: left more often than entered"
+        } else {
+            "use: must be left in the context (thread, task) in which it was entered"
+        }))
     }
 }
 
