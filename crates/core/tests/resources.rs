@@ -9,7 +9,7 @@ use moirai_core::resource::pool::PoolResource;
 use moirai_core::resource::slab::SlabResource;
 use moirai_core::resource::statistics::StatisticsAdaptor;
 use moirai_core::resource::system::SystemResource;
-use moirai_core::resource::{HealthReport, Request, Resource};
+use moirai_core::resource::{Block, HealthReport, Request, Resource};
 use proptest::prelude::*;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -332,4 +332,54 @@ fn a_limit_holds_and_asks_for_help_before_it_refuses() {
     // SAFETY: a live block.
     unsafe { limited.deallocate(block.address) };
     assert!(limited.allocate(Request::bytes(64).unwrap()).is_ok());
+}
+
+fn byte_at(block: &Block, offset: usize) -> u8 {
+    assert!(offset < block.size);
+    // SAFETY: inside the live block.
+    let place = unsafe { block.address.add(offset) };
+    // SAFETY: as above, and written before.
+    unsafe { place.read() }
+}
+
+#[test]
+fn large_blocks_grow_and_shrink_where_they_are() {
+    let resource = LargeObjectResource::new(Options {
+        decay_milliseconds: None,
+        ..Options::default()
+    })
+    .unwrap();
+    let block = resource.allocate(Request::bytes(4 << 20).unwrap()).unwrap();
+    // SAFETY: a live block.
+    unsafe { block.address.write_bytes(7, 4 << 20) };
+    let mut size = 4 << 20;
+    for next in [5 << 20, 60 << 20, 61 << 20, 3 << 20, 200 << 20] {
+        // SAFETY: a live block.
+        let resized = unsafe { resource.reallocate(block.address, next) }.unwrap();
+        assert_eq!(resized.address, block.address);
+        assert!(resized.size >= next);
+        for offset in [0, size.min(next) - 1] {
+            assert_eq!(byte_at(&resized, offset), 7);
+        }
+        // SAFETY: inside a live block.
+        unsafe { resized.address.write_bytes(7, next) };
+        size = next;
+        healthy(&resource);
+        let statistics = resource.statistics();
+        assert_eq!(statistics.current_bytes, resized.size as u64);
+        assert_eq!(statistics.current_count, 1);
+    }
+    // A neighbour in the way: the block moves, its bytes come along.
+    let wall = resource.allocate(Request::bytes(4 << 20).unwrap()).unwrap();
+    assert!(wall.address > block.address);
+    // SAFETY: a live block.
+    let moved = unsafe { resource.reallocate(block.address, 300 << 20) }.unwrap();
+    assert_ne!(moved.address, block.address);
+    assert_eq!(byte_at(&moved, (200 << 20) - 1), 7);
+    for address in [wall.address, moved.address] {
+        // SAFETY: a live block.
+        unsafe { resource.deallocate(address) };
+    }
+    healthy(&resource);
+    assert_eq!(resource.statistics().current_bytes, 0);
 }

@@ -246,12 +246,27 @@ pub unsafe trait Resource: Send + Sync {
                 reused: true,
             });
         }
-        let block = self.allocate(request)?;
-        let kept = old_size.min(block.size);
-        // SAFETY: both blocks are live, `kept` fits both, and live blocks do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(address.as_ptr(), block.address.as_ptr(), kept) };
-        // SAFETY: the caller gave the old block up.
-        unsafe { self.deallocate(address) };
-        Ok(block)
+        // SAFETY: the caller's promise.
+        unsafe { move_block(self, address, request) }
     }
+}
+
+/// Copy the block at `address` into a new one and give the old one back.
+///
+/// # Safety
+/// `address` is a live block of `resource`; on success only the result is.
+unsafe fn move_block<R: Resource + ?Sized>(
+    resource: &R,
+    address: NonNull<u8>,
+    request: Request,
+) -> Result<Block> {
+    // SAFETY: the caller's promise.
+    let old_size = unsafe { resource.block_bytes(address) };
+    let block = resource.allocate(request)?;
+    let kept = old_size.min(block.size);
+    // SAFETY: both blocks are live, `kept` fits both, and live blocks do not overlap.
+    unsafe { std::ptr::copy_nonoverlapping(address.as_ptr(), block.address.as_ptr(), kept) };
+    // SAFETY: the caller gave the old block up.
+    unsafe { resource.deallocate(address) };
+    Ok(block)
 }

@@ -55,6 +55,11 @@ unsafe impl Resource for PoolResource {
         unsafe { self.slab.take_back(address) }
     }
 
+    unsafe fn reallocate(&self, address: NonNull<u8>, size: usize) -> Result<Block> {
+        // SAFETY: the caller's promise.
+        unsafe { self.slab.reallocate(address, size) }
+    }
+
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         self.slab.owns(address)
     }

@@ -435,6 +435,15 @@ impl Heap {
             Some(index) => index,
             None => self.add_region(area, need)?,
         };
+        let id = self.extend_region(map, index, pages)?;
+        let id = self.release_span(map, id, State::Cold);
+        self.remove_free(id);
+        Some(id)
+    }
+
+    /// Commit at least `pages` fresh pages of a region that has them, as a cold span, not indexed.
+    fn extend_region(&mut self, map: &AddressMap<12>, index: usize, pages: usize) -> Option<u32> {
+        let need = pages * PAGE_BYTES;
         let region = self.regions[index].as_mut().expect("found or made above");
         let bytes = need
             .next_multiple_of(os::HUGE_PAGE_BYTES)
@@ -454,6 +463,7 @@ impl Heap {
             probe = (probe + 1).next_multiple_of(leaf);
         }
         region.frontier += bytes;
+        let area = region.area;
         let id = self.new_span(Span {
             start,
             pages: bytes / PAGE_BYTES,
@@ -466,8 +476,6 @@ impl Heap {
             stamp: 0,
             sequence: 0,
         });
-        let id = self.release_span(map, id, State::Cold);
-        self.remove_free(id);
         Some(id)
     }
 
@@ -683,6 +691,116 @@ impl Heap {
     pub(super) fn block_bytes(&self, map: &AddressMap<12>, address: usize) -> usize {
         self.used_at(map, address)
             .map_or(0, |id| self.spans[id as usize].size)
+    }
+
+    /// Give the live block at `address` another size where it is; `None`, and nothing done, if it has
+    /// no room to grow.
+    ///
+    /// It grows into the free span behind it, or into fresh pages behind the last span of its region;
+    /// not past the size from which blocks live where huge pages are.
+    pub(super) fn resize(
+        &mut self,
+        map: &AddressMap<12>,
+        address: usize,
+        size: usize,
+        now: u64,
+    ) -> Option<usize> {
+        let id = self.used_at(map, address)?;
+        let span = self.spans[id as usize];
+        let pages = (address - span.start + size).div_ceil(PAGE_BYTES);
+        if pages > span.pages {
+            if Self::area_of(size, 64) != span.area {
+                return None;
+            }
+            self.absorb(map, id, pages - span.pages)?;
+        } else if pages < span.pages && span.area != Area::Unit {
+            self.cut_tail(map, id, pages, now);
+        }
+        let (old_size, old_bytes) = (span.size, span.bytes());
+        let span = &mut self.spans[id as usize];
+        span.size = size.next_multiple_of(64).min(span.end() - span.data);
+        let span = *span;
+        self.used_bytes = self.used_bytes - old_bytes + span.bytes();
+        self.recent_peak_bytes = self.recent_peak_bytes.max(self.used_bytes);
+        let counts = &mut self.counts;
+        counts.current_bytes = counts.current_bytes - old_size as u64 + span.size as u64;
+        counts.peak_bytes = counts.peak_bytes.max(counts.current_bytes);
+        counts.total_bytes += span.size as u64;
+        counts.total_count += 1;
+        counts.hits += 1;
+        Some(span.size)
+    }
+
+    /// Add `extra` pages to a used span from the free spans behind it.
+    fn absorb(&mut self, map: &AddressMap<12>, id: u32, extra: usize) -> Option<()> {
+        let Span { region, pages, .. } = self.spans[id as usize];
+        let index = region as usize;
+        let found = self.free_behind(map, id, extra);
+        if found < extra {
+            let last = self.spans[id as usize].end() + found * PAGE_BYTES;
+            let region = self.regions[index].as_ref()?;
+            let frontier = region.base.as_ptr() as usize + region.frontier;
+            let room = (region.bytes - region.frontier) / PAGE_BYTES;
+            if last != frontier || room < extra - found {
+                return None;
+            }
+            let fresh = self.extend_region(map, index, extra - found)?;
+            self.release_span(map, fresh, State::Cold);
+        }
+        while self.spans[id as usize].pages < pages + extra {
+            let missing = pages + extra - self.spans[id as usize].pages;
+            let next_id = (map.get(self.spans[id as usize].end()) - 1) as u32;
+            self.remove_free(next_id);
+            let next = self.spans[next_id as usize];
+            let taken = next.pages.min(missing);
+            if taken == next.pages {
+                self.retire_id(next_id);
+            } else {
+                let rest = &mut self.spans[next_id as usize];
+                rest.start += taken * PAGE_BYTES;
+                rest.pages -= taken;
+                self.insert_free(map, next_id, next.state);
+            }
+            self.spans[id as usize].pages += taken;
+        }
+        self.mark(map, id);
+        Some(())
+    }
+
+    /// Free pages right behind a span, hot or cold; stops counting when there are `enough`.
+    fn free_behind(&self, map: &AddressMap<12>, id: u32, enough: usize) -> usize {
+        let own = self.spans[id as usize];
+        let mut end = own.end();
+        let mut found = 0;
+        while found < enough {
+            let Some(next_id) = map.get(end).checked_sub(1) else {
+                break;
+            };
+            let next = self.spans[next_id as usize];
+            let is_free = matches!(next.state, State::Hot | State::Cold);
+            // Behind the frontier the map may speak of a region that is no more.
+            if !is_free || next.start != end || next.region != own.region || next.pages == 0 {
+                break;
+            }
+            found += next.pages;
+            end = next.end();
+        }
+        found
+    }
+
+    /// Free the pages of a used span behind its first `pages`.
+    fn cut_tail(&mut self, map: &AddressMap<12>, id: u32, pages: usize, now: u64) {
+        let span = self.spans[id as usize];
+        let tail = Span {
+            start: span.start + pages * PAGE_BYTES,
+            pages: span.pages - pages,
+            stamp: now,
+            ..span
+        };
+        self.spans[id as usize].pages = pages;
+        self.mark(map, id);
+        let tail_id = self.new_span(tail);
+        self.release_span(map, tail_id, State::Hot);
     }
 
     /// Take the block at `address` back; returns its size, or 0 if there is none, and what of it

@@ -3,7 +3,7 @@
 //!
 //! Sources: spans, page map and coalescing as in tcmalloc (Ghemawat); deferred coalescing by exact
 //! size as in dlmalloc's fast bins (Lea); colouring from Bonwick, "The Slab Allocator" (1994),
-//! applied to large blocks. Left out: growing a block in place, NUMA (see the roadmap).
+//! applied to large blocks.
 //!
 //! Large zeroed blocks come as pages that the kernel zeroes, unless blocks of their size were found
 //! filled when they were freed: then hot memory is written over, which is cheaper than faulting.
@@ -237,6 +237,29 @@ unsafe impl Resource for LargeObjectResource {
             .heap
             .lock()
             .block_bytes(&self.shared.map, address.as_ptr() as usize)
+    }
+
+    unsafe fn reallocate(&self, address: NonNull<u8>, size: usize) -> Result<Block> {
+        let request = Request::bytes(size)?;
+        let resized = {
+            let mut heap = self.shared.heap.lock();
+            let start = address.as_ptr() as usize;
+            let now = os::now_milliseconds();
+            let size = heap.resize(&self.shared.map, start, request.size(), now);
+            let excess = heap.excess_after_free();
+            self.shared.publish(&heap);
+            (size, excess)
+        };
+        self.shared.purge(resized.1);
+        if let Some(size) = resized.0 {
+            return Ok(Block {
+                address,
+                size,
+                reused: true,
+            });
+        }
+        // SAFETY: the caller's promise.
+        unsafe { super::move_block(self, address, request) }
     }
 
     fn owns(&self, address: NonNull<u8>) -> Ownership {

@@ -606,14 +606,18 @@ impl SlabResource {
     }
 
     fn pass_upstream(&self, request: Request) -> Result<Block> {
+        let block = self.shared.upstream.allocate(request)?;
+        self.count_passed_upstream(&block);
+        Ok(block)
+    }
+
+    fn count_passed_upstream(&self, block: &Block) {
         let shared = &*self.shared;
-        let block = shared.upstream.allocate(request)?;
         shared.passed.allocated(block.size, block.reused);
         let out = shared.out_bytes.fetch_add(block.size as u64, Relaxed) + block.size as u64;
         shared.peak_bytes.fetch_max(out, Relaxed);
         let count = shared.out_count.fetch_add(1, Relaxed) + 1;
         shared.peak_count.fetch_max(count, Relaxed);
-        Ok(block)
     }
 
     fn free_upstream(&self, address: NonNull<u8>) -> usize {
@@ -753,6 +757,29 @@ unsafe impl Resource for SlabResource {
         } else {
             self.shared.upstream.owns(address)
         }
+    }
+
+    unsafe fn reallocate(&self, address: NonNull<u8>, size: usize) -> Result<Block> {
+        let request = Request::bytes(size)?;
+        // SAFETY: the caller's promise.
+        let old_size = unsafe { self.block_bytes(address) };
+        let is_ours = self.shared.units.get(address.as_ptr() as usize) != 0;
+        if is_ours && (old_size / 2..=old_size).contains(&request.size()) {
+            return Ok(Block {
+                address,
+                size: old_size,
+                reused: true,
+            });
+        }
+        if is_ours || request.size() <= MAX_BLOCK_BYTES {
+            // SAFETY: the caller's promise.
+            return unsafe { super::move_block(self, address, request) };
+        }
+        // SAFETY: the caller's promise; the block is upstream's.
+        let block = unsafe { self.shared.upstream.reallocate(address, size) }?;
+        self.count_freed_upstream(old_size);
+        self.count_passed_upstream(&block);
+        Ok(block)
     }
 
     fn statistics(&self) -> Statistics {
