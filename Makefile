@@ -20,7 +20,7 @@ unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-quick check bench docs asan loom numpy-suite \
+.PHONY: help demo build wheel test test-quick check bench docs asan loom numpy-suite \
         test-freethreaded test-numpy25 clean $(BENCHMARKS)
 
 help: ## list the targets
@@ -38,6 +38,9 @@ demo: $(BUILT) ## run and compare three real programs; DEMO_RUNS=3
 	done
 
 build: $(BUILT) ## create .venv and build the package into it, optimised
+
+wheel: $(BUILT) ## a wheel under dist, the preloadable library in it
+	$(PY) -m maturin build --release --out dist
 
 test: $(BUILT) ## all tests: the core's, then Python's
 	cargo test -p moirai-core
@@ -88,6 +91,7 @@ clean: ## remove everything that was built
 	rm -rf .venv target build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/moirai/_native*.so
+	rm -rf python/moirai/_preload
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: must be 3.11 or newer, got " + sys.version.split()[0])'
@@ -100,5 +104,8 @@ $(DEPENDENCIES): pyproject.toml | $(PY)
 
 # Python sources take effect as they are edited; only Rust needs building.
 $(BUILT): $(DEPENDENCIES) $(RUST_SOURCES)
+	cargo build --quiet --release -p moirai-preload
+	install -D target/release/libmoirai_malloc.so python/moirai/_preload/libmoirai_malloc.so.1
 	$(PY) -m maturin develop --release --quiet
+	@$(PY) -m compileall -q python
 	@touch $@

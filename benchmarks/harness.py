@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1
 
 BASELINE = "glibc"
 MOIRAI = "moirai"
+MOIRAI_MALLOC = "moirai-malloc"
 
 # Variables that choose an allocator; a configuration starts from an environment without them.
 _ALLOCATOR_VARIABLES = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_CONF")
@@ -102,6 +103,9 @@ def find_configurations() -> dict[str, Configuration]:
         configurations.append(
             Configuration("handler-libc", "handler to libc malloc", handler="libc")
         )
+    if "moirai" in found:
+        preload = {"LD_PRELOAD": found["moirai"].library or ""}
+        configurations.append(Configuration(MOIRAI_MALLOC, "Moirai's malloc, preloaded", preload))
     if moirai_is_available():
         configurations.append(Configuration(MOIRAI, "Moirai", handler="moirai"))
     return {configuration.name: configuration for configuration in configurations}
@@ -303,8 +307,9 @@ def round_ratios(
 
 
 def best_peer(values: Mapping[str, float]) -> tuple[str, float]:
-    """Name and value of the smallest among all but Moirai; ("", NaN) if there is none."""
-    peers = {k: v for k, v in values.items() if k != MOIRAI and not math.isnan(v)}
+    """Name and value of the smallest among all but Moirai's; ("", NaN) if there is none."""
+    ours = (MOIRAI, MOIRAI_MALLOC)
+    peers = {k: v for k, v in values.items() if k not in ours and not math.isnan(v)}
     if not peers:
         return "", math.nan
     name = min(peers, key=peers.__getitem__)

@@ -224,7 +224,8 @@ def test_arrays_are_moirais_under_moirai_only(tmp_path: Path) -> None:
 def test_every_allocator_on_this_machine_is_measured(tmp_path: Path) -> None:
     result = execute([*SHORT, "--json", "-", "-c", "pass"], tmp_path)
     names = [each["name"] for each in json.loads(result.stdout)["configurations"]]
-    assert names == ["plain", *(name for name in find_all() if name != "system"), "moirai"]
+    peers = [name for name in find_all() if name not in ("system", "moirai")]
+    assert names == ["plain", *peers, "moirai-malloc", "moirai"]
 
 
 def test_failing_program_stops_and_shows_its_own_errors(tmp_path: Path) -> None:

@@ -15,17 +15,19 @@ from moirai.errors import InvalidArgument, Unsupported
 
 __all__ = ["PRELOADED", "Allocator", "find_all", "how_to_get", "select", "with_allocator"]
 
-PRELOADED = ("jemalloc", "mimalloc", "tcmalloc")
+PRELOADED = ("jemalloc", "mimalloc", "tcmalloc", "moirai")
 
 _FILE_PATTERNS = {
     "jemalloc": ("libjemalloc.so.2", "libjemalloc.so"),
     "mimalloc": ("libmimalloc.so", "libmimalloc.so.[0-9]*"),
     "tcmalloc": ("libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so", "libtcmalloc.so.4"),
+    "moirai": ("libmoirai_malloc.so.1",),
 }
 _HOW_TO_GET = {
     "jemalloc": "install Debian's libjemalloc2 (Fedora: jemalloc)",
     "mimalloc": "pip install cmeel-mimalloc, or install Debian's libmimalloc2.0",
     "tcmalloc": "install Debian's libtcmalloc-minimal4 (Fedora: gperftools-libs)",
+    "moirai": "it comes in Moirai's wheel; in a source tree, `make build` makes it",
 }
 
 # glibc maps blocks from mmap_threshold on one by one and unmaps them when freed, and trims the heap
@@ -136,9 +138,11 @@ def _find_library(name: str, directories: Iterable[Path]) -> Path | None:
 
 
 def _library_directories() -> list[Path]:
+    own = Path(__file__).resolve().parent.parent / "_preload"
     packages = [sysconfig.get_path("purelib"), *site.getsitepackages(), site.getusersitepackages()]
     multiarch = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
-    directories = [Path(package) / "cmeel.prefix" / "lib" for package in packages]
+    directories = [own]
+    directories += [Path(package) / "cmeel.prefix" / "lib" for package in packages]
     directories += [
         Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry
     ]

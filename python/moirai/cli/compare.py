@@ -36,6 +36,7 @@ SUMMARY = "run a program under several allocators and say which serves it best"
 # The memory options of `moirai run` by configuration name.
 _MOIRAI = {
     "moirai": (),
+    "moirai-malloc": ("--allocator", "moirai"),
     "moirai-slab": ("--memory", "slab"),
     "moirai-large": ("--memory", "large"),
     "moirai-huge-always": ("--huge-pages", "always"),
@@ -44,6 +45,8 @@ _MOIRAI = {
     "moirai-cap64": ("--cache-cap", "64MiB"),
     "moirai-cap256": ("--cache-cap", "256MiB"),
 }
+# Allocators that are no configuration of their own: plain Python's, and ours, run by `moirai run`.
+_OURS = ("system", "moirai")
 _TIMEOUT_STATUS = 124
 
 
@@ -216,7 +219,7 @@ def _program(rest: Sequence[str]) -> Program:
 
 
 def _configuration_names() -> list[str]:
-    return ["plain", *ALLOCATORS[1:], *_MOIRAI]
+    return ["plain", *(name for name in ALLOCATORS if name not in _OURS), *_MOIRAI]
 
 
 def choices(
@@ -232,7 +235,8 @@ def choices(
         Unsupported: A named allocator is not on this machine.
     """
     if names is None:
-        names = [name for name in found if name != "system"] + ["moirai"]
+        names = [name for name in found if name not in _OURS]
+        names += ["moirai-malloc", "moirai"] if "moirai" in found else ["moirai"]
     for name in names:
         if name not in _configuration_names():
             raise InvalidArgument(
@@ -250,6 +254,8 @@ def _choice(
     found: Mapping[str, allocators.Allocator],
     environment: Mapping[str, str],
 ) -> Choice:
+    if name == "moirai-malloc":
+        allocators.select("moirai", found)
     if name in _MOIRAI:
         run = ["-m", "moirai", "run"]
         return Choice(

@@ -17,7 +17,7 @@ __all__ = [
 
 MEMORIES = ("pool", "slab", "large", "system", "none")
 # What can serve malloc; `allocators` finds them.
-ALLOCATORS = ("system", "tuned", "jemalloc", "mimalloc", "tcmalloc")
+ALLOCATORS = ("system", "tuned", "jemalloc", "mimalloc", "tcmalloc", "moirai")
 HUGE_PAGES = ("auto", "always", "never")
 
 # What a memory has no use for: the system's keeps no cache, and none at all takes nothing.

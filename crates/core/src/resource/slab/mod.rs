@@ -615,9 +615,13 @@ impl SlabResource {
         let shared = &*self.shared;
         shared.passed.allocated(block.size, block.reused);
         let out = shared.out_bytes.fetch_add(block.size as u64, Relaxed) + block.size as u64;
-        shared.peak_bytes.fetch_max(out, Relaxed);
+        if out > shared.peak_bytes.load(Relaxed) {
+            shared.peak_bytes.fetch_max(out, Relaxed);
+        }
         let count = shared.out_count.fetch_add(1, Relaxed) + 1;
-        shared.peak_count.fetch_max(count, Relaxed);
+        if count > shared.peak_count.load(Relaxed) {
+            shared.peak_count.fetch_max(count, Relaxed);
+        }
     }
 
     fn free_upstream(&self, address: NonNull<u8>) -> usize {
