@@ -231,6 +231,27 @@ def render(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     )
 
 
+def digest(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """One table: Moirai beside the peer that takes the least CPU time, by program."""
+    if not {BASELINE, MOIRAI} <= labels.keys():
+        return ""
+    rows = []
+    for program, summary in results.items():
+        ours = summary[MOIRAI]
+        peer, _ = harness.best_peer({k: v["cpu_seconds_ratio"] for k, v in summary.items()})
+        row = [PROGRAMS[program].title, labels.get(peer, "")]
+        for metric in ("cpu_seconds", "peak_rss_bytes", "end_rss_bytes", "idle_rss_bytes"):
+            theirs = summary[peer][metric + "_ratio"] if peer else float("nan")
+            row.append(f"**{ours[metric + '_ratio']:.2f}** / {theirs:.2f}")
+        rows.append(row)
+    header = ["**Moirai** / fastest peer", "the fastest peer", "CPU time", "peak RSS", "end RSS",
+              "RSS idle for 1.1 s"]  # fmt: skip
+    return (
+        "Ratios to plain NumPy on glibc; the fastest peer is, of the allocators measured, the one "
+        "that takes the least CPU time of that program.\n\n" + harness.markdown_table(header, rows)
+    )
+
+
 def goals(results: Mapping[str, Any]) -> list[Goal]:
     """CPU at most the best peer's; peak RSS at most 1.05 of glibc's, later ones at most 1."""
     found = []
@@ -268,7 +289,13 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     }
     document = {"summary": results, "runs": raw}
     return harness.Report(
-        NAME, QUESTION, parameters, document, render(results, labels), goals(results)
+        NAME,
+        QUESTION,
+        parameters,
+        document,
+        render(results, labels),
+        goals(results),
+        digest(results, labels),
     )
 
 

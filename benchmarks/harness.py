@@ -484,6 +484,7 @@ class Report:
     results: Mapping[str, Any]
     markdown: str
     goals: Sequence[Goal]
+    digest: str = ""  # one table in place of all, for the README
 
     def as_dict(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON document; `schema_version` changes when a key does."""
@@ -495,6 +496,7 @@ class Report:
             "parameters": dict(self.parameters),
             "results": dict(self.results),
             "markdown": self.markdown,
+            "digest": self.digest,
             "goals": [
                 {
                     "text": g.text,

@@ -28,7 +28,8 @@ def refresh(page: Path) -> None:
             continue
         document = json.loads(path.read_text(encoding="utf-8"))
         measured_on = f"Measured on: {harness.machine_line(document['machine'])}."
-        harness.write_section(page, name, f"{document['markdown']}\n\n{measured_on}")
+        tables = document.get("digest") or document["markdown"]
+        harness.write_section(page, name, f"{tables}\n\n{measured_on}")
         print(f"{page.name}: {name} refreshed")
 
 
