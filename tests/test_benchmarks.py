@@ -213,6 +213,7 @@ SCHEMA = {
     "parameters": dict,
     "results": dict,
     "markdown": str,
+    "digest": str,
     "goals": list,
 }
 
