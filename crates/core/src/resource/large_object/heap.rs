@@ -33,7 +33,7 @@ const QUICK_PAGES: usize = 256 * 1024 / PAGE_BYTES + 1;
 const QUICK_LIMIT_BYTES: usize = 2 * 1024 * 1024;
 /// Hot memory that may stay beyond what the recent peak of use took: at least, and at most. With 16
 /// MiB at most, changing sizes over 70 MiB in use fault six times an operation; with 24 not once.
-const SLACK_BYTES: (usize, usize) = (16 * 1024 * 1024, 24 * 1024 * 1024);
+const SLACK_BYTES: (usize, usize) = (8 * 1024 * 1024, 24 * 1024 * 1024);
 
 /// Where a span lives, by what its blocks need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +142,8 @@ pub(super) struct Heap {
     /// Hot spans, oldest first: (stamp, id).
     by_age: BTreeSet<(u64, u32)>,
     used_bytes: usize,
+    /// Of these, what lies in the middle area, where sizes are many and pages small.
+    middle_bytes: usize,
     /// The most that was in use; fades towards what is.
     recent_peak_bytes: usize,
     hot_bytes: usize,
@@ -210,6 +212,7 @@ impl Heap {
             quick: vec![Vec::new(); QUICK_PAGES + 1],
             by_age: BTreeSet::new(),
             used_bytes: 0,
+            middle_bytes: 0,
             recent_peak_bytes: 0,
             hot_bytes: 0,
             quick_bytes: 0,
@@ -238,10 +241,18 @@ impl Heap {
         self.fixed_cap.unwrap_or(below_peak)
     }
 
-    /// Hot memory that may stay beyond what the recent peak of use took: three eighths of what is
-    /// in use, within bounds. Less and blocks of random sizes fault; more and memory is wasted.
+    /// Hot memory that may stay beyond what the recent peak of use took: three eighths of what the
+    /// middle area has in use, within bounds. Less and blocks of random sizes fault; more and memory
+    /// is wasted, as it is on large blocks, of which a slack holds none.
     fn slack(&self) -> usize {
-        (self.used_bytes / 8 * 3).clamp(SLACK_BYTES.0, SLACK_BYTES.1)
+        (self.middle_bytes / 8 * 3).clamp(SLACK_BYTES.0, SLACK_BYTES.1)
+    }
+
+    fn count_used(&mut self, area: Area, more: usize, less: usize) {
+        self.used_bytes = self.used_bytes + more - less;
+        if area == Area::Middle {
+            self.middle_bytes = self.middle_bytes + more - less;
+        }
     }
 
     // ---- spans and the map ----
@@ -654,7 +665,7 @@ impl Heap {
         let span = *span;
         self.mark(map, id);
         map.set(data, u64::from(id) + 1);
-        self.used_bytes += span.bytes();
+        self.count_used(span.area, span.bytes(), 0);
         self.recent_peak_bytes = self.recent_peak_bytes.max(self.used_bytes);
         let reused = hot && !lazy;
         let counts = &mut self.counts;
@@ -720,7 +731,7 @@ impl Heap {
         let span = &mut self.spans[id as usize];
         span.size = size.next_multiple_of(64).min(span.end() - span.data);
         let span = *span;
-        self.used_bytes = self.used_bytes - old_bytes + span.bytes();
+        self.count_used(span.area, span.bytes(), old_bytes);
         self.recent_peak_bytes = self.recent_peak_bytes.max(self.used_bytes);
         let counts = &mut self.counts;
         counts.current_bytes = counts.current_bytes - old_size as u64 + span.size as u64;
@@ -818,7 +829,7 @@ impl Heap {
         let span = &mut self.spans[id as usize];
         span.stamp = now;
         let span = *span;
-        self.used_bytes -= span.bytes();
+        self.count_used(span.area, 0, span.bytes());
         self.counts.current_bytes -= span.size as u64;
         self.counts.current_count -= 1;
         if span.lazy {
