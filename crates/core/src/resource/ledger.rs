@@ -3,7 +3,8 @@
 //! Needed where frees of foreign addresses arrive, which is when a resource is installed for the
 //! whole process. Costs a hash set's insert and remove a block.
 
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::adaptor::Adaptor;
+use super::{Block, HealthReport, Ownership, Request, Resource};
 use crate::error::Result;
 use crate::sync::Lock;
 use std::collections::HashSet;
@@ -41,13 +42,24 @@ impl LedgerAdaptor {
     }
 }
 
-// SAFETY: blocks are upstream's, handed through unchanged.
-unsafe impl Resource for LedgerAdaptor {
-    fn name(&self) -> &'static str {
+fn known(listed: bool) -> Ownership {
+    if listed {
+        Ownership::Yes
+    } else {
+        Ownership::No
+    }
+}
+
+impl Adaptor for LedgerAdaptor {
+    fn title(&self) -> &'static str {
         self.upstream.name()
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         let block = self.upstream.allocate(request)?;
         self.shard(block.address)
             .lock()
@@ -55,54 +67,18 @@ unsafe impl Resource for LedgerAdaptor {
         Ok(block)
     }
 
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        if !self
-            .shard(address)
-            .lock()
-            .remove(&(address.as_ptr() as usize))
-        {
-            return 0;
-        }
-        // SAFETY: a live block of upstream's, and the caller gives it up.
-        unsafe { self.upstream.deallocate(address) }
+    fn leaving(&self, address: NonNull<u8>) -> Ownership {
+        let mut shard = self.shard(address).lock();
+        known(shard.remove(&(address.as_ptr() as usize)))
     }
 
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
+    fn knows(&self, address: NonNull<u8>) -> Ownership {
+        let shard = self.shard(address).lock();
+        known(shard.contains(&(address.as_ptr() as usize)))
     }
 
-    fn owns(&self, address: NonNull<u8>) -> Ownership {
-        if self
-            .shard(address)
-            .lock()
-            .contains(&(address.as_ptr() as usize))
-        {
-            Ownership::Yes
-        } else {
-            Ownership::No
-        }
-    }
-
-    fn statistics(&self) -> Statistics {
-        self.upstream.statistics()
-    }
-
-    fn cached_bytes(&self) -> usize {
-        self.upstream.cached_bytes()
-    }
-
-    fn trim(&self, target_bytes: usize) -> usize {
-        self.upstream.trim(target_bytes)
-    }
-
-    fn check(&self, report: &mut HealthReport) {
+    fn examine(&self, report: &mut HealthReport) {
         let known: usize = self.shards.iter().map(|shard| shard.lock().len()).sum();
         report.count("ledger.blocks", known as u64);
-        self.upstream.check(report);
-    }
-
-    fn upstream(&self) -> Option<&Arc<dyn Resource>> {
-        Some(&self.upstream)
     }
 }

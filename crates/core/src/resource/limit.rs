@@ -1,10 +1,10 @@
 //! A limit on what a resource may hold: trim first, then ask for help, then refuse.
 
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::adaptor::Adaptor;
+use super::{Block, HealthReport, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::resource::statistics::Counters;
 use crate::sync::Budget;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Called, without any lock held, when a request would be refused; frees what it can.
@@ -70,13 +70,16 @@ impl LimitAdaptor {
     }
 }
 
-// SAFETY: blocks are upstream's, handed through unchanged.
-unsafe impl Resource for LimitAdaptor {
-    fn name(&self) -> &'static str {
+impl Adaptor for LimitAdaptor {
+    fn title(&self) -> &'static str {
         "LimitAdaptor"
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         self.reserve(request.size())
             .map_err(|used| self.refuse(request, used))?;
         self.make_room();
@@ -99,58 +102,17 @@ unsafe impl Resource for LimitAdaptor {
         Ok(block)
     }
 
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.deallocate(address) };
-        if size > 0 {
-            self.counters.freed(size);
-            self.budget.release(size);
-        }
-        size
+    fn came_back(&self, size: usize) {
+        self.counters.freed(size);
+        self.budget.release(size);
     }
 
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
+    fn counted(&self) -> Option<Statistics> {
+        Some(self.counters.read())
     }
 
-    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.take_back(address) }?;
-        if size > 0 {
-            self.counters.freed(size);
-            self.budget.release(size);
-        }
-        Some(size)
-    }
-
-    fn owns(&self, address: NonNull<u8>) -> Ownership {
-        self.upstream.owns(address)
-    }
-
-    fn statistics(&self) -> Statistics {
-        let below = self.upstream.statistics();
-        Statistics {
-            resident_bytes: below.resident_bytes,
-            cached_bytes: below.cached_bytes,
-            reused_bytes: below.reused_bytes,
-            reused_pages: below.reused_pages,
-            decommitted_bytes: below.decommitted_bytes,
-            invalid_frees: below.invalid_frees,
-            ..self.counters.read()
-        }
-    }
-
-    fn cached_bytes(&self) -> usize {
-        self.upstream.cached_bytes()
-    }
-
-    fn trim(&self, target_bytes: usize) -> usize {
-        self.upstream.trim(target_bytes)
-    }
-
-    fn check(&self, report: &mut HealthReport) {
-        self.counters.check(self.name(), report);
+    fn examine(&self, report: &mut HealthReport) {
+        self.counters.check(self.title(), report);
         let used = self.budget.used();
         report.expect(used <= self.budget.limit(), || {
             format!(
@@ -158,10 +120,5 @@ unsafe impl Resource for LimitAdaptor {
                 self.budget.limit()
             )
         });
-        self.upstream.check(report);
-    }
-
-    fn upstream(&self) -> Option<&Arc<dyn Resource>> {
-        Some(&self.upstream)
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Resources compose: one that needs memory takes an `upstream`, an adaptor wraps one and is one.
 
+pub mod adaptor;
 mod address_map;
 mod background;
 mod fork;
