@@ -4,28 +4,44 @@
 //! whole process. Costs a hash set's insert and remove a block.
 
 use super::adaptor::Adaptor;
+use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, Ownership, Request, Resource};
 use crate::error::Result;
 use crate::sync::Lock;
 use std::collections::HashSet;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 const SHARDS: usize = 16;
 
 /// Remembers the address of every live block drawn through it.
 pub struct LedgerAdaptor {
     upstream: Arc<dyn Resource>,
-    shards: [Lock<HashSet<usize>>; SHARDS],
+    shards: Arc<Shards>,
+}
+
+#[derive(Default)]
+struct Shards([Lock<HashSet<usize>>; SHARDS]);
+
+impl ForkLocks for Shards {
+    fn lock_all(&self) {
+        self.0.iter().for_each(Lock::hold);
+    }
+
+    unsafe fn unlock_all(&self) {
+        for shard in &self.0 {
+            // SAFETY: `lock_all` on this thread called `hold`.
+            unsafe { shard.release() };
+        }
+    }
 }
 
 impl LedgerAdaptor {
     /// Remember what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        LedgerAdaptor {
-            upstream,
-            shards: Default::default(),
-        }
+        let shards = Arc::<Shards>::default();
+        fork::register(Arc::downgrade(&shards) as Weak<dyn ForkLocks>);
+        LedgerAdaptor { upstream, shards }
     }
 
     /// `upstream` itself if it knows its blocks, else a ledger over it.
@@ -38,7 +54,7 @@ impl LedgerAdaptor {
     }
 
     fn shard(&self, address: NonNull<u8>) -> &Lock<HashSet<usize>> {
-        &self.shards[(address.as_ptr() as usize >> 6) % SHARDS]
+        &self.shards.0[(address.as_ptr() as usize >> 6) % SHARDS]
     }
 }
 
@@ -78,7 +94,7 @@ impl Adaptor for LedgerAdaptor {
     }
 
     fn examine(&self, report: &mut HealthReport) {
-        let known: usize = self.shards.iter().map(|shard| shard.lock().len()).sum();
+        let known: usize = self.shards.0.iter().map(|shard| shard.lock().len()).sum();
         report.count("ledger.blocks", known as u64);
     }
 }

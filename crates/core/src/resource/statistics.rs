@@ -1,11 +1,12 @@
 //! Counting: shared counters, and the adaptor that counts what passes through it.
 
 use super::adaptor::Adaptor;
+use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, Request, Resource, Statistics};
 use crate::error::Result;
 use crate::sync::Lock;
 use crate::sync::{AtomicU64, Ordering::Relaxed};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Exact counters that any thread may bump. Read by reports only, so `Relaxed` suffices.
 #[derive(Default)]
@@ -129,16 +130,29 @@ struct Scopes {
 pub struct StatisticsAdaptor {
     upstream: Arc<dyn Resource>,
     counters: Counters,
-    scopes: Lock<Scopes>,
+    scopes: Arc<Lock<Scopes>>,
+}
+
+impl ForkLocks for Lock<Scopes> {
+    fn lock_all(&self) {
+        self.hold();
+    }
+
+    unsafe fn unlock_all(&self) {
+        // SAFETY: `lock_all` on this thread called `hold`.
+        unsafe { self.release() };
+    }
 }
 
 impl StatisticsAdaptor {
     /// Count what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
+        let scopes = Arc::<Lock<Scopes>>::default();
+        fork::register(Arc::downgrade(&scopes) as Weak<dyn ForkLocks>);
         StatisticsAdaptor {
             upstream,
             counters: Counters::default(),
-            scopes: Lock::default(),
+            scopes,
         }
     }
 
