@@ -1,6 +1,7 @@
 """The compiled core. Import it through `moirai.memory`, never directly."""
 
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
@@ -91,6 +92,23 @@ class Resource:
         Raises:
             InvalidArgument: A value above is out of its range.
             OutOfMemory: The request cannot be met.
+        """
+    def allocate_group(
+        self, sizes: Iterable[int], *, alignment_bytes: int = 64, zeroed: bool = False
+    ) -> list[Buffer]:
+        """A Buffer for each of `sizes`, or OutOfMemory with none taken.
+
+        A `LimitAdaptor` admits the sum or refuses it, so that of two groups asked for at once that
+        do not both fit one succeeds.
+
+        Args:
+            sizes: Bytes of each block, >= 0; none makes an empty list.
+            alignment_bytes: As for `allocate`, for every block.
+            zeroed: As for `allocate`, for every block.
+
+        Raises:
+            InvalidArgument: A value above is out of its range; nothing was taken.
+            OutOfMemory: The requests cannot all be met; nothing is kept.
         """
     def statistics(self) -> Statistics:
         """What happened so far."""

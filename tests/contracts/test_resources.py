@@ -240,6 +240,70 @@ def test_reuse_is_counted_in_bytes(make: Make) -> None:
         del buffer
 
 
+# --- groups -------------------------------------------------------------------------------------
+
+
+@every_resource
+def test_group_is_a_block_for_each_size_in_their_order(make: Make) -> None:
+    with checked(make) as resource:
+        group = resource.allocate_group(SIZES, alignment_bytes=128, zeroed=True)
+        assert [buffer.size_bytes for buffer in group] == SIZES
+        assert all(address(buffer) % 128 == 0 for buffer in group if buffer.size_bytes)
+        assert not any(np.frombuffer(buffer, dtype="uint8").any() for buffer in group)
+        assert all(buffer.resource is resource for buffer in group)
+        for index, buffer in enumerate(group):
+            np.frombuffer(buffer, dtype="uint8")[:] = index
+        for index, buffer in enumerate(group):
+            assert (np.frombuffer(buffer, dtype="uint8") == index).all()
+        assert_adds_up(resource, group)
+        del group[::2]
+        assert_adds_up(resource, group)
+        del group, buffer
+
+
+@every_resource
+def test_group_of_nothing_is_empty(make: Make) -> None:
+    with checked(make) as resource:
+        assert resource.allocate_group([]) == []
+        assert resource.statistics().total_count == 0
+
+
+@every_resource
+@pytest.mark.parametrize("small", [[], [100, 5000], [100, 40 * KIB, 3 * MIB]])
+def test_group_that_cannot_be_met_takes_nothing(make: Make, small: list[int]) -> None:
+    with checked(make) as resource:
+        kept = resource.allocate(1000)
+        too_much = [1 << 46] * 3  # each may be asked for, but there are no addresses for all
+        with pytest.raises(OutOfMemory):
+            resource.allocate_group(small + too_much + small)
+        assert_adds_up(resource, [kept])
+        np.frombuffer(resource.allocate(100 * KIB), dtype="uint8")[:] = 1
+        del kept
+
+
+@every_resource
+@pytest.mark.parametrize(
+    ("sizes", "error", "named"),
+    [
+        ([64, -1], InvalidArgument, r"sizes\[1\]: must be at least 0, got -1"),
+        ([64, 5000, "64"], TypeError, r"sizes\[2\]: must be an int, got str"),
+        ([True], TypeError, r"sizes\[0\]"),
+        (64, TypeError, "sizes: must be an iterable of int, got int"),
+        ([64, 1 << 47], OutOfMemory, str(1 << 47)),
+        ([64, 1 << 80], OutOfMemory, str(1 << 80)),
+    ],
+)
+def test_group_with_an_impossible_size_is_refused_before_anything_is_taken(
+    make: Make, sizes: list[int], error: type[Exception], named: str
+) -> None:
+    with checked(make) as resource:
+        with pytest.raises(error, match=named):
+            resource.allocate_group(sizes)
+        with pytest.raises(InvalidArgument, match="alignment_bytes"):
+            resource.allocate_group([64], alignment_bytes=3)
+        assert resource.statistics().total_count == 0
+
+
 # --- what cannot be met -------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 //! The resources and adaptors as classes over one base.
 
-use crate::argument::{Alignment, bytes, choice, milliseconds};
+use crate::argument::{Alignment, byte_counts, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
 use crate::errors::to_py;
 use moirai_core::os::HugePages;
@@ -61,6 +61,26 @@ impl Resource {
             block.map_err(to_py)?,
             slf.clone().into_any().unbind(),
         ))
+    }
+
+    /// A Buffer for each of `sizes`, or OutOfMemory with none taken.
+    #[pyo3(
+        signature = (sizes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
+        text_signature = "($self, sizes, *, alignment_bytes=64, zeroed=False)"
+    )]
+    fn allocate_group(
+        slf: &Bound<'_, Self>,
+        sizes: &Bound<'_, PyAny>,
+        alignment_bytes: Alignment,
+        zeroed: bool,
+    ) -> PyResult<Vec<Buffer>> {
+        let sizes = byte_counts("sizes", sizes)?;
+        let resource = Arc::clone(&slf.get().core);
+        let draw =
+            || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment_bytes.0, zeroed);
+        let blocks = slf.py().detach(draw).map_err(to_py)?;
+        let buffer = |block| Buffer::new(block, slf.clone().into_any().unbind());
+        Ok(blocks.into_iter().map(buffer).collect())
     }
 
     /// What happened so far.

@@ -22,6 +22,11 @@ pub trait Adaptor: Send + Sync {
         self.source().allocate(request)
     }
 
+    /// Draw a block for each request from upstream, or none and say why not.
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        self.source().allocate_group(requests)
+    }
+
     /// A block is about to go back: what the adaptor knows of the address, which it forgets.
     ///
     /// `No` keeps the free from upstream; `Unknown` leaves the answer to upstream.
@@ -69,6 +74,10 @@ unsafe impl<A: Adaptor> Resource for A {
 
     fn allocate(&self, request: Request) -> Result<Block> {
         self.pass(request)
+    }
+
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        self.pass_group(requests)
     }
 
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {

@@ -53,6 +53,11 @@ impl LedgerAdaptor {
         }
     }
 
+    fn list(&self, block: &Block) {
+        let address = block.address.as_ptr() as usize;
+        self.shard(block.address).lock().insert(address);
+    }
+
     fn shard(&self, address: NonNull<u8>) -> &Lock<HashSet<usize>> {
         &self.shards.0[(address.as_ptr() as usize >> 6) % SHARDS]
     }
@@ -77,10 +82,14 @@ impl Adaptor for LedgerAdaptor {
 
     fn pass(&self, request: Request) -> Result<Block> {
         let block = self.upstream.allocate(request)?;
-        self.shard(block.address)
-            .lock()
-            .insert(block.address.as_ptr() as usize);
+        self.list(&block);
         Ok(block)
+    }
+
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let blocks = self.upstream.allocate_group(requests)?;
+        blocks.iter().for_each(|block| self.list(block));
+        Ok(blocks)
     }
 
     fn leaving(&self, address: NonNull<u8>) -> Ownership {

@@ -46,10 +46,10 @@ impl LimitAdaptor {
         self.budget.reserve(bytes)
     }
 
-    fn refuse(&self, request: Request, used: usize) -> Error {
+    fn refuse(&self, bytes: usize, used: usize) -> Error {
         let limit = self.budget.limit();
         Error::out_of_memory(
-            request.size(),
+            bytes,
             format!("{used} bytes are in use of a limit of {limit}"),
         )
     }
@@ -61,12 +61,37 @@ impl LimitAdaptor {
         }
     }
 
-    fn draw(&self, request: Request) -> Result<Block> {
-        self.upstream.allocate(request).or_else(|_| {
+    /// Admit requests of `bytes` together, draw their blocks, and count them; or change nothing.
+    fn admit<B: AsRef<[Block]>>(&self, bytes: usize, draw: impl Fn() -> Result<B>) -> Result<B> {
+        self.reserve(bytes)
+            .map_err(|used| self.refuse(bytes, used))?;
+        self.make_room();
+        let drawn = draw().or_else(|_| {
             self.upstream.trim(0);
             (self.on_limit)();
-            self.upstream.allocate(request)
-        })
+            draw()
+        });
+        let blocks = match drawn {
+            Ok(blocks) => blocks,
+            Err(error) => {
+                self.budget.release(bytes);
+                return Err(error);
+            }
+        };
+        // Blocks are larger than the requests; their rounding must fit as well.
+        let block_bytes: usize = blocks.as_ref().iter().map(|block| block.size).sum();
+        if let Err(used) = self.reserve(block_bytes - bytes) {
+            for block in blocks.as_ref() {
+                // SAFETY: nobody has seen the block yet.
+                unsafe { self.upstream.deallocate(block.address) };
+            }
+            self.budget.release(bytes);
+            return Err(self.refuse(bytes, used - bytes));
+        }
+        for block in blocks.as_ref() {
+            self.counters.allocated(block.size, block.reused);
+        }
+        Ok(blocks)
     }
 }
 
@@ -80,26 +105,17 @@ impl Adaptor for LimitAdaptor {
     }
 
     fn pass(&self, request: Request) -> Result<Block> {
-        self.reserve(request.size())
-            .map_err(|used| self.refuse(request, used))?;
-        self.make_room();
-        let block = match self.draw(request) {
-            Ok(block) => block,
-            Err(error) => {
-                self.budget.release(request.size());
-                return Err(error);
-            }
-        };
-        // The block is larger than the request; its rounding must fit as well.
-        let rounding = block.size - request.size();
-        if let Err(used) = self.reserve(rounding) {
-            // SAFETY: nobody has seen the block yet.
-            unsafe { self.upstream.deallocate(block.address) };
-            self.budget.release(request.size());
-            return Err(self.refuse(request, used - request.size()));
-        }
-        self.counters.allocated(block.size, block.reused);
-        Ok(block)
+        let draw = || self.upstream.allocate(request).map(|block| [block]);
+        self.admit(request.size(), draw).map(|[block]| block)
+    }
+
+    /// The sum is admitted at once, so that of two groups that do not both fit one succeeds.
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        // More than there are addresses for saturates; upstream then refuses it.
+        let bytes = requests
+            .iter()
+            .fold(0usize, |sum, request| sum.saturating_add(request.size()));
+        self.admit(bytes, || self.upstream.allocate_group(requests))
     }
 
     fn came_back(&self, size: usize) {

@@ -162,6 +162,38 @@ impl HealthReport {
     }
 }
 
+/// Blocks that go back together unless all of them are kept.
+struct Group<'a, R: Resource + ?Sized> {
+    resource: &'a R,
+    blocks: Vec<Block>,
+}
+
+impl<'a, R: Resource + ?Sized> Group<'a, R> {
+    fn with_capacity(resource: &'a R, count: usize) -> Self {
+        Group {
+            resource,
+            blocks: Vec::with_capacity(count),
+        }
+    }
+
+    fn add(&mut self, block: Block) {
+        self.blocks.push(block);
+    }
+
+    fn keep(mut self) -> Vec<Block> {
+        std::mem::take(&mut self.blocks)
+    }
+}
+
+impl<R: Resource + ?Sized> Drop for Group<'_, R> {
+    fn drop(&mut self) {
+        for block in self.blocks.iter().rev() {
+            // SAFETY: drawn from this resource by `add`'s caller, and nobody has seen it yet.
+            unsafe { self.resource.deallocate(block.address) };
+        }
+    }
+}
+
 /// A source of memory. Every method may be called by any number of threads at once.
 ///
 /// After `fork` a child may use a resource as before; caches that other threads of the parent held
@@ -177,6 +209,17 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Hand out a block, or change nothing and say why not.
     fn allocate(&self, request: Request) -> Result<Block>;
+
+    /// Hand out a block for each request, in their order, or none at all and say why not.
+    ///
+    /// What this does one by one an adaptor that admits or refuses does for the whole at once.
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let mut group = Group::with_capacity(self, requests.len());
+        for request in requests {
+            group.add(self.allocate(*request)?);
+        }
+        Ok(group.keep())
+    }
 
     /// The first byte of a block of `size` bytes at the default alignment, contents undefined.
     ///

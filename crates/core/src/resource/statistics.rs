@@ -218,6 +218,14 @@ impl Adaptor for StatisticsAdaptor {
         Ok(block)
     }
 
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let blocks = self.upstream.allocate_group(requests)?;
+        for block in &blocks {
+            self.counters.allocated(block.size, block.reused);
+        }
+        Ok(blocks)
+    }
+
     fn came_back(&self, size: usize) {
         self.counters.freed(size);
     }

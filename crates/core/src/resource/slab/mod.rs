@@ -16,7 +16,7 @@ mod run;
 use super::address_map::AddressMap;
 use super::background::{self, Ages};
 use super::fork::{self, ForkLocks};
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::{Block, Group, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::sync::Lock;
 use crate::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -470,6 +470,21 @@ impl Shared {
     }
 }
 
+/// The class that serves a request, or `None`: it goes upstream.
+#[inline]
+fn class_for(request: &Request) -> Option<usize> {
+    if request.size() > MAX_BLOCK_BYTES {
+        return None;
+    }
+    let mut class = class_of(request.size());
+    if request.alignment() > super::DEFAULT_ALIGNMENT {
+        while class < CLASS_COUNT && alignment(class) < request.alignment() {
+            class += 1;
+        }
+    }
+    (class < CLASS_COUNT).then_some(class)
+}
+
 /// A thread's magazines of a class, and their counts.
 ///
 /// # Safety
@@ -606,14 +621,18 @@ impl SlabResource {
     }
 
     fn pass_upstream(&self, request: Request) -> Result<Block> {
+        let block = self.shared.upstream.allocate(request)?;
+        self.count_passed(&block);
+        Ok(block)
+    }
+
+    fn count_passed(&self, block: &Block) {
         let shared = &*self.shared;
-        let block = shared.upstream.allocate(request)?;
         shared.passed.allocated(block.size, block.reused);
         let out = shared.out_bytes.fetch_add(block.size as u64, Relaxed) + block.size as u64;
         shared.peak_bytes.fetch_max(out, Relaxed);
         let count = shared.out_count.fetch_add(1, Relaxed) + 1;
         shared.peak_count.fetch_max(count, Relaxed);
-        Ok(block)
     }
 
     fn free_upstream(&self, address: NonNull<u8>) -> usize {
@@ -679,29 +698,46 @@ unsafe impl Resource for SlabResource {
 
     #[inline]
     fn allocate(&self, request: Request) -> Result<Block> {
-        let size = request.size();
-        if size > MAX_BLOCK_BYTES {
+        let Some(class) = class_for(&request) else {
             return self.pass_upstream(request);
-        }
-        let mut class = class_of(size);
-        if request.alignment() > super::DEFAULT_ALIGNMENT {
-            while class < CLASS_COUNT && alignment(class) < request.alignment() {
-                class += 1;
-            }
-            if class == CLASS_COUNT {
-                return self.pass_upstream(request);
-            }
-        }
+        };
         let (address, reused) = self.take_out(class)?;
         if request.zeroed() {
             // SAFETY: the block holds `size` bytes, and nobody has seen it yet.
-            unsafe { address.write_bytes(0, size) };
+            unsafe { address.write_bytes(0, request.size()) };
         }
         Ok(Block {
             address,
             size: block_bytes(class),
             reused,
         })
+    }
+
+    /// What goes upstream goes at once, and first: it is what a limit there may refuse.
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let goes_up = |request: &&Request| class_for(request).is_none();
+        let passed: Vec<Request> = requests.iter().filter(goes_up).copied().collect();
+        let mut large = Group::with_capacity(self, passed.len());
+        if !passed.is_empty() {
+            for block in self.shared.upstream.allocate_group(&passed)? {
+                self.count_passed(&block);
+                large.add(block);
+            }
+        }
+        let mut small = Group::with_capacity(self, requests.len() - passed.len());
+        for request in requests.iter().filter(|request| !goes_up(request)) {
+            small.add(self.allocate(*request)?);
+        }
+        let (mut large, mut small) = (large.keep().into_iter(), small.keep().into_iter());
+        let next = |request| {
+            let blocks = if goes_up(&request) {
+                &mut large
+            } else {
+                &mut small
+            };
+            blocks.next().expect("a block for each request")
+        };
+        Ok(requests.iter().map(next).collect())
     }
 
     #[inline]
