@@ -25,9 +25,11 @@ __all__ = [
     "install",
     "installed",
     "largest_arrays",
+    "lost_blocks",
     "stop_background",
     "uninstall",
     "use",
+    "walk_resources",
 ]
 
 @final
@@ -283,6 +285,19 @@ def installed() -> Resource | None:
 
 def largest_arrays() -> list[tuple[int, int, str | None]]:
     """(bytes, times seen, "file:line" or None) of the largest arrays made while installed."""
+
+def walk_resources() -> list[
+    tuple[int, str, int | None, Statistics, HealthReport, tuple[int, int] | None, Statistics]
+]:
+    """Look at every resource that is alive, oldest first; nothing is stopped meanwhile.
+
+    Returns:
+        (number, name, upstream's number, counts before, report, (bytes, blocks) held from upstream
+        if it counts them, counts after) of each.
+    """
+
+def lost_blocks() -> list[tuple[int, str, int, int]]:
+    """(number, name, blocks, bytes) of resources that went while blocks of theirs were out."""
 
 def stop_background() -> None:
     """End the background thread that lets kept memory age; it starts again when needed."""

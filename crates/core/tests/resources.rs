@@ -244,6 +244,29 @@ fn a_wrong_free_is_counted_and_ignored() {
 }
 
 #[test]
+fn a_block_that_was_freed_twice_is_found_on_two_lists() {
+    let slab = SlabResource::new(Arc::new(SystemResource::new())).unwrap();
+    let block = slab.allocate(Request::bytes(100).unwrap()).unwrap();
+    let mut report = HealthReport::default();
+    slab.check(&mut report);
+    assert_eq!(report.findings, Vec::<String>::new());
+    // SAFETY: a live block.
+    unsafe { slab.deallocate(block.address) };
+    // SAFETY: wrong, but not used again: the slab notices it at the latest when it takes stock.
+    unsafe { slab.deallocate(block.address) };
+    slab.check(&mut report);
+    let text = report.findings.join("; ");
+    assert!(
+        text.contains("1 blocks of class 1 are on two lists"),
+        "{text}"
+    );
+    assert!(
+        text.contains("2 blocks of class 1 came back, 1 were handed out"),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_temporary_of_any_size_is_hot_in_the_steady_state() {
     let options = Options {
         decay_milliseconds: None,

@@ -24,7 +24,7 @@ mod _native {
     #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
-        Statistics, StatisticsAdaptor, SystemResource,
+        Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
 
     /// End the background thread that lets kept memory age; it starts again when needed.

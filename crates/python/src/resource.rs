@@ -6,6 +6,7 @@ use crate::errors::to_py;
 use moirai_core::os::HugePages;
 use moirai_core::resource as core;
 use moirai_core::resource::large_object::{Fit, Options};
+use moirai_core::resource::registry::{self, Member};
 use pyo3::PyClass;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,20 +19,26 @@ const DETACH_BYTES: usize = 64 * 1024;
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]
 pub struct Resource {
-    core: Arc<dyn core::Resource>,
+    /// Dropped before `upstream`, so that what it holds from there goes back first.
+    member: Member,
     upstream: Option<Py<Resource>>,
 }
 
 impl Resource {
+    /// The base of a class over `core`; `upstream` is what it draws from, if that is Python's too.
+    pub(crate) fn new(core: Arc<dyn core::Resource>, upstream: Option<Py<Resource>>) -> Self {
+        Resource {
+            member: Member::new(core),
+            upstream,
+        }
+    }
+
     pub(crate) fn core(&self) -> &Arc<dyn core::Resource> {
-        &self.core
+        self.member.resource()
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
-        Resource {
-            core: Arc::new(core),
-            upstream: None,
-        }
+        Resource::new(Arc::new(core), None)
     }
 }
 
@@ -50,7 +57,7 @@ impl Resource {
     ) -> PyResult<Buffer> {
         let size = bytes("size_bytes", size_bytes)?;
         let alignment = alignment_bytes.0;
-        let resource = Arc::clone(&slf.get().core);
+        let resource = Arc::clone(slf.get().core());
         let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
         let block = if size > DETACH_BYTES {
             slf.py().detach(draw)
@@ -75,7 +82,7 @@ impl Resource {
         zeroed: bool,
     ) -> PyResult<Vec<Buffer>> {
         let sizes = byte_counts("sizes", sizes)?;
-        let resource = Arc::clone(&slf.get().core);
+        let resource = Arc::clone(slf.get().core());
         let draw =
             || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment_bytes.0, zeroed);
         let blocks = slf.py().detach(draw).map_err(to_py)?;
@@ -85,20 +92,20 @@ impl Resource {
 
     /// What happened so far.
     fn statistics(&self, py: Python<'_>) -> Statistics {
-        Statistics(py.detach(|| self.core.statistics()))
+        Statistics(py.detach(|| self.core().statistics()))
     }
 
     /// Give kept memory back to the system until at most `target_bytes` are kept.
     #[pyo3(signature = (target_bytes=None), text_signature = "($self, target_bytes=0)")]
     fn trim(&self, py: Python<'_>, target_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
         let target = target_bytes.map_or(Ok(0), |value| bytes("target_bytes", value))?;
-        Ok(py.detach(|| self.core.trim(target)))
+        Ok(py.detach(|| self.core().trim(target)))
     }
 
     /// Walk the resource's own structures; raises nothing, reports all.
     fn check(&self, py: Python<'_>) -> HealthReport {
         let mut report = core::HealthReport::default();
-        py.detach(|| self.core.check(&mut report));
+        py.detach(|| self.core().check(&mut report));
         HealthReport(report)
     }
 
@@ -111,7 +118,7 @@ impl Resource {
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
-        let counts = slf.get().core.statistics();
+        let counts = slf.get().core().statistics();
         Ok(format!(
             "{}(current_bytes={}, resident_bytes={})",
             slf.get_type().name()?,
@@ -228,7 +235,7 @@ pub struct SlabResource;
 impl SlabResource {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyResult<PyClassInitializer<Self>> {
-        let slab = core::slab::SlabResource::new(Arc::clone(&upstream.get().core));
+        let slab = core::slab::SlabResource::new(Arc::clone(upstream.get().core()));
         Ok(with_base(
             SlabResource,
             adaptor(upstream, slab.map_err(to_py)?),
@@ -237,10 +244,7 @@ impl SlabResource {
 }
 
 fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
-    Resource {
-        core: Arc::new(core),
-        upstream: Some(upstream.clone().unbind()),
-    }
+    Resource::new(Arc::new(core), Some(upstream.clone().unbind()))
 }
 
 /// Counts what passes through it on the way to `upstream`.
@@ -271,12 +275,9 @@ fn scope_tuple(counts: core::statistics::ScopeCounts) -> ScopeCounts {
 impl StatisticsAdaptor {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
-        let core = core::statistics::StatisticsAdaptor::new(Arc::clone(&upstream.get().core));
+        let core = core::statistics::StatisticsAdaptor::new(Arc::clone(upstream.get().core()));
         let core = Arc::new(core);
-        let base = Resource {
-            core: core.clone(),
-            upstream: Some(upstream.clone().unbind()),
-        };
+        let base = Resource::new(core.clone(), Some(upstream.clone().unbind()));
         with_base(StatisticsAdaptor(core), base)
     }
 
@@ -336,7 +337,7 @@ impl LimitAdaptor {
     ) -> PyResult<PyClassInitializer<Self>> {
         let limit_bytes = bytes("limit_bytes", limit_bytes)?;
         let limit = core::limit::LimitAdaptor::new(
-            Arc::clone(&upstream.get().core),
+            Arc::clone(upstream.get().core()),
             limit_bytes,
             Box::new(collect_garbage),
         );
@@ -454,4 +455,40 @@ impl HealthReport {
             self.0.findings
         )
     }
+}
+
+/// (number, name, upstream's number, counts before, report, held upstream, counts after).
+type Walked = (
+    u64,
+    &'static str,
+    Option<u64>,
+    Statistics,
+    HealthReport,
+    Option<(u64, u64)>,
+    Statistics,
+);
+
+/// Look at every resource that is alive, oldest first; nothing is stopped meanwhile.
+#[pyfunction]
+pub fn walk_resources(py: Python<'_>) -> Vec<Walked> {
+    let record = |walked: registry::Walked| {
+        (
+            walked.id,
+            walked.name,
+            walked.upstream,
+            Statistics(walked.before),
+            HealthReport(walked.report),
+            walked.held_upstream,
+            Statistics(walked.after),
+        )
+    };
+    let walked = py.detach(registry::walk);
+    walked.into_iter().map(record).collect()
+}
+
+/// (number, name, blocks, bytes) of resources that went while blocks of theirs were out.
+#[pyfunction]
+pub fn lost_blocks() -> Vec<(u64, &'static str, u64, u64)> {
+    let record = |loss: registry::Loss| (loss.id, loss.name, loss.block_count, loss.block_bytes);
+    registry::losses().into_iter().map(record).collect()
 }

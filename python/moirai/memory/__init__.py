@@ -22,18 +22,22 @@ from moirai._native import (
     uninstall,
 )
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
+from moirai.memory.health import Finding, Health, ResourceHealth, health
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
 
 __all__ = [
     "Buffer",
+    "Finding",
+    "Health",
     "HealthReport",
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
     "PoolResource",
     "Resource",
+    "ResourceHealth",
     "Scope",
     "ScopeRecord",
     "SlabResource",
@@ -41,6 +45,7 @@ __all__ = [
     "StatisticsAdaptor",
     "SystemResource",
     "handler_of",
+    "health",
     "install",
     "installed",
     "largest_arrays",

@@ -138,4 +138,9 @@ unsafe impl<A: Adaptor> Resource for A {
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
         Some(self.source())
     }
+
+    fn held_upstream(&self) -> Option<(u64, u64)> {
+        let passed = self.counted()?;
+        Some((passed.current_bytes, passed.current_count))
+    }
 }

@@ -10,6 +10,7 @@ pub mod large_object;
 pub mod ledger;
 pub mod limit;
 pub mod pool;
+pub mod registry;
 pub mod slab;
 pub mod statistics;
 pub mod system;
@@ -271,6 +272,12 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Where this resource draws from.
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
+        None
+    }
+
+    /// (bytes, blocks) that this resource holds from its upstream now; `None` if it does not count
+    /// them. Upstream's own counts are at least as large.
+    fn held_upstream(&self) -> Option<(u64, u64)> {
         None
     }
 

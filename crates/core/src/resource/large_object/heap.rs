@@ -892,6 +892,14 @@ impl Heap {
                 self.counts.current_count
             )
         });
+        self.check_quick(report);
+        let hot_count: usize = indexed.iter().map(|found| found[0]).sum();
+        report.expect(self.by_age.len() == hot_count, || {
+            format!(
+                "large: {hot_count} hot spans were found, {} are listed by age",
+                self.by_age.len()
+            )
+        });
         for area in AREAS {
             let index = &self.areas[area as usize];
             let found = indexed[area as usize];
@@ -900,6 +908,33 @@ impl Heap {
                 || format!("large: the free index of {area:?} disagrees with the walk"),
             );
         }
+    }
+
+    /// The spans that wait unmerged: each on the list of its size, and on it once.
+    fn check_quick(&self, report: &mut HealthReport) {
+        let mut ids: Vec<u32> = Vec::new();
+        for (pages, waiting) in self.quick.iter().enumerate() {
+            for id in waiting {
+                let span = &self.spans[*id as usize];
+                report.expect(span.state == State::Quick && span.pages == pages, || {
+                    format!("large: a {:?} span waits among the quick ones", span.state)
+                });
+            }
+            ids.extend(waiting);
+        }
+        let listed = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        report.expect(ids.len() == listed, || {
+            format!("large: {} spans wait on two lists", listed - ids.len())
+        });
+        let bytes: usize = ids.iter().map(|id| self.spans[*id as usize].bytes()).sum();
+        report.expect(bytes == self.quick_bytes, || {
+            format!(
+                "large: {} quick bytes are counted, {bytes} are listed",
+                self.quick_bytes
+            )
+        });
     }
 
     fn check_region(
