@@ -33,7 +33,7 @@ def test_live_resources_are_listed_with_their_upstream_and_their_counts(
         other = memory.SystemResource()
         buffer = stack.allocate(1 << 20)
         health = memory.health()
-        print(*((seen.number, seen.name, seen.upstream) for seen in health.resources))
+        print(*((seen.number, seen.name, *seen.sources) for seen in health.resources))
         assert health.ok and health.findings == (), str(health)
         assert [seen.statistics.current_count for seen in health.resources] == [1, 1, 1, 0]
         assert health.resources[0].counts["large.used_bytes"] >= 1 << 20
@@ -43,8 +43,8 @@ def test_live_resources_are_listed_with_their_upstream_and_their_counts(
         del buffer, stack
         assert [seen.number for seen in memory.health().resources] == [1, 4]
     """)
-    names = ["(1, 'LargeObjectResource', None)", "(2, 'StatisticsAdaptor', 1)"]
-    names += ["(3, 'LimitAdaptor', 2)", "(4, 'SystemResource', None)"]
+    names = ["(1, 'LargeObjectResource')", "(2, 'StatisticsAdaptor', 1)"]
+    names += ["(3, 'LimitAdaptor', 2)", "(4, 'SystemResource')"]
     assert out.strip() == " ".join(names)
 
 
@@ -130,7 +130,8 @@ def look(
     after: SimpleNamespace | None = None,
 ) -> tuple[Any, ...]:
     report = SimpleNamespace(findings=list(findings), counts={})
-    return (number, name, upstream, before or counts(), report, held, after or counts())
+    sources = [] if upstream is None else [upstream]
+    return (number, name, sources, before or counts(), report, held, after or counts())
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The compiled core. Import it through `moirai.memory`, never directly."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
@@ -14,6 +14,7 @@ __all__ = [
     "HealthReport",
     "LargeObjectResource",
     "LimitAdaptor",
+    "NumaResource",
     "PoolResource",
     "Resource",
     "SlabResource",
@@ -26,6 +27,7 @@ __all__ = [
     "installed",
     "largest_arrays",
     "lost_blocks",
+    "pages_by_node",
     "stop_background",
     "uninstall",
     "use",
@@ -180,6 +182,24 @@ class LimitAdaptor(Resource):
     def limit_bytes(self) -> int:
         """The limit in bytes."""
 
+@disjoint_base
+class NumaResource(Resource):
+    """Pools whose pages come from chosen nodes."""
+
+    def __new__(
+        cls,
+        *,
+        policy: str,
+        node_sets: Sequence[Sequence[int]],
+        pool_of_cpu: Sequence[int],
+        huge_pages: str = "auto",
+        cache_cap_bytes: int | None = None,
+        decay_seconds: float | None = 0.5,
+    ) -> Self: ...
+    @property
+    def refusal(self) -> str | None:
+        """What the kernel refused to place, and why; None if all of it lies as asked."""
+
 @final
 class Statistics:
     """Counts of a resource; bytes are block bytes, the request rounded up to its block.
@@ -286,14 +306,27 @@ def installed() -> Resource | None:
 def largest_arrays() -> list[tuple[int, int, str | None]]:
     """(bytes, times seen, "file:line" or None) of the largest arrays made while installed."""
 
+def pages_by_node(buffer: Buffer | NDArray[Any] | memoryview | bytearray) -> dict[int | None, int]:
+    """How many pages of a buffer lie on each node; None: not in memory.
+
+    Pages that it shares with neighbours count too.
+
+    Args:
+        buffer: Any contiguous object with the buffer protocol.
+
+    Raises:
+        InvalidArgument: `buffer` has gaps.
+        Unsupported: The kernel does not say.
+    """
+
 def walk_resources() -> list[
-    tuple[int, str, int | None, Statistics, HealthReport, tuple[int, int] | None, Statistics]
+    tuple[int, str, list[int], Statistics, HealthReport, tuple[int, int] | None, Statistics]
 ]:
     """Look at every resource that is alive, oldest first; nothing is stopped meanwhile.
 
     Returns:
-        (number, name, upstream's number, counts before, report, (bytes, blocks) held from upstream
-        if it counts them, counts after) of each.
+        (number, name, numbers of its sources, counts before, report, (bytes, blocks) held from
+        upstream if it counts them, counts after) of each.
     """
 
 def lost_blocks() -> list[tuple[int, str, int, int]]:

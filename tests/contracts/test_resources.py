@@ -26,6 +26,19 @@ MIB = 1 << 20
 
 Make = Callable[[], memory.Resource]
 
+# A machine of two nodes, wherever the tests run: half of the CPUs, and the one node that is there.
+HERE = memory.Topology.read()
+TWO_NODES = memory.Topology(
+    nodes=tuple(
+        memory.NumaNode(node, HERE.online_cpus[node::2], HERE.nodes[0].memory_bytes, {node: 10})
+        for node in (0, 1)
+    ),
+    online_cpus=HERE.online_cpus,
+    offline_cpus=(),
+    allowed_cpus=HERE.allowed_cpus,
+    allowed_nodes=(0, 1),
+)
+
 # decay_seconds=None where a test reads what is cached: no tick comes in between.
 CACHING: dict[str, Make] = {
     "large, best fit": lambda: memory.LargeObjectResource(fit="best", decay_seconds=None),
@@ -42,6 +55,7 @@ CACHING: dict[str, Make] = {
     "statistics over pool": lambda: memory.StatisticsAdaptor(
         memory.PoolResource(decay_seconds=None)
     ),
+    "numa, one node": lambda: memory.NumaResource(0, topology=TWO_NODES, decay_seconds=None),
     "limit over pool": lambda: memory.LimitAdaptor(
         memory.PoolResource(decay_seconds=None), limit_bytes="1 GiB"
     ),
@@ -55,6 +69,8 @@ RESOURCES: dict[str, Make] = {
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool, defaults": memory.PoolResource,
     "pool, capped": lambda: memory.PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.01),
+    "numa, local": lambda: memory.NumaResource("local", topology=TWO_NODES),
+    "numa, interleaved": lambda: memory.NumaResource("interleave", topology=TWO_NODES),
     "slab over limit over large": lambda: memory.SlabResource(
         memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
     ),

@@ -5,6 +5,7 @@
 mod argument;
 mod buffer;
 mod errors;
+mod numa;
 mod numpy;
 mod resource;
 
@@ -17,6 +18,8 @@ mod _native {
 
     #[pymodule_export]
     use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::numa::{NumaResource, pages_by_node};
     #[pymodule_export]
     use super::numpy::install::{install, installed, largest_arrays, uninstall};
     #[pymodule_export]

@@ -128,7 +128,7 @@ impl Resource {
     }
 }
 
-fn with_base<T>(class: T, base: Resource) -> PyClassInitializer<T>
+pub(crate) fn with_base<T>(class: T, base: Resource) -> PyClassInitializer<T>
 where
     T: PyClass<BaseType = Resource>,
 {
@@ -150,7 +150,7 @@ impl SystemResource {
     }
 }
 
-fn options(
+pub(crate) fn options(
     fit: &str,
     huge_pages: &str,
     cache_cap_bytes: Option<&Bound<'_, PyAny>>,
@@ -179,6 +179,7 @@ fn options(
             .map(|value| bytes("cache_cap_bytes", value))
             .transpose()?,
         decay_milliseconds: milliseconds("decay_seconds", decay_seconds)?,
+        placement: None,
     })
 }
 
@@ -457,11 +458,11 @@ impl HealthReport {
     }
 }
 
-/// (number, name, upstream's number, counts before, report, held upstream, counts after).
+/// (number, name, numbers of its sources, counts before, report, held upstream, counts after).
 type Walked = (
     u64,
     &'static str,
-    Option<u64>,
+    Vec<u64>,
     Statistics,
     HealthReport,
     Option<(u64, u64)>,
@@ -475,7 +476,7 @@ pub fn walk_resources(py: Python<'_>) -> Vec<Walked> {
         (
             walked.id,
             walked.name,
-            walked.upstream,
+            walked.sources,
             Statistics(walked.before),
             HealthReport(walked.report),
             walked.held_upstream,

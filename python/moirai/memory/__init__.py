@@ -23,6 +23,7 @@ from moirai._native import (
 )
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.health import Finding, Health, ResourceHealth, health
+from moirai.memory.numa import NumaNode, NumaResource, Topology, pages_by_node
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
@@ -35,6 +36,8 @@ __all__ = [
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
+    "NumaNode",
+    "NumaResource",
     "PoolResource",
     "Resource",
     "ResourceHealth",
@@ -44,11 +47,13 @@ __all__ = [
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "Topology",
     "handler_of",
     "health",
     "install",
     "installed",
     "largest_arrays",
+    "pages_by_node",
     "parse_bytes",
     "stop_background",
     "uninstall",

@@ -42,8 +42,7 @@ class ResourceHealth:
     Attributes:
         number: Resources are numbered as they are made, from 1.
         name: Its class.
-        upstream: Number of the resource it draws from; None if it draws from none, or from one that
-            is part of itself.
+        sources: Numbers of the resources it draws from: its upstream, or the parts it was given.
         statistics: Its counts.
         counts: What `check` counted on its way, upstream's included.
         settled: Whether nobody used it while it was looked at.
@@ -51,7 +50,7 @@ class ResourceHealth:
 
     number: int
     name: str
-    upstream: int | None
+    sources: tuple[int, ...]
     statistics: Statistics
     counts: dict[str, int]
     settled: bool
@@ -86,7 +85,8 @@ class Health:
         lines = [f"{total}: {verdict}", *(f"- {finding}" for finding in self.findings)]
         for resource in self.resources:
             now = resource.statistics
-            below = "" if resource.upstream is None else f" over #{resource.upstream}"
+            numbers = " and ".join(f"#{number}" for number in resource.sources)
+            below = f" over {numbers}" if numbers else ""
             lines.append(
                 f"{resource.label}{below}: {now.current_count} blocks, {now.current_bytes} bytes "
                 f"in use; {now.resident_bytes} held, {now.cached_bytes} of them kept"
@@ -100,7 +100,7 @@ class _Walked:
 
     number: int
     name: str
-    upstream: int | None
+    sources: list[int]
     before: Statistics
     report: HealthReport
     held_upstream: tuple[int, int] | None
@@ -146,7 +146,7 @@ def health() -> Health:
         ResourceHealth(
             number=number,
             name=seen.name,
-            upstream=seen.upstream,
+            sources=tuple(seen.sources),
             statistics=seen.after,
             counts=seen.report.counts,
             settled=_was_idle(number, looks),
@@ -175,9 +175,9 @@ def _findings(look: dict[int, _Walked]) -> list[tuple[int, str]]:
     """(number of the resource, text) of all that is wrong in one look."""
     found = []
     for number, seen in look.items():
-        # A report includes upstream's, which is in the list by itself.
-        below = look.get(seen.upstream or 0)
-        passed_on = below.report.findings if below else []
+        # A report includes those of its sources, which are in the list by themselves.
+        below = [look[source].report.findings for source in seen.sources if source in look]
+        passed_on = {text for findings in below for text in findings}
         texts = [text for text in seen.report.findings if text not in passed_on]
         found += [(number, text) for text in [*texts, *_unbalanced(seen.after)]]
     return found + list(_disagreements(look))
@@ -203,8 +203,8 @@ def _disagreements(look: dict[int, _Walked]) -> Iterator[tuple[int, str]]:
     """Upstreams that say that less is out than those above them hold."""
     held: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for seen in look.values():
-        if seen.upstream is not None and seen.held_upstream is not None:
-            held[seen.upstream].append(seen.held_upstream)
+        if len(seen.sources) == 1 and seen.held_upstream is not None:
+            held[seen.sources[0]].append(seen.held_upstream)
     for number, claims in held.items():
         size = sum(size for size, _ in claims)
         count = sum(count for _, count in claims)

@@ -5,10 +5,12 @@
 pub mod adaptor;
 mod address_map;
 mod background;
+pub mod composite;
 mod fork;
 pub mod large_object;
 pub mod ledger;
 pub mod limit;
+pub mod numa;
 pub mod pool;
 pub mod registry;
 pub mod slab;
@@ -138,6 +140,28 @@ pub struct Statistics {
     pub decommitted_bytes: u64,
     /// Frees of an address that was not a live block; they are ignored.
     pub invalid_frees: u64,
+}
+
+impl Statistics {
+    /// The sum of both in every count, peaks included.
+    pub fn plus(self, other: Self) -> Self {
+        Statistics {
+            current_bytes: self.current_bytes + other.current_bytes,
+            current_count: self.current_count + other.current_count,
+            peak_bytes: self.peak_bytes + other.peak_bytes,
+            peak_count: self.peak_count + other.peak_count,
+            total_bytes: self.total_bytes + other.total_bytes,
+            total_count: self.total_count + other.total_count,
+            hits: self.hits + other.hits,
+            misses: self.misses + other.misses,
+            resident_bytes: self.resident_bytes + other.resident_bytes,
+            cached_bytes: self.cached_bytes + other.cached_bytes,
+            reused_bytes: self.reused_bytes + other.reused_bytes,
+            reused_pages: self.reused_pages + other.reused_pages,
+            decommitted_bytes: self.decommitted_bytes + other.decommitted_bytes,
+            invalid_frees: self.invalid_frees + other.invalid_frees,
+        }
+    }
 }
 
 /// What a walk over a resource's own structures found.
@@ -273,6 +297,11 @@ pub unsafe trait Resource: Send + Sync {
     /// Where this resource draws from.
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
         None
+    }
+
+    /// Everything that this resource draws from directly: its upstream, or its parts.
+    fn sources(&self) -> Vec<&Arc<dyn Resource>> {
+        self.upstream().into_iter().collect()
     }
 
     /// (bytes, blocks) that this resource holds from its upstream now; `None` if it does not count

@@ -9,7 +9,7 @@
 use super::fork::{self, ForkLocks};
 use super::{HealthReport, Resource, Statistics};
 use crate::sync::{AtomicU64, Lock, Ordering::Relaxed};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, LazyLock, Weak};
 
 /// A user's hold on a resource. Derefs to the resource.
@@ -37,8 +37,8 @@ pub struct Walked {
     pub id: u64,
     /// Its name.
     pub name: &'static str,
-    /// Number of its upstream, if that is held by a user too.
-    pub upstream: Option<u64>,
+    /// Numbers of what it draws from, as far as users hold that too.
+    pub sources: Vec<u64>,
     /// Its counts before its structures were looked at.
     pub before: Statistics,
     /// What `check` reported.
@@ -153,11 +153,22 @@ pub fn walk() -> Vec<Walked> {
         members.iter().filter_map(live).collect()
     };
     let place = |resource: &Arc<dyn Resource>| Arc::as_ptr(resource).cast::<()>();
-    let number = |upstream: &Arc<dyn Resource>| {
-        let found = members
-            .iter()
-            .find(|(_, resource)| place(resource) == place(upstream));
-        found.map(|(id, _)| *id)
+    let numbers: HashMap<*const (), u64> = members
+        .iter()
+        .map(|(id, resource)| (place(resource), *id))
+        .collect();
+    let sources = |resource: &Arc<dyn Resource>| {
+        let mut found = Vec::new();
+        let mut unseen = resource.sources();
+        while let Some(source) = unseen.pop() {
+            match numbers.get(&place(source)) {
+                Some(id) => found.push(*id),
+                // A part of the resource, such as a ledger: what that draws from.
+                None => unseen.extend(source.sources()),
+            }
+        }
+        found.sort_unstable();
+        found
     };
     let look = |(id, resource): &(u64, Arc<dyn Resource>)| {
         let before = resource.statistics();
@@ -166,7 +177,7 @@ pub fn walk() -> Vec<Walked> {
         Walked {
             id: *id,
             name: resource.name(),
-            upstream: resource.upstream().and_then(number),
+            sources: sources(resource),
             before,
             report,
             held_upstream: resource.held_upstream(),
@@ -203,8 +214,8 @@ mod tests {
         let block = adaptor.resource().allocate(Request::bytes(100).unwrap());
         let walked = walk();
         let of = |id: u64| walked.iter().find(|walked| walked.id == id).unwrap();
-        assert_eq!(of(adaptor.id()).upstream, Some(upstream.id()));
-        assert_eq!(of(upstream.id()).upstream, None);
+        assert_eq!(of(adaptor.id()).sources, [upstream.id()]);
+        assert!(of(upstream.id()).sources.is_empty());
         let held = of(adaptor.id()).held_upstream.unwrap();
         assert_eq!(held, (of(upstream.id()).after.current_bytes, 1));
         // SAFETY: the live block from above.

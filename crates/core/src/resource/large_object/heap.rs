@@ -10,7 +10,9 @@
 //! - `used_span_bytes + hot_bytes + quick_bytes + purging_bytes + cold_bytes == sum of spans`;
 //! - the address map holds a span's id at its first and last page and at the page of its data.
 
-use super::fit::{Entry, Fit, FreeIndex};
+use super::Options;
+use super::fit::{Entry, FreeIndex};
+use crate::os::numa::{self, Placement};
 use crate::os::{self, HugePages, PAGE_BYTES, UNIT_BYTES};
 use crate::resource::HealthReport;
 use crate::resource::address_map::AddressMap;
@@ -133,6 +135,8 @@ pub(super) struct Taken {
 
 pub(super) struct Heap {
     huge_pages: HugePages,
+    placement: Option<Placement>,
+    unplaced_regions: usize,
     fixed_cap: Option<usize>,
     regions: Vec<Option<Region>>,
     spans: Vec<Span>,
@@ -199,14 +203,16 @@ fn pointer(address: usize) -> NonNull<u8> {
 }
 
 impl Heap {
-    pub(super) fn new(fit: Fit, huge_pages: HugePages, fixed_cap: Option<usize>) -> Self {
+    pub(super) fn new(options: &Options) -> Self {
         let index = || AreaIndex {
-            hot: FreeIndex::new(fit),
-            cold: FreeIndex::new(fit),
+            hot: FreeIndex::new(options.fit),
+            cold: FreeIndex::new(options.fit),
         };
         Heap {
-            huge_pages,
-            fixed_cap,
+            huge_pages: options.huge_pages,
+            placement: options.placement,
+            unplaced_regions: 0,
+            fixed_cap: options.cache_cap,
             regions: Vec::new(),
             spans: Vec::new(),
             vacant: Vec::new(),
@@ -226,6 +232,10 @@ impl Heap {
             zeroing: Zeroing::default(),
             counts: Counts::default(),
         }
+    }
+
+    pub(super) fn unplaced_regions(&self) -> usize {
+        self.unplaced_regions
     }
 
     /// Free bytes whose pages are kept.
@@ -416,6 +426,12 @@ impl Heap {
         if let Some(huge) = huge {
             // SAFETY: the reservation was made above.
             unsafe { os::advise_huge(base, bytes, huge) };
+        }
+        if let Some(placement) = &self.placement {
+            // SAFETY: the reservation was made above. Its pages, not there yet, keep the policy
+            // when they are committed, given back and touched again.
+            let placed = unsafe { numa::place(base, bytes, placement) };
+            self.unplaced_regions += usize::from(placed.is_err());
         }
         let region = Some(Region {
             base,
