@@ -16,18 +16,22 @@ __all__ = [
     "LimitAdaptor",
     "NumaResource",
     "PoolResource",
+    "PriorityResource",
+    "RealtimeResource",
     "Resource",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
     "build_profile",
+    "current_lane",
     "handler_of",
     "install",
     "installed",
     "largest_arrays",
     "lost_blocks",
     "pages_by_node",
+    "priority",
     "stop_background",
     "uninstall",
     "use",
@@ -83,7 +87,12 @@ class Resource:
     def upstream(self) -> Resource | None:
         """The resource this one draws from, or None."""
     def allocate(
-        self, size_bytes: int, *, alignment_bytes: int = 64, zeroed: bool = False
+        self,
+        size_bytes: int,
+        *,
+        alignment_bytes: int = 64,
+        zeroed: bool = False,
+        priority: int | None = None,
     ) -> Buffer:
         """A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
 
@@ -92,13 +101,20 @@ class Resource:
             alignment_bytes: A power of two from 1 to 2 MiB; at least 64 is given.
             zeroed: Whether the block must read as zero. From 4 MiB the kernel zeroes pages as they
                 are touched.
+            priority: The `Priority` whose lane of a `PriorityResource` serves the request, also
+                through adaptors; None: the context's.
 
         Raises:
             InvalidArgument: A value above is out of its range.
             OutOfMemory: The request cannot be met.
         """
     def allocate_group(
-        self, sizes: Iterable[int], *, alignment_bytes: int = 64, zeroed: bool = False
+        self,
+        sizes: Iterable[int],
+        *,
+        alignment_bytes: int = 64,
+        zeroed: bool = False,
+        priority: int | None = None,
     ) -> list[Buffer]:
         """A Buffer for each of `sizes`, or OutOfMemory with none taken.
 
@@ -109,6 +125,7 @@ class Resource:
             sizes: Bytes of each block, >= 0; none makes an empty list.
             alignment_bytes: As for `allocate`, for every block.
             zeroed: As for `allocate`, for every block.
+            priority: As for `allocate`, for all blocks.
 
         Raises:
             InvalidArgument: A value above is out of its range; nothing was taken.
@@ -200,6 +217,29 @@ class NumaResource(Resource):
     def refusal(self) -> str | None:
         """What the kernel refused to place, and why; None if all of it lies as asked."""
 
+@disjoint_base
+class RealtimeResource(Resource):
+    """A fixed amount of memory: prefaulted, locked, handed out without the kernel."""
+
+    def __new__(cls, realtime_bytes: int, *, allow_unlocked: bool = False) -> Self: ...
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that blocks may take together."""
+    @property
+    def is_locked(self) -> bool:
+        """Whether the kernel must leave the memory where it is; not so in a forked child."""
+
+@disjoint_base
+class PriorityResource(Resource):
+    """A resource for each lane; a block goes back to the lane it came from."""
+
+    def __new__(
+        cls, realtime: Resource, high: Resource, normal: Resource, background: Resource
+    ) -> Self: ...
+    @property
+    def lanes(self) -> list[Resource]:
+        """The resource of each lane, the most urgent first."""
+
 @final
 class Statistics:
     """Counts of a resource; bytes are block bytes, the request rounded up to its block.
@@ -284,6 +324,23 @@ class use:  # noqa: N801
         self,
         *_exception: type[BaseException] | BaseException | TracebackType | None,
     ) -> None: ...
+
+@disjoint_base
+class priority:  # noqa: N801
+    """Sends the requests of the current context to one lane between enter and exit.
+
+    May be entered again, also in other threads and tasks, before it is left.
+    """
+
+    def __new__(cls, priority: int) -> Self: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+def current_lane() -> int:
+    """Number of the current context's lane."""
 
 def handler_of(array: NDArray[Any] | np.ndarray[Any, Any]) -> Resource | None:
     """The resource an array's memory came from, or None if it is NumPy's own or another library's.

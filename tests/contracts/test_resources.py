@@ -71,6 +71,20 @@ RESOURCES: dict[str, Make] = {
     "pool, capped": lambda: memory.PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.01),
     "numa, local": lambda: memory.NumaResource("local", topology=TWO_NODES),
     "numa, interleaved": lambda: memory.NumaResource("interleave", topology=TWO_NODES),
+    "realtime": lambda: memory.RealtimeResource("192 MiB", allow_unlocked=True),
+    "priority": lambda: memory.PriorityResource(realtime_bytes="1 MiB", allow_unlocked=True),
+    "priority, high lane": lambda: memory.PriorityResource(
+        realtime_bytes="1 MiB", allow_unlocked=True
+    ).lane(memory.Priority.HIGH),
+    "limit over priority of slabs over libc": lambda: memory.LimitAdaptor(
+        memory.PriorityResource(
+            realtime_bytes="1 MiB",
+            high=memory.SlabResource(memory.SystemResource()),
+            normal=memory.SlabResource(memory.SystemResource()),
+            allow_unlocked=True,
+        ),
+        limit_bytes="1 GiB",
+    ),
     "slab over limit over large": lambda: memory.SlabResource(
         memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
     ),

@@ -2,10 +2,12 @@
 
 use crate::argument::{Alignment, byte_counts, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
-use crate::errors::to_py;
+use crate::errors::{InvalidArgument, to_py};
+use crate::lane;
 use moirai_core::os::HugePages;
 use moirai_core::resource as core;
 use moirai_core::resource::large_object::{Fit, Options};
+use moirai_core::resource::priority::Lane;
 use moirai_core::resource::registry::{self, Member};
 use pyo3::PyClass;
 use pyo3::prelude::*;
@@ -22,12 +24,15 @@ pub struct Resource {
     /// Dropped before `upstream`, so that what it holds from there goes back first.
     member: Member,
     upstream: Option<Py<Resource>>,
+    /// Whether the lane of a request makes a difference.
+    has_lanes: bool,
 }
 
 impl Resource {
     /// The base of a class over `core`; `upstream` is what it draws from, if that is Python's too.
     pub(crate) fn new(core: Arc<dyn core::Resource>, upstream: Option<Py<Resource>>) -> Self {
         Resource {
+            has_lanes: core.has_lanes(),
             member: Member::new(core),
             upstream,
         }
@@ -35,6 +40,24 @@ impl Resource {
 
     pub(crate) fn core(&self) -> &Arc<dyn core::Resource> {
         self.member.resource()
+    }
+
+    /// Whether the lane of a request makes a difference.
+    pub(crate) fn has_lanes(&self) -> bool {
+        self.has_lanes
+    }
+
+    /// The lane of a request: the argument, or else the context's. None if there are no lanes.
+    fn lane(&self, py: Python<'_>, priority: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Lane>> {
+        match priority {
+            None if self.has_lanes => lane::current(py).map(Some),
+            None => Ok(None),
+            Some(priority) if self.has_lanes => lane::from_priority("priority", priority).map(Some),
+            Some(_) => Err(InvalidArgument::new_err(format!(
+                "priority: must be left out, got one for a {} without a PriorityResource in it",
+                self.core().name()
+            ))),
+        }
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
@@ -46,19 +69,22 @@ impl Resource {
 impl Resource {
     /// A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
     #[pyo3(
-        signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
-        text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False)"
+        signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false, priority=None),
+        text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False, priority=None)"
     )]
     fn allocate(
         slf: &Bound<'_, Self>,
         size_bytes: &Bound<'_, PyAny>,
         alignment_bytes: Alignment,
         zeroed: bool,
+        priority: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Buffer> {
         let size = bytes("size_bytes", size_bytes)?;
         let alignment = alignment_bytes.0;
+        let lane = slf.get().lane(slf.py(), priority)?;
         let resource = Arc::clone(slf.get().core());
         let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
+        let draw = || lane::within(lane, draw);
         let block = if size > DETACH_BYTES {
             slf.py().detach(draw)
         } else {
@@ -72,22 +98,24 @@ impl Resource {
 
     /// A Buffer for each of `sizes`, or OutOfMemory with none taken.
     #[pyo3(
-        signature = (sizes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
-        text_signature = "($self, sizes, *, alignment_bytes=64, zeroed=False)"
+        signature = (sizes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false, priority=None),
+        text_signature = "($self, sizes, *, alignment_bytes=64, zeroed=False, priority=None)"
     )]
     fn allocate_group(
         slf: &Bound<'_, Self>,
         sizes: &Bound<'_, PyAny>,
         alignment_bytes: Alignment,
         zeroed: bool,
+        priority: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Buffer>> {
         let sizes = byte_counts("sizes", sizes)?;
+        let alignment = alignment_bytes.0;
+        let lane = slf.get().lane(slf.py(), priority)?;
         let resource = Arc::clone(slf.get().core());
-        let draw =
-            || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment_bytes.0, zeroed);
-        let blocks = slf.py().detach(draw).map_err(to_py)?;
+        let draw = || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment, zeroed);
+        let blocks = slf.py().detach(|| lane::within(lane, draw));
         let buffer = |block| Buffer::new(block, slf.clone().into_any().unbind());
-        Ok(blocks.into_iter().map(buffer).collect())
+        Ok(blocks.map_err(to_py)?.into_iter().map(buffer).collect())
     }
 
     /// What happened so far.

@@ -24,6 +24,13 @@ from moirai._native import (
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.health import Finding, Health, ResourceHealth, health
 from moirai.memory.numa import NumaNode, NumaResource, Topology, pages_by_node
+from moirai.memory.priority import (
+    Priority,
+    PriorityResource,
+    RealtimeResource,
+    current_priority,
+    priority,
+)
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
@@ -39,6 +46,9 @@ __all__ = [
     "NumaNode",
     "NumaResource",
     "PoolResource",
+    "Priority",
+    "PriorityResource",
+    "RealtimeResource",
     "Resource",
     "ResourceHealth",
     "Scope",
@@ -48,6 +58,7 @@ __all__ = [
     "StatisticsAdaptor",
     "SystemResource",
     "Topology",
+    "current_priority",
     "handler_of",
     "health",
     "install",
@@ -55,6 +66,7 @@ __all__ = [
     "largest_arrays",
     "pages_by_node",
     "parse_bytes",
+    "priority",
     "stop_background",
     "uninstall",
     "use",

@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub trait Choose: Send + Sync {
     /// The name users know the whole by.
     const NAME: &'static str;
+    /// Whether the choice goes by the call's lane; see [`super::priority`].
+    const HAS_LANES: bool = false;
 
     /// Index of the part that serves the calling thread's next request.
     fn choose(&self) -> usize;
@@ -191,6 +193,10 @@ unsafe impl<C: Choose> Resource for Composite<C> {
 
     fn sources(&self) -> Vec<&Arc<dyn Resource>> {
         self.parts.iter().collect()
+    }
+
+    fn has_lanes(&self) -> bool {
+        C::HAS_LANES || self.parts.iter().any(|part| part.has_lanes())
     }
 
     /// The block stays in its part.

@@ -12,6 +12,8 @@ pub mod ledger;
 pub mod limit;
 pub mod numa;
 pub mod pool;
+pub mod priority;
+pub mod realtime;
 pub mod registry;
 pub mod slab;
 pub mod statistics;
@@ -302,6 +304,11 @@ pub unsafe trait Resource: Send + Sync {
     /// Everything that this resource draws from directly: its upstream, or its parts.
     fn sources(&self) -> Vec<&Arc<dyn Resource>> {
         self.upstream().into_iter().collect()
+    }
+
+    /// Whether the call's lane makes a difference; see [`priority`].
+    fn has_lanes(&self) -> bool {
+        self.sources().iter().any(|source| source.has_lanes())
     }
 
     /// (bytes, blocks) that this resource holds from its upstream now; `None` if it does not count
