@@ -129,12 +129,13 @@ impl Adaptor for LimitAdaptor {
 
     fn examine(&self, report: &mut HealthReport) {
         self.counters.check(self.title(), report);
-        let used = self.budget.used();
-        report.expect(used <= self.budget.limit(), || {
-            format!(
-                "LimitAdaptor: {used} bytes are in use of a limit of {}",
-                self.budget.limit()
-            )
+        let in_use = self.counters.read().current_bytes as usize;
+        let (reserved, limit) = (self.budget.used(), self.budget.limit());
+        // Reserved before it is counted as in use, and so on the way back: 0 when nothing goes on.
+        let under_way = reserved.saturating_sub(in_use) as u64;
+        report.count("limit.under_way_bytes", under_way);
+        report.expect(reserved <= limit, || {
+            format!("LimitAdaptor: {reserved} bytes are in use of a limit of {limit}")
         });
     }
 }
