@@ -21,7 +21,7 @@ unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo build wheel test test-quick check bench docs asan loom numpy-suite \
-        test-freethreaded test-numpy25 clean $(BENCHMARKS)
+        test-freethreaded test-numpy25 numa-guest clean $(BENCHMARKS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ test-freethreaded: ## tests on a free-threaded interpreter: PYTHON=/path/to/pyth
 
 test-numpy25: ## tests with the newest NumPy: PYTHON=python3.12 or newer
 	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh numpy25
+
+numa-guest: $(BUILT) ## where memory lies on two nodes, in an emulator: KERNEL=/path/to/vmlinuz
+	$(PY) scripts/numa_guest.py $(KERNEL)
 
 clean: ## remove everything that was built
 	rm -rf .venv target build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

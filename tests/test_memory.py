@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -356,6 +356,64 @@ def test_threads_together_never_exceed_the_limit() -> None:
 def test_limit_that_is_none_is_refused_by_name(limit_bytes: object) -> None:
     with pytest.raises((InvalidArgument, TypeError), match="limit_bytes"):
         memory.LimitAdaptor(memory.SystemResource(), limit_bytes=limit_bytes)  # type: ignore[arg-type]
+
+
+def test_limit_admits_a_group_whole_or_refuses_it_whole() -> None:
+    limited = memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 MiB")
+    group = limited.allocate_group([256 * KIB] * 4)
+    assert limited.statistics().current_bytes == 1 * MIB
+    del group[2:]
+    with pytest.raises(OutOfMemory, match=rf"{768 * KIB} bytes.*{512 * KIB} bytes.*{1 * MIB}"):
+        limited.allocate_group([256 * KIB] * 3)
+    now = limited.statistics()
+    assert (now.current_count, now.total_count, now.peak_bytes) == (2, 4, 1 * MIB)
+    group += limited.allocate_group([256 * KIB] * 2)
+    assert limited.check().ok
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: memory.LimitAdaptor(memory.PoolResource(), limit_bytes=900 * KIB),
+        lambda: memory.StatisticsAdaptor(
+            memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes=900 * KIB)
+        ),
+        lambda: memory.SlabResource(
+            memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes=900 * KIB)
+        ),
+    ],
+    ids=["limit over pool", "statistics over limit", "slab over limit"],
+)
+def test_of_groups_that_do_not_all_fit_one_gets_its_memory(
+    make: Callable[[], memory.Resource],
+) -> None:
+    resource = make()
+    rounds = 30
+    start, end = threading.Barrier(3), threading.Barrier(3)
+    granted: list[list[memory.Buffer]] = []
+
+    def ask() -> None:
+        for _ in range(rounds):
+            start.wait()
+            with suppress(OutOfMemory):
+                granted.append(resource.allocate_group([24 * KIB] * 25))
+            end.wait()
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    counts = []
+    for _ in range(rounds):
+        start.wait()
+        end.wait()
+        counts.append(len(granted))
+        granted.clear()
+    for thread in threads:
+        thread.join()
+    # Taken one by one, each might hold a part that the other lacks.
+    assert counts == [1] * rounds
+    assert resource.statistics().current_count == 0
+    assert resource.check().ok
 
 
 # --- large objects ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The compiled core. Import it through `moirai.memory`, never directly."""
 
 import sys
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
@@ -13,21 +14,29 @@ __all__ = [
     "HealthReport",
     "LargeObjectResource",
     "LimitAdaptor",
+    "NumaResource",
     "PoolResource",
+    "PriorityResource",
+    "RealtimeResource",
     "Resource",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
     "build_profile",
+    "current_lane",
     "handler_of",
     "install",
     "installed",
     "keep_libc_heap",
     "largest_arrays",
+    "lost_blocks",
+    "pages_by_node",
+    "priority",
     "stop_background",
     "uninstall",
     "use",
+    "walk_resources",
 ]
 
 @final
@@ -79,7 +88,12 @@ class Resource:
     def upstream(self) -> Resource | None:
         """The resource this one draws from, or None."""
     def allocate(
-        self, size_bytes: int, *, alignment_bytes: int = 64, zeroed: bool = False
+        self,
+        size_bytes: int,
+        *,
+        alignment_bytes: int = 64,
+        zeroed: bool = False,
+        priority: int | None = None,
     ) -> Buffer:
         """A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
 
@@ -88,10 +102,35 @@ class Resource:
             alignment_bytes: A power of two from 1 to 2 MiB; at least 64 is given.
             zeroed: Whether the block must read as zero. From 4 MiB the kernel zeroes pages as they
                 are touched.
+            priority: The `Priority` whose lane of a `PriorityResource` serves the request, also
+                through adaptors; None: the context's.
 
         Raises:
             InvalidArgument: A value above is out of its range.
             OutOfMemory: The request cannot be met.
+        """
+    def allocate_group(
+        self,
+        sizes: Iterable[int],
+        *,
+        alignment_bytes: int = 64,
+        zeroed: bool = False,
+        priority: int | None = None,
+    ) -> list[Buffer]:
+        """A Buffer for each of `sizes`, or OutOfMemory with none taken.
+
+        A `LimitAdaptor` admits the sum or refuses it, so that of two groups asked for at once that
+        do not both fit one succeeds.
+
+        Args:
+            sizes: Bytes of each block, >= 0; none makes an empty list.
+            alignment_bytes: As for `allocate`, for every block.
+            zeroed: As for `allocate`, for every block.
+            priority: As for `allocate`, for all blocks.
+
+        Raises:
+            InvalidArgument: A value above is out of its range; nothing was taken.
+            OutOfMemory: The requests cannot all be met; nothing is kept.
         """
     def statistics(self) -> Statistics:
         """What happened so far."""
@@ -160,6 +199,47 @@ class LimitAdaptor(Resource):
     @property
     def limit_bytes(self) -> int:
         """The limit in bytes."""
+
+@disjoint_base
+class NumaResource(Resource):
+    """Pools whose pages come from chosen nodes."""
+
+    def __new__(
+        cls,
+        *,
+        policy: str,
+        node_sets: Sequence[Sequence[int]],
+        pool_of_cpu: Sequence[int],
+        huge_pages: str = "auto",
+        cache_cap_bytes: int | None = None,
+        decay_seconds: float | None = 0.5,
+    ) -> Self: ...
+    @property
+    def refusal(self) -> str | None:
+        """What the kernel refused to place, and why; None if all of it lies as asked."""
+
+@disjoint_base
+class RealtimeResource(Resource):
+    """A fixed amount of memory: prefaulted, locked, handed out without the kernel."""
+
+    def __new__(cls, realtime_bytes: int, *, allow_unlocked: bool = False) -> Self: ...
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that blocks may take together."""
+    @property
+    def is_locked(self) -> bool:
+        """Whether the kernel must leave the memory where it is; not so in a forked child."""
+
+@disjoint_base
+class PriorityResource(Resource):
+    """A resource for each lane; a block goes back to the lane it came from."""
+
+    def __new__(
+        cls, realtime: Resource, high: Resource, normal: Resource, background: Resource
+    ) -> Self: ...
+    @property
+    def lanes(self) -> list[Resource]:
+        """The resource of each lane, the most urgent first."""
 
 @final
 class Statistics:
@@ -246,6 +326,23 @@ class use:  # noqa: N801
         *_exception: type[BaseException] | BaseException | TracebackType | None,
     ) -> None: ...
 
+@disjoint_base
+class priority:  # noqa: N801
+    """Sends the requests of the current context to one lane between enter and exit.
+
+    May be entered again, also in other threads and tasks, before it is left.
+    """
+
+    def __new__(cls, priority: int) -> Self: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+def current_lane() -> int:
+    """Number of the current context's lane."""
+
 def handler_of(array: NDArray[Any] | np.ndarray[Any, Any]) -> Resource | None:
     """The resource an array's memory came from, or None if it is NumPy's own or another library's.
 
@@ -269,6 +366,32 @@ def largest_arrays() -> list[tuple[int, int, str | None]]:
 
 def keep_libc_heap(keep_bytes: int, decay_seconds: float) -> bool:
     """Have libc's heap keep freed memory and give it back by age; false if libc is not glibc."""
+
+def pages_by_node(buffer: Buffer | NDArray[Any] | memoryview | bytearray) -> dict[int | None, int]:
+    """How many pages of a buffer lie on each node; None: not in memory.
+
+    Pages that it shares with neighbours count too.
+
+    Args:
+        buffer: Any contiguous object with the buffer protocol.
+
+    Raises:
+        InvalidArgument: `buffer` has gaps.
+        Unsupported: The kernel does not say.
+    """
+
+def walk_resources() -> list[
+    tuple[int, str, list[int], Statistics, HealthReport, tuple[int, int] | None, Statistics]
+]:
+    """Look at every resource that is alive, oldest first; nothing is stopped meanwhile.
+
+    Returns:
+        (number, name, numbers of its sources, counts before, report, (bytes, blocks) held from
+        upstream if it counts them, counts after) of each.
+    """
+
+def lost_blocks() -> list[tuple[int, str, int, int]]:
+    """(number, name, blocks, bytes) of resources that went while blocks of theirs were out."""
 
 def stop_background() -> None:
     """End the background thread that lets kept memory age; it starts again when needed."""

@@ -26,6 +26,19 @@ MIB = 1 << 20
 
 Make = Callable[[], memory.Resource]
 
+# A machine of two nodes, wherever the tests run: half of the CPUs, and the one node that is there.
+HERE = memory.Topology.read()
+TWO_NODES = memory.Topology(
+    nodes=tuple(
+        memory.NumaNode(node, HERE.online_cpus[node::2], HERE.nodes[0].memory_bytes, {node: 10})
+        for node in (0, 1)
+    ),
+    online_cpus=HERE.online_cpus,
+    offline_cpus=(),
+    allowed_cpus=HERE.allowed_cpus,
+    allowed_nodes=(0, 1),
+)
+
 # decay_seconds=None where a test reads what is cached: no tick comes in between.
 CACHING: dict[str, Make] = {
     "large, best fit": lambda: memory.LargeObjectResource(fit="best", decay_seconds=None),
@@ -42,6 +55,7 @@ CACHING: dict[str, Make] = {
     "statistics over pool": lambda: memory.StatisticsAdaptor(
         memory.PoolResource(decay_seconds=None)
     ),
+    "numa, one node": lambda: memory.NumaResource(0, topology=TWO_NODES, decay_seconds=None),
     "limit over pool": lambda: memory.LimitAdaptor(
         memory.PoolResource(decay_seconds=None), limit_bytes="1 GiB"
     ),
@@ -55,6 +69,22 @@ RESOURCES: dict[str, Make] = {
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool, defaults": memory.PoolResource,
     "pool, capped": lambda: memory.PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.01),
+    "numa, local": lambda: memory.NumaResource("local", topology=TWO_NODES),
+    "numa, interleaved": lambda: memory.NumaResource("interleave", topology=TWO_NODES),
+    "realtime": lambda: memory.RealtimeResource("192 MiB", allow_unlocked=True),
+    "priority": lambda: memory.PriorityResource(realtime_bytes="1 MiB", allow_unlocked=True),
+    "priority, high lane": lambda: memory.PriorityResource(
+        realtime_bytes="1 MiB", allow_unlocked=True
+    ).lane(memory.Priority.HIGH),
+    "limit over priority of slabs over libc": lambda: memory.LimitAdaptor(
+        memory.PriorityResource(
+            realtime_bytes="1 MiB",
+            high=memory.SlabResource(memory.SystemResource()),
+            normal=memory.SlabResource(memory.SystemResource()),
+            allow_unlocked=True,
+        ),
+        limit_bytes="1 GiB",
+    ),
     "slab over limit over large": lambda: memory.SlabResource(
         memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
     ),
@@ -238,6 +268,70 @@ def test_reuse_is_counted_in_bytes(make: Make) -> None:
         buffer = resource.allocate(8 * MIB)
         assert resource.statistics().reused_bytes - before >= 8 * MIB
         del buffer
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+@every_resource
+def test_group_is_a_block_for_each_size_in_their_order(make: Make) -> None:
+    with checked(make) as resource:
+        group = resource.allocate_group(SIZES, alignment_bytes=128, zeroed=True)
+        assert [buffer.size_bytes for buffer in group] == SIZES
+        assert all(address(buffer) % 128 == 0 for buffer in group if buffer.size_bytes)
+        assert not any(np.frombuffer(buffer, dtype="uint8").any() for buffer in group)
+        assert all(buffer.resource is resource for buffer in group)
+        for index, buffer in enumerate(group):
+            np.frombuffer(buffer, dtype="uint8")[:] = index
+        for index, buffer in enumerate(group):
+            assert (np.frombuffer(buffer, dtype="uint8") == index).all()
+        assert_adds_up(resource, group)
+        del group[::2]
+        assert_adds_up(resource, group)
+        del group, buffer
+
+
+@every_resource
+def test_group_of_nothing_is_empty(make: Make) -> None:
+    with checked(make) as resource:
+        assert resource.allocate_group([]) == []
+        assert resource.statistics().total_count == 0
+
+
+@every_resource
+@pytest.mark.parametrize("small", [[], [100, 5000], [100, 40 * KIB, 3 * MIB]])
+def test_group_that_cannot_be_met_takes_nothing(make: Make, small: list[int]) -> None:
+    with checked(make) as resource:
+        kept = resource.allocate(1000)
+        too_much = [1 << 46] * 3  # each may be asked for, but there are no addresses for all
+        with pytest.raises(OutOfMemory):
+            resource.allocate_group(small + too_much + small)
+        assert_adds_up(resource, [kept])
+        np.frombuffer(resource.allocate(100 * KIB), dtype="uint8")[:] = 1
+        del kept
+
+
+@every_resource
+@pytest.mark.parametrize(
+    ("sizes", "error", "named"),
+    [
+        ([64, -1], InvalidArgument, r"sizes\[1\]: must be at least 0, got -1"),
+        ([64, 5000, "64"], TypeError, r"sizes\[2\]: must be an int, got str"),
+        ([True], TypeError, r"sizes\[0\]"),
+        (64, TypeError, "sizes: must be an iterable of int, got int"),
+        ([64, 1 << 47], OutOfMemory, str(1 << 47)),
+        ([64, 1 << 80], OutOfMemory, str(1 << 80)),
+    ],
+)
+def test_group_with_an_impossible_size_is_refused_before_anything_is_taken(
+    make: Make, sizes: list[int], error: type[Exception], named: str
+) -> None:
+    with checked(make) as resource:
+        with pytest.raises(error, match=named):
+            resource.allocate_group(sizes)
+        with pytest.raises(InvalidArgument, match="alignment_bytes"):
+            resource.allocate_group([64], alignment_bytes=3)
+        assert resource.statistics().total_count == 0
 
 
 # --- what cannot be met -------------------------------------------------------------------------

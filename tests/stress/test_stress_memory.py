@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Callable
 
@@ -153,3 +154,32 @@ def test_forks_amid_churn_leave_working_children() -> None:
         thread.join()
     assert statuses == [0] * 20
     assert [failure for life in lives for failure in life.failures] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_forks_amid_reports_leave_adaptors_that_answer() -> None:
+    adaptor = memory.StatisticsAdaptor(memory.SystemResource())
+    stop = threading.Event()
+
+    def report() -> None:
+        while not stop.is_set():
+            adaptor.statistics()
+
+    threads = [threading.Thread(target=report) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    statuses = []
+    for _ in range(200):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # ends a child that waits for a thread it does not have
+            adaptor.statistics()
+            os._exit(0)
+        statuses.append(os.waitpid(child, 0)[1])
+        if statuses[-1]:
+            break
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {0}

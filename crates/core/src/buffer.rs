@@ -35,6 +35,30 @@ impl Buffer {
         })
     }
 
+    /// Draw a buffer for each of `sizes`, or none at all.
+    ///
+    /// Every size is looked at before anything is taken.
+    pub fn group(
+        resource: &Arc<dyn Resource>,
+        sizes: &[usize],
+        alignment: usize,
+        zeroed: bool,
+    ) -> Result<Vec<Self>> {
+        let requests = sizes
+            .iter()
+            .map(|size| Request::new(*size, alignment, zeroed))
+            .collect::<Result<Vec<_>>>()?;
+        let blocks = resource.allocate_group(&requests)?;
+        debug_assert_eq!(blocks.len(), sizes.len());
+        let buffers = blocks.into_iter().zip(sizes).map(|(block, size)| Buffer {
+            resource: Arc::clone(resource),
+            address: block.address,
+            size: *size,
+            block_size: block.size,
+        });
+        Ok(buffers.collect())
+    }
+
     /// First byte of the block.
     pub fn address(&self) -> NonNull<u8> {
         self.address

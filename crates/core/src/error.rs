@@ -22,6 +22,11 @@ pub enum Error {
         /// Why it cannot be met: the use and the limit, or what the kernel said.
         message: String,
     },
+    /// This machine, or what the process is allowed, does not do it.
+    Unsupported {
+        /// What cannot be done, why, and what would help.
+        message: String,
+    },
 }
 
 impl Error {
@@ -40,6 +45,13 @@ impl Error {
             message: message.into(),
         }
     }
+
+    /// An [`Error::Unsupported`].
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Error::Unsupported {
+            message: message.into(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -48,6 +60,7 @@ impl fmt::Display for Error {
             Error::InvalidArgument { argument, message } => {
                 write!(formatter, "{argument}: {message}")
             }
+            Error::Unsupported { message } => formatter.write_str(message),
             Error::OutOfMemory {
                 requested_bytes,
                 message,

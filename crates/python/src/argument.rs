@@ -28,6 +28,24 @@ pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
     })
 }
 
+/// Counts of bytes from an iterable of integers; an error names the place: `sizes[2]`.
+pub(crate) fn byte_counts(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {
+    let Ok(values) = values.try_iter() else {
+        let kind = values.get_type().name()?;
+        return Err(PyTypeError::new_err(format!(
+            "{name}: must be an iterable of int, got {kind}"
+        )));
+    };
+    let read = |(index, value): (usize, PyResult<Bound<'_, PyAny>>)| {
+        let value = value?;
+        match value.extract::<usize>() {
+            Ok(count) if value.is_exact_instance_of::<PyInt>() => Ok(count),
+            _ => bytes(&format!("{name}[{index}]"), &value),
+        }
+    };
+    values.enumerate().map(read).collect()
+}
+
 /// One of a few words.
 pub(crate) fn choice<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> PyResult<T> {
     let found = choices

@@ -12,5 +12,6 @@ pub(crate) fn to_py(error: Error) -> PyErr {
     match error {
         Error::InvalidArgument { .. } => InvalidArgument::new_err(message),
         Error::OutOfMemory { .. } => OutOfMemory::new_err(message),
+        Error::Unsupported { .. } => Unsupported::new_err(message),
     }
 }

@@ -5,7 +5,10 @@
 mod argument;
 mod buffer;
 mod errors;
+mod lane;
+mod numa;
 mod numpy;
+mod priority;
 mod resource;
 
 use pyo3::prelude::*;
@@ -18,13 +21,21 @@ mod _native {
     #[pymodule_export]
     use super::buffer::Buffer;
     #[pymodule_export]
+    use super::lane::current_lane;
+    #[pymodule_export]
+    use super::numa::{NumaResource, pages_by_node};
+    #[pymodule_export]
     use super::numpy::install::{install, installed, largest_arrays, uninstall};
+    #[pymodule_export]
+    use super::numpy::priority::Priority;
     #[pymodule_export]
     use super::numpy::scope::{Use, handler_of};
     #[pymodule_export]
+    use super::priority::{PriorityResource, RealtimeResource};
+    #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
-        Statistics, StatisticsAdaptor, SystemResource,
+        Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
 
     /// End the background thread that lets kept memory age; it starts again when needed.

@@ -1,11 +1,14 @@
 //! The resources and adaptors as classes over one base.
 
-use crate::argument::{Alignment, bytes, choice, milliseconds};
+use crate::argument::{Alignment, byte_counts, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
-use crate::errors::to_py;
+use crate::errors::{InvalidArgument, to_py};
+use crate::lane;
 use moirai_core::os::HugePages;
 use moirai_core::resource as core;
 use moirai_core::resource::large_object::{Fit, Options};
+use moirai_core::resource::priority::Lane;
+use moirai_core::resource::registry::{self, Member};
 use pyo3::PyClass;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,20 +21,47 @@ const DETACH_BYTES: usize = 64 * 1024;
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]
 pub struct Resource {
-    core: Arc<dyn core::Resource>,
+    /// Dropped before `upstream`, so that what it holds from there goes back first.
+    member: Member,
     upstream: Option<Py<Resource>>,
+    /// Whether the lane of a request makes a difference.
+    has_lanes: bool,
 }
 
 impl Resource {
+    /// The base of a class over `core`; `upstream` is what it draws from, if that is Python's too.
+    pub(crate) fn new(core: Arc<dyn core::Resource>, upstream: Option<Py<Resource>>) -> Self {
+        Resource {
+            has_lanes: core.has_lanes(),
+            member: Member::new(core),
+            upstream,
+        }
+    }
+
     pub(crate) fn core(&self) -> &Arc<dyn core::Resource> {
-        &self.core
+        self.member.resource()
+    }
+
+    /// Whether the lane of a request makes a difference.
+    pub(crate) fn has_lanes(&self) -> bool {
+        self.has_lanes
+    }
+
+    /// The lane of a request: the argument, or else the context's. None if there are no lanes.
+    fn lane(&self, py: Python<'_>, priority: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Lane>> {
+        match priority {
+            None if self.has_lanes => lane::current(py).map(Some),
+            None => Ok(None),
+            Some(priority) if self.has_lanes => lane::from_priority("priority", priority).map(Some),
+            Some(_) => Err(InvalidArgument::new_err(format!(
+                "priority: must be left out, got one for a {} without a PriorityResource in it",
+                self.core().name()
+            ))),
+        }
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
-        Resource {
-            core: Arc::new(core),
-            upstream: None,
-        }
+        Resource::new(Arc::new(core), None)
     }
 }
 
@@ -39,19 +69,22 @@ impl Resource {
 impl Resource {
     /// A block of `size_bytes` as a Buffer, or OutOfMemory with nothing changed.
     #[pyo3(
-        signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
-        text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False)"
+        signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false, priority=None),
+        text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False, priority=None)"
     )]
     fn allocate(
         slf: &Bound<'_, Self>,
         size_bytes: &Bound<'_, PyAny>,
         alignment_bytes: Alignment,
         zeroed: bool,
+        priority: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Buffer> {
         let size = bytes("size_bytes", size_bytes)?;
         let alignment = alignment_bytes.0;
-        let resource = Arc::clone(&slf.get().core);
+        let lane = slf.get().lane(slf.py(), priority)?;
+        let resource = Arc::clone(slf.get().core());
         let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
+        let draw = || lane::within(lane, draw);
         let block = if size > DETACH_BYTES {
             slf.py().detach(draw)
         } else {
@@ -63,22 +96,44 @@ impl Resource {
         ))
     }
 
+    /// A Buffer for each of `sizes`, or OutOfMemory with none taken.
+    #[pyo3(
+        signature = (sizes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false, priority=None),
+        text_signature = "($self, sizes, *, alignment_bytes=64, zeroed=False, priority=None)"
+    )]
+    fn allocate_group(
+        slf: &Bound<'_, Self>,
+        sizes: &Bound<'_, PyAny>,
+        alignment_bytes: Alignment,
+        zeroed: bool,
+        priority: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<Buffer>> {
+        let sizes = byte_counts("sizes", sizes)?;
+        let alignment = alignment_bytes.0;
+        let lane = slf.get().lane(slf.py(), priority)?;
+        let resource = Arc::clone(slf.get().core());
+        let draw = || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment, zeroed);
+        let blocks = slf.py().detach(|| lane::within(lane, draw));
+        let buffer = |block| Buffer::new(block, slf.clone().into_any().unbind());
+        Ok(blocks.map_err(to_py)?.into_iter().map(buffer).collect())
+    }
+
     /// What happened so far.
     fn statistics(&self, py: Python<'_>) -> Statistics {
-        Statistics(py.detach(|| self.core.statistics()))
+        Statistics(py.detach(|| self.core().statistics()))
     }
 
     /// Give kept memory back to the system until at most `target_bytes` are kept.
     #[pyo3(signature = (target_bytes=None), text_signature = "($self, target_bytes=0)")]
     fn trim(&self, py: Python<'_>, target_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
         let target = target_bytes.map_or(Ok(0), |value| bytes("target_bytes", value))?;
-        Ok(py.detach(|| self.core.trim(target)))
+        Ok(py.detach(|| self.core().trim(target)))
     }
 
     /// Walk the resource's own structures; raises nothing, reports all.
     fn check(&self, py: Python<'_>) -> HealthReport {
         let mut report = core::HealthReport::default();
-        py.detach(|| self.core.check(&mut report));
+        py.detach(|| self.core().check(&mut report));
         HealthReport(report)
     }
 
@@ -91,7 +146,7 @@ impl Resource {
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
-        let counts = slf.get().core.statistics();
+        let counts = slf.get().core().statistics();
         Ok(format!(
             "{}(current_bytes={}, resident_bytes={})",
             slf.get_type().name()?,
@@ -101,7 +156,7 @@ impl Resource {
     }
 }
 
-fn with_base<T>(class: T, base: Resource) -> PyClassInitializer<T>
+pub(crate) fn with_base<T>(class: T, base: Resource) -> PyClassInitializer<T>
 where
     T: PyClass<BaseType = Resource>,
 {
@@ -123,7 +178,7 @@ impl SystemResource {
     }
 }
 
-fn options(
+pub(crate) fn options(
     fit: &str,
     huge_pages: &str,
     cache_cap_bytes: Option<&Bound<'_, PyAny>>,
@@ -152,6 +207,7 @@ fn options(
             .map(|value| bytes("cache_cap_bytes", value))
             .transpose()?,
         decay_milliseconds: milliseconds("decay_seconds", decay_seconds)?,
+        placement: None,
     })
 }
 
@@ -208,7 +264,7 @@ pub struct SlabResource;
 impl SlabResource {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyResult<PyClassInitializer<Self>> {
-        let slab = core::slab::SlabResource::new(Arc::clone(&upstream.get().core));
+        let slab = core::slab::SlabResource::new(Arc::clone(upstream.get().core()));
         Ok(with_base(
             SlabResource,
             adaptor(upstream, slab.map_err(to_py)?),
@@ -217,10 +273,7 @@ impl SlabResource {
 }
 
 fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
-    Resource {
-        core: Arc::new(core),
-        upstream: Some(upstream.clone().unbind()),
-    }
+    Resource::new(Arc::new(core), Some(upstream.clone().unbind()))
 }
 
 /// Counts what passes through it on the way to `upstream`.
@@ -251,12 +304,9 @@ fn scope_tuple(counts: core::statistics::ScopeCounts) -> ScopeCounts {
 impl StatisticsAdaptor {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
-        let core = core::statistics::StatisticsAdaptor::new(Arc::clone(&upstream.get().core));
+        let core = core::statistics::StatisticsAdaptor::new(Arc::clone(upstream.get().core()));
         let core = Arc::new(core);
-        let base = Resource {
-            core: core.clone(),
-            upstream: Some(upstream.clone().unbind()),
-        };
+        let base = Resource::new(core.clone(), Some(upstream.clone().unbind()));
         with_base(StatisticsAdaptor(core), base)
     }
 
@@ -316,7 +366,7 @@ impl LimitAdaptor {
     ) -> PyResult<PyClassInitializer<Self>> {
         let limit_bytes = bytes("limit_bytes", limit_bytes)?;
         let limit = core::limit::LimitAdaptor::new(
-            Arc::clone(&upstream.get().core),
+            Arc::clone(upstream.get().core()),
             limit_bytes,
             Box::new(collect_garbage),
         );
@@ -434,4 +484,40 @@ impl HealthReport {
             self.0.findings
         )
     }
+}
+
+/// (number, name, numbers of its sources, counts before, report, held upstream, counts after).
+type Walked = (
+    u64,
+    &'static str,
+    Vec<u64>,
+    Statistics,
+    HealthReport,
+    Option<(u64, u64)>,
+    Statistics,
+);
+
+/// Look at every resource that is alive, oldest first; nothing is stopped meanwhile.
+#[pyfunction]
+pub fn walk_resources(py: Python<'_>) -> Vec<Walked> {
+    let record = |walked: registry::Walked| {
+        (
+            walked.id,
+            walked.name,
+            walked.sources,
+            Statistics(walked.before),
+            HealthReport(walked.report),
+            walked.held_upstream,
+            Statistics(walked.after),
+        )
+    };
+    let walked = py.detach(registry::walk);
+    walked.into_iter().map(record).collect()
+}
+
+/// (number, name, blocks, bytes) of resources that went while blocks of theirs were out.
+#[pyfunction]
+pub fn lost_blocks() -> Vec<(u64, &'static str, u64, u64)> {
+    let record = |loss: registry::Loss| (loss.id, loss.name, loss.block_count, loss.block_bytes);
+    registry::losses().into_iter().map(record).collect()
 }

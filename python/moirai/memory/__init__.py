@@ -22,31 +22,53 @@ from moirai._native import (
     uninstall,
 )
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
+from moirai.memory.health import Finding, Health, ResourceHealth, health
 from moirai.memory.libc_heap import keep_libc_heap
+from moirai.memory.numa import NumaNode, NumaResource, Topology, pages_by_node
+from moirai.memory.priority import (
+    Priority,
+    PriorityResource,
+    RealtimeResource,
+    current_priority,
+    priority,
+)
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
 
 __all__ = [
     "Buffer",
+    "Finding",
+    "Health",
     "HealthReport",
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
+    "NumaNode",
+    "NumaResource",
     "PoolResource",
+    "Priority",
+    "PriorityResource",
+    "RealtimeResource",
     "Resource",
+    "ResourceHealth",
     "Scope",
     "ScopeRecord",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "Topology",
+    "current_priority",
     "handler_of",
+    "health",
     "install",
     "installed",
     "keep_libc_heap",
     "largest_arrays",
+    "pages_by_node",
     "parse_bytes",
+    "priority",
     "stop_background",
     "uninstall",
     "use",

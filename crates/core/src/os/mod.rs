@@ -2,6 +2,9 @@
 //!
 //! Linux today; another system is another file behind the same functions.
 
+pub mod locked;
+pub mod numa;
+
 use std::ptr::NonNull;
 
 /// Size of a page. Fixed at 4 KiB: on kernels with larger pages every range handed to the

@@ -3,28 +3,45 @@
 //! Needed where frees of foreign addresses arrive, which is when a resource is installed for the
 //! whole process. Costs a hash set's insert and remove a block.
 
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::adaptor::Adaptor;
+use super::fork::{self, ForkLocks};
+use super::{Block, HealthReport, Ownership, Request, Resource};
 use crate::error::Result;
 use crate::sync::Lock;
 use std::collections::HashSet;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 const SHARDS: usize = 16;
 
 /// Remembers the address of every live block drawn through it.
 pub struct LedgerAdaptor {
     upstream: Arc<dyn Resource>,
-    shards: [Lock<HashSet<usize>>; SHARDS],
+    shards: Arc<Shards>,
+}
+
+#[derive(Default)]
+struct Shards([Lock<HashSet<usize>>; SHARDS]);
+
+impl ForkLocks for Shards {
+    fn lock_all(&self) {
+        self.0.iter().for_each(Lock::hold);
+    }
+
+    unsafe fn unlock_all(&self) {
+        for shard in &self.0 {
+            // SAFETY: `lock_all` on this thread called `hold`.
+            unsafe { shard.release() };
+        }
+    }
 }
 
 impl LedgerAdaptor {
     /// Remember what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        LedgerAdaptor {
-            upstream,
-            shards: Default::default(),
-        }
+        let shards = Arc::<Shards>::default();
+        fork::register(Arc::downgrade(&shards) as Weak<dyn ForkLocks>);
+        LedgerAdaptor { upstream, shards }
     }
 
     /// `upstream` itself if it knows its blocks, else a ledger over it.
@@ -36,73 +53,57 @@ impl LedgerAdaptor {
         }
     }
 
+    fn list(&self, block: &Block) {
+        let address = block.address.as_ptr() as usize;
+        self.shard(block.address).lock().insert(address);
+    }
+
     fn shard(&self, address: NonNull<u8>) -> &Lock<HashSet<usize>> {
-        &self.shards[(address.as_ptr() as usize >> 6) % SHARDS]
+        &self.shards.0[(address.as_ptr() as usize >> 6) % SHARDS]
     }
 }
 
-// SAFETY: blocks are upstream's, handed through unchanged.
-unsafe impl Resource for LedgerAdaptor {
-    fn name(&self) -> &'static str {
+fn known(listed: bool) -> Ownership {
+    if listed {
+        Ownership::Yes
+    } else {
+        Ownership::No
+    }
+}
+
+impl Adaptor for LedgerAdaptor {
+    fn title(&self) -> &'static str {
         self.upstream.name()
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         let block = self.upstream.allocate(request)?;
-        self.shard(block.address)
-            .lock()
-            .insert(block.address.as_ptr() as usize);
+        self.list(&block);
         Ok(block)
     }
 
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        if !self
-            .shard(address)
-            .lock()
-            .remove(&(address.as_ptr() as usize))
-        {
-            return 0;
-        }
-        // SAFETY: a live block of upstream's, and the caller gives it up.
-        unsafe { self.upstream.deallocate(address) }
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let blocks = self.upstream.allocate_group(requests)?;
+        blocks.iter().for_each(|block| self.list(block));
+        Ok(blocks)
     }
 
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
+    fn leaving(&self, address: NonNull<u8>) -> Ownership {
+        let mut shard = self.shard(address).lock();
+        known(shard.remove(&(address.as_ptr() as usize)))
     }
 
-    fn owns(&self, address: NonNull<u8>) -> Ownership {
-        if self
-            .shard(address)
-            .lock()
-            .contains(&(address.as_ptr() as usize))
-        {
-            Ownership::Yes
-        } else {
-            Ownership::No
-        }
+    fn knows(&self, address: NonNull<u8>) -> Ownership {
+        let shard = self.shard(address).lock();
+        known(shard.contains(&(address.as_ptr() as usize)))
     }
 
-    fn statistics(&self) -> Statistics {
-        self.upstream.statistics()
-    }
-
-    fn cached_bytes(&self) -> usize {
-        self.upstream.cached_bytes()
-    }
-
-    fn trim(&self, target_bytes: usize) -> usize {
-        self.upstream.trim(target_bytes)
-    }
-
-    fn check(&self, report: &mut HealthReport) {
-        let known: usize = self.shards.iter().map(|shard| shard.lock().len()).sum();
+    fn examine(&self, report: &mut HealthReport) {
+        let known: usize = self.shards.0.iter().map(|shard| shard.lock().len()).sum();
         report.count("ledger.blocks", known as u64);
-        self.upstream.check(report);
-    }
-
-    fn upstream(&self) -> Option<&Arc<dyn Resource>> {
-        Some(&self.upstream)
     }
 }

@@ -1,10 +1,10 @@
 //! A limit on what a resource may hold: trim first, then ask for help, then refuse.
 
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::adaptor::Adaptor;
+use super::{Block, HealthReport, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::resource::statistics::Counters;
 use crate::sync::Budget;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Called, without any lock held, when a request would be refused; frees what it can.
@@ -46,10 +46,10 @@ impl LimitAdaptor {
         self.budget.reserve(bytes)
     }
 
-    fn refuse(&self, request: Request, used: usize) -> Error {
+    fn refuse(&self, bytes: usize, used: usize) -> Error {
         let limit = self.budget.limit();
         Error::out_of_memory(
-            request.size(),
+            bytes,
             format!("{used} bytes are in use of a limit of {limit}"),
         )
     }
@@ -61,107 +61,81 @@ impl LimitAdaptor {
         }
     }
 
-    fn draw(&self, request: Request) -> Result<Block> {
-        self.upstream.allocate(request).or_else(|_| {
+    /// Admit requests of `bytes` together, draw their blocks, and count them; or change nothing.
+    fn admit<B: AsRef<[Block]>>(&self, bytes: usize, draw: impl Fn() -> Result<B>) -> Result<B> {
+        self.reserve(bytes)
+            .map_err(|used| self.refuse(bytes, used))?;
+        self.make_room();
+        let drawn = draw().or_else(|_| {
             self.upstream.trim(0);
             (self.on_limit)();
-            self.upstream.allocate(request)
-        })
-    }
-}
-
-// SAFETY: blocks are upstream's, handed through unchanged.
-unsafe impl Resource for LimitAdaptor {
-    fn name(&self) -> &'static str {
-        "LimitAdaptor"
-    }
-
-    fn allocate(&self, request: Request) -> Result<Block> {
-        self.reserve(request.size())
-            .map_err(|used| self.refuse(request, used))?;
-        self.make_room();
-        let block = match self.draw(request) {
-            Ok(block) => block,
+            draw()
+        });
+        let blocks = match drawn {
+            Ok(blocks) => blocks,
             Err(error) => {
-                self.budget.release(request.size());
+                self.budget.release(bytes);
                 return Err(error);
             }
         };
-        // The block is larger than the request; its rounding must fit as well.
-        let rounding = block.size - request.size();
-        if let Err(used) = self.reserve(rounding) {
-            // SAFETY: nobody has seen the block yet.
-            unsafe { self.upstream.deallocate(block.address) };
-            self.budget.release(request.size());
-            return Err(self.refuse(request, used - request.size()));
+        // Blocks are larger than the requests; their rounding must fit as well.
+        let block_bytes: usize = blocks.as_ref().iter().map(|block| block.size).sum();
+        if let Err(used) = self.reserve(block_bytes - bytes) {
+            for block in blocks.as_ref() {
+                // SAFETY: nobody has seen the block yet.
+                unsafe { self.upstream.deallocate(block.address) };
+            }
+            self.budget.release(bytes);
+            return Err(self.refuse(bytes, used - bytes));
         }
-        self.counters.allocated(block.size, block.reused);
-        Ok(block)
-    }
-
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.deallocate(address) };
-        if size > 0 {
-            self.counters.freed(size);
-            self.budget.release(size);
+        for block in blocks.as_ref() {
+            self.counters.allocated(block.size, block.reused);
         }
-        size
+        Ok(blocks)
+    }
+}
+
+impl Adaptor for LimitAdaptor {
+    fn title(&self) -> &'static str {
+        "LimitAdaptor"
     }
 
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
     }
 
-    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.take_back(address) }?;
-        if size > 0 {
-            self.counters.freed(size);
-            self.budget.release(size);
-        }
-        Some(size)
+    fn pass(&self, request: Request) -> Result<Block> {
+        let draw = || self.upstream.allocate(request).map(|block| [block]);
+        self.admit(request.size(), draw).map(|[block]| block)
     }
 
-    fn owns(&self, address: NonNull<u8>) -> Ownership {
-        self.upstream.owns(address)
+    /// The sum is admitted at once, so that of two groups that do not both fit one succeeds.
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        // More than there are addresses for saturates; upstream then refuses it.
+        let bytes = requests
+            .iter()
+            .fold(0usize, |sum, request| sum.saturating_add(request.size()));
+        self.admit(bytes, || self.upstream.allocate_group(requests))
     }
 
-    fn statistics(&self) -> Statistics {
-        let below = self.upstream.statistics();
-        Statistics {
-            resident_bytes: below.resident_bytes,
-            cached_bytes: below.cached_bytes,
-            reused_bytes: below.reused_bytes,
-            reused_pages: below.reused_pages,
-            decommitted_bytes: below.decommitted_bytes,
-            invalid_frees: below.invalid_frees,
-            ..self.counters.read()
-        }
+    fn came_back(&self, size: usize) {
+        self.counters.freed(size);
+        self.budget.release(size);
     }
 
-    fn cached_bytes(&self) -> usize {
-        self.upstream.cached_bytes()
+    fn counted(&self) -> Option<Statistics> {
+        Some(self.counters.read())
     }
 
-    fn trim(&self, target_bytes: usize) -> usize {
-        self.upstream.trim(target_bytes)
-    }
-
-    fn check(&self, report: &mut HealthReport) {
-        self.counters.check(self.name(), report);
-        let used = self.budget.used();
-        report.expect(used <= self.budget.limit(), || {
-            format!(
-                "LimitAdaptor: {used} bytes are in use of a limit of {}",
-                self.budget.limit()
-            )
+    fn examine(&self, report: &mut HealthReport) {
+        self.counters.check(self.title(), report);
+        let in_use = self.counters.read().current_bytes as usize;
+        let (reserved, limit) = (self.budget.used(), self.budget.limit());
+        // Reserved before it is counted as in use, and so on the way back: 0 when nothing goes on.
+        let under_way = reserved.saturating_sub(in_use) as u64;
+        report.count("limit.under_way_bytes", under_way);
+        report.expect(reserved <= limit, || {
+            format!("LimitAdaptor: {reserved} bytes are in use of a limit of {limit}")
         });
-        self.upstream.check(report);
-    }
-
-    fn upstream(&self) -> Option<&Arc<dyn Resource>> {
-        Some(&self.upstream)
     }
 }

@@ -2,14 +2,20 @@
 //!
 //! Resources compose: one that needs memory takes an `upstream`, an adaptor wraps one and is one.
 
+pub mod adaptor;
 mod address_map;
 mod background;
+pub mod composite;
 mod fork;
 pub mod large_object;
 pub mod ledger;
 pub mod libc_heap;
 pub mod limit;
+pub mod numa;
 pub mod pool;
+pub mod priority;
+pub mod realtime;
+pub mod registry;
 pub mod slab;
 pub mod statistics;
 pub mod system;
@@ -139,6 +145,28 @@ pub struct Statistics {
     pub invalid_frees: u64,
 }
 
+impl Statistics {
+    /// The sum of both in every count, peaks included.
+    pub fn plus(self, other: Self) -> Self {
+        Statistics {
+            current_bytes: self.current_bytes + other.current_bytes,
+            current_count: self.current_count + other.current_count,
+            peak_bytes: self.peak_bytes + other.peak_bytes,
+            peak_count: self.peak_count + other.peak_count,
+            total_bytes: self.total_bytes + other.total_bytes,
+            total_count: self.total_count + other.total_count,
+            hits: self.hits + other.hits,
+            misses: self.misses + other.misses,
+            resident_bytes: self.resident_bytes + other.resident_bytes,
+            cached_bytes: self.cached_bytes + other.cached_bytes,
+            reused_bytes: self.reused_bytes + other.reused_bytes,
+            reused_pages: self.reused_pages + other.reused_pages,
+            decommitted_bytes: self.decommitted_bytes + other.decommitted_bytes,
+            invalid_frees: self.invalid_frees + other.invalid_frees,
+        }
+    }
+}
+
 /// What a walk over a resource's own structures found.
 #[derive(Clone, Debug, Default)]
 pub struct HealthReport {
@@ -162,6 +190,38 @@ impl HealthReport {
     }
 }
 
+/// Blocks that go back together unless all of them are kept.
+struct Group<'a, R: Resource + ?Sized> {
+    resource: &'a R,
+    blocks: Vec<Block>,
+}
+
+impl<'a, R: Resource + ?Sized> Group<'a, R> {
+    fn with_capacity(resource: &'a R, count: usize) -> Self {
+        Group {
+            resource,
+            blocks: Vec::with_capacity(count),
+        }
+    }
+
+    fn add(&mut self, block: Block) {
+        self.blocks.push(block);
+    }
+
+    fn keep(mut self) -> Vec<Block> {
+        std::mem::take(&mut self.blocks)
+    }
+}
+
+impl<R: Resource + ?Sized> Drop for Group<'_, R> {
+    fn drop(&mut self) {
+        for block in self.blocks.iter().rev() {
+            // SAFETY: drawn from this resource by `add`'s caller, and nobody has seen it yet.
+            unsafe { self.resource.deallocate(block.address) };
+        }
+    }
+}
+
 /// A source of memory. Every method may be called by any number of threads at once.
 ///
 /// After `fork` a child may use a resource as before; caches that other threads of the parent held
@@ -177,6 +237,17 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Hand out a block, or change nothing and say why not.
     fn allocate(&self, request: Request) -> Result<Block>;
+
+    /// Hand out a block for each request, in their order, or none at all and say why not.
+    ///
+    /// What this does one by one an adaptor that admits or refuses does for the whole at once.
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let mut group = Group::with_capacity(self, requests.len());
+        for request in requests {
+            group.add(self.allocate(*request)?);
+        }
+        Ok(group.keep())
+    }
 
     /// The first byte of a block of `size` bytes at the default alignment, contents undefined.
     ///
@@ -228,6 +299,22 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Where this resource draws from.
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
+        None
+    }
+
+    /// Everything that this resource draws from directly: its upstream, or its parts.
+    fn sources(&self) -> Vec<&Arc<dyn Resource>> {
+        self.upstream().into_iter().collect()
+    }
+
+    /// Whether the call's lane makes a difference; see [`priority`].
+    fn has_lanes(&self) -> bool {
+        self.sources().iter().any(|source| source.has_lanes())
+    }
+
+    /// (bytes, blocks) that this resource holds from its upstream now; `None` if it does not count
+    /// them. Upstream's own counts are at least as large.
+    fn held_upstream(&self) -> Option<(u64, u64)> {
         None
     }
 

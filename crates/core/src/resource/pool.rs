@@ -33,6 +33,10 @@ unsafe impl Resource for PoolResource {
         self.slab.allocate(request)
     }
 
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        self.slab.allocate_group(requests)
+    }
+
     #[inline]
     fn draw(&self, size: usize) -> Option<NonNull<u8>> {
         self.slab.draw(size)

@@ -1,11 +1,12 @@
 //! Counting: shared counters, and the adaptor that counts what passes through it.
 
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::adaptor::Adaptor;
+use super::fork::{self, ForkLocks};
+use super::{Block, HealthReport, Request, Resource, Statistics};
 use crate::error::Result;
 use crate::sync::Lock;
 use crate::sync::{AtomicU64, Ordering::Relaxed};
-use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Exact counters that any thread may bump. Read by reports only, so `Relaxed` suffices.
 #[derive(Default)]
@@ -129,16 +130,29 @@ struct Scopes {
 pub struct StatisticsAdaptor {
     upstream: Arc<dyn Resource>,
     counters: Counters,
-    scopes: Lock<Scopes>,
+    scopes: Arc<Lock<Scopes>>,
+}
+
+impl ForkLocks for Lock<Scopes> {
+    fn lock_all(&self) {
+        self.hold();
+    }
+
+    unsafe fn unlock_all(&self) {
+        // SAFETY: `lock_all` on this thread called `hold`.
+        unsafe { self.release() };
+    }
 }
 
 impl StatisticsAdaptor {
     /// Count what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
+        let scopes = Arc::<Lock<Scopes>>::default();
+        fork::register(Arc::downgrade(&scopes) as Weak<dyn ForkLocks>);
         StatisticsAdaptor {
             upstream,
             counters: Counters::default(),
-            scopes: Lock::default(),
+            scopes,
         }
     }
 
@@ -189,76 +203,44 @@ impl StatisticsAdaptor {
     }
 }
 
-// SAFETY: blocks are upstream's, handed through unchanged.
-unsafe impl Resource for StatisticsAdaptor {
-    fn name(&self) -> &'static str {
+impl Adaptor for StatisticsAdaptor {
+    fn title(&self) -> &'static str {
         "StatisticsAdaptor"
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         let block = self.upstream.allocate(request)?;
         self.counters.allocated(block.size, block.reused);
         Ok(block)
     }
 
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.deallocate(address) };
-        if size > 0 {
-            self.counters.freed(size);
+    fn pass_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let blocks = self.upstream.allocate_group(requests)?;
+        for block in &blocks {
+            self.counters.allocated(block.size, block.reused);
         }
-        size
+        Ok(blocks)
     }
 
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
+    fn came_back(&self, size: usize) {
+        self.counters.freed(size);
     }
 
-    unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
-        // SAFETY: the caller's promise.
-        let size = unsafe { self.upstream.take_back(address) }?;
-        if size > 0 {
-            self.counters.freed(size);
-        }
-        Some(size)
-    }
-
-    fn owns(&self, address: NonNull<u8>) -> Ownership {
-        self.upstream.owns(address)
-    }
-
-    fn statistics(&self) -> Statistics {
+    fn counted(&self) -> Option<Statistics> {
         let scopes = self.scopes.lock();
-        let own = self.counters.read();
-        let below = self.upstream.statistics();
-        Statistics {
-            peak_bytes: own.peak_bytes.max(scopes.peak_bytes),
-            peak_count: own.peak_count.max(scopes.peak_count),
-            resident_bytes: below.resident_bytes,
-            cached_bytes: below.cached_bytes,
-            reused_bytes: below.reused_bytes,
-            reused_pages: below.reused_pages,
-            decommitted_bytes: below.decommitted_bytes,
-            invalid_frees: below.invalid_frees,
-            ..own
-        }
+        let passed = self.counters.read();
+        Some(Statistics {
+            peak_bytes: passed.peak_bytes.max(scopes.peak_bytes),
+            peak_count: passed.peak_count.max(scopes.peak_count),
+            ..passed
+        })
     }
 
-    fn cached_bytes(&self) -> usize {
-        self.upstream.cached_bytes()
-    }
-
-    fn trim(&self, target_bytes: usize) -> usize {
-        self.upstream.trim(target_bytes)
-    }
-
-    fn check(&self, report: &mut HealthReport) {
-        self.counters.check(self.name(), report);
-        self.upstream.check(report);
-    }
-
-    fn upstream(&self) -> Option<&Arc<dyn Resource>> {
-        Some(&self.upstream)
+    fn examine(&self, report: &mut HealthReport) {
+        self.counters.check(self.title(), report);
     }
 }

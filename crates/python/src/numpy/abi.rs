@@ -67,7 +67,29 @@ pub(super) fn numpy(py: Python<'_>) -> PyResult<&'static NumPy> {
     NUMPY.get_or_try_init(py, || NumPy::load(py))
 }
 
+/// NumPy, if its handlers were looked for before.
+pub(super) fn loaded(py: Python<'_>) -> Option<&'static NumPy> {
+    NUMPY.get(py)
+}
+
 impl NumPy {
+    /// The handler of the current context, if it has one of its own.
+    pub(super) fn current_capsule<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let mut value = std::ptr::null_mut();
+        // SAFETY: a context variable, no default, and a valid place for the answer.
+        let status = unsafe {
+            ffi::PyContextVar_Get(self.current.as_ptr(), std::ptr::null_mut(), &mut value)
+        };
+        if status == -1 {
+            return Err(PyErr::fetch(py));
+        }
+        // SAFETY: a new reference, or null if the variable is not set.
+        Ok(unsafe { Bound::from_owned_ptr_or_opt(py, value) })
+    }
+
     fn load(py: Python<'_>) -> PyResult<Self> {
         let module = py.import("numpy")?;
         let multiarray = py

@@ -10,9 +10,11 @@
 use super::abi::{self, Allocator, CAPSULE_NAME, Handler};
 use super::scope::draw;
 use crate::errors::InvalidArgument;
+use crate::lane;
 use crate::resource::Resource;
 use moirai_core::resource as core;
 use moirai_core::resource::ledger::LedgerAdaptor;
+use moirai_core::resource::priority::Lane;
 use moirai_core::sync::Lock;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -25,6 +27,8 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 /// One resource that is or was installed. Leaked: a few words for each `install`.
 struct Installed {
     core: Arc<dyn core::Resource>,
+    /// The lane of contexts that chose none, if the resource has lanes.
+    lane: Option<Lane>,
     resource: Py<Resource>,
 }
 
@@ -67,7 +71,7 @@ unsafe extern "C" fn malloc(_context: *mut c_void, size: usize) -> *mut c_void {
     if size >= LARGE_BYTES {
         largest::note(size);
     }
-    draw(&*installed.core, size, false)
+    lane::within(installed.lane, || draw(&*installed.core, size, false))
 }
 
 unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) -> *mut c_void {
@@ -82,7 +86,7 @@ unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) ->
     if bytes >= LARGE_BYTES {
         largest::note(bytes);
     }
-    draw(&*installed.core, bytes, true)
+    lane::within(installed.lane, || draw(&*installed.core, bytes, true))
 }
 
 unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usize) {
@@ -135,7 +139,8 @@ unsafe extern "C" fn realloc(
         return unsafe { (numpy.realloc)(numpy.context, address, size) };
     };
     // SAFETY: a live block of this resource, which NumPy resizes.
-    match unsafe { installed.core.reallocate(block, size) } {
+    let resize = || unsafe { installed.core.reallocate(block, size) };
+    match lane::within(installed.lane, resize) {
         Ok(block) => block.address.as_ptr().cast(),
         Err(_) => null_mut(),
     }
@@ -198,6 +203,7 @@ pub fn install(resource: &Bound<'_, Resource>, replace: bool) -> PyResult<()> {
     let entry = known.unwrap_or_else(|| {
         let entry: &'static Installed = Box::leak(Box::new(Installed {
             core: LedgerAdaptor::where_needed(Arc::clone(resource.get().core())),
+            lane: resource.get().has_lanes().then_some(Lane::Normal),
             resource: resource.clone().unbind(),
         }));
         EVER.lock().push(entry);

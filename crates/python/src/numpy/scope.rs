@@ -1,15 +1,16 @@
 //! `use`: NumPy draws from a resource in one context, and the arrays keep it alive.
 
 use super::abi::{self, Allocator, CAPSULE_NAME, Handler};
+use super::entered::Entered;
 use super::install;
-use crate::errors::InvalidArgument;
+use crate::lane;
 use crate::resource::Resource;
 use moirai_core::resource as core;
 use moirai_core::resource::Request;
-use moirai_core::sync::Lock;
-use pyo3::exceptions::PyRuntimeError;
+use moirai_core::resource::priority::Lane;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use std::ffi::{c_char, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -19,12 +20,15 @@ use std::sync::Arc;
 struct Drawn {
     handler: Handler,
     core: Arc<dyn core::Resource>,
+    /// Where its arrays come from, if the resource has lanes.
+    lane: Option<Lane>,
     resource: Py<Resource>,
 }
 
 unsafe extern "C" fn malloc(context: *mut c_void, size: usize) -> *mut c_void {
     // SAFETY: NumPy passes the context of a handler whose capsule it holds.
-    draw(unsafe { resource_of(context) }, size, false)
+    let drawn = unsafe { drawn_of(context) };
+    lane::within(drawn.lane, || draw(&*drawn.core, size, false))
 }
 
 unsafe extern "C" fn calloc(context: *mut c_void, count: usize, size: usize) -> *mut c_void {
@@ -32,7 +36,8 @@ unsafe extern "C" fn calloc(context: *mut c_void, count: usize, size: usize) -> 
         return null_mut();
     };
     // SAFETY: as in `malloc`.
-    draw(unsafe { resource_of(context) }, bytes, true)
+    let drawn = unsafe { drawn_of(context) };
+    lane::within(drawn.lane, || draw(&*drawn.core, bytes, true))
 }
 
 unsafe extern "C" fn realloc(
@@ -41,12 +46,13 @@ unsafe extern "C" fn realloc(
     size: usize,
 ) -> *mut c_void {
     // SAFETY: as in `malloc`.
-    let resource = unsafe { resource_of(context) };
+    let drawn = unsafe { drawn_of(context) };
     let Some(address) = NonNull::new(address.cast()) else {
-        return draw(resource, size, false);
+        return lane::within(drawn.lane, || draw(&*drawn.core, size, false));
     };
     // SAFETY: NumPy resizes blocks with the handler that made them.
-    match unsafe { resource.reallocate(address, size) } {
+    let resize = || unsafe { drawn.core.reallocate(address, size) };
+    match lane::within(drawn.lane, resize) {
         Ok(block) => block.address.as_ptr().cast(),
         Err(_) => null_mut(),
     }
@@ -58,17 +64,16 @@ unsafe extern "C" fn free(context: *mut c_void, address: *mut c_void, _size: usi
         return;
     };
     // SAFETY: as in `malloc`.
-    let resource = unsafe { resource_of(context) };
+    let drawn = unsafe { drawn_of(context) };
     // SAFETY: NumPy frees blocks with the handler that made them, when nothing uses them.
-    unsafe { resource.deallocate(address) };
+    unsafe { drawn.core.deallocate(address) };
 }
 
 /// # Safety
 /// `context` is a `Drawn` whose capsule is alive.
-unsafe fn resource_of<'a>(context: *mut c_void) -> &'a dyn core::Resource {
+unsafe fn drawn_of<'a>(context: *mut c_void) -> &'a Drawn {
     // SAFETY: the caller's promise.
-    let drawn = unsafe { &*context.cast::<Drawn>() };
-    &*drawn.core
+    unsafe { &*context.cast::<Drawn>() }
 }
 
 /// A block for NumPy, or null: it raises MemoryError then.
@@ -101,7 +106,7 @@ unsafe extern "C" fn drop_capsule(capsule: *mut ffi::PyObject) {
     }
 }
 
-fn new_capsule(resource: &Bound<'_, Resource>) -> PyResult<Py<PyAny>> {
+fn new_capsule(resource: &Bound<'_, Resource>, lane: Option<Lane>) -> PyResult<Py<PyAny>> {
     let core = Arc::clone(resource.get().core());
     let mut drawn = Box::new(Drawn {
         handler: Handler {
@@ -116,6 +121,7 @@ fn new_capsule(resource: &Bound<'_, Resource>) -> PyResult<Py<PyAny>> {
             },
         },
         core,
+        lane,
         resource: resource.clone().unbind(),
     });
     drawn.handler.allocator.context = (&raw mut *drawn).cast();
@@ -135,10 +141,10 @@ pub struct Use {
     /// The resource NumPy draws from inside.
     #[pyo3(get)]
     resource: Py<Resource>,
-    capsule: Py<PyAny>,
+    /// Made when first needed: one for each lane, or one alone for a resource without lanes.
+    capsules: [PyOnceLock<Py<PyAny>>; Lane::ALL.len()],
     variable: &'static Py<PyAny>,
-    /// Tokens of the contexts that are inside, oldest first.
-    tokens: Lock<Vec<Py<PyAny>>>,
+    entered: Entered,
 }
 
 #[pymethods]
@@ -147,19 +153,20 @@ impl Use {
     fn new(resource: &Bound<'_, Resource>) -> PyResult<Self> {
         Ok(Use {
             variable: &abi::numpy(resource.py())?.current,
-            capsule: new_capsule(resource)?,
+            capsules: std::array::from_fn(|_| PyOnceLock::new()),
             resource: resource.clone().unbind(),
-            tokens: Lock::new(Vec::new()),
+            entered: Entered::default(),
         })
     }
 
     fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
-        let this = slf.get();
-        // SAFETY: a context variable and a live object.
-        let token = unsafe { ffi::PyContextVar_Set(this.variable.as_ptr(), this.capsule.as_ptr()) };
-        // SAFETY: a new reference, or null with an exception set.
-        let token = unsafe { Bound::from_owned_ptr_or_err(slf.py(), token) }?;
-        this.tokens.lock().push(token.unbind());
+        let (py, this) = (slf.py(), slf.get());
+        let resource = this.resource.bind(py);
+        let lane = resource.get().has_lanes().then(|| lane::current(py));
+        let lane = lane.transpose()?;
+        let place = &this.capsules[lane.map_or(0, |lane| lane as usize)];
+        let capsule = place.get_or_try_init(py, || new_capsule(resource, lane))?;
+        this.entered.set(py, &[(this.variable, capsule)])?;
         Ok(slf.clone())
     }
 
@@ -169,36 +176,47 @@ impl Use {
         py: Python<'_>,
         _exception: &Bound<'_, pyo3::types::PyTuple>,
     ) -> PyResult<()> {
-        // Usually the newest token; other threads and tasks may have entered since, and their tokens
-        // only serve them. A token leaves the list when it has served.
-        let mut foreign: Vec<Py<PyAny>> = Vec::new();
-        let untried = |foreign: &[Py<PyAny>]| {
-            let tokens = self.tokens.lock();
-            let mut newest_first = tokens.iter().rev();
-            newest_first
-                .find(|token| !foreign.iter().any(|other| other.is(*token)))
-                .map(|token| token.clone_ref(py))
-        };
-        while let Some(token) = untried(&foreign) {
-            // SAFETY: the variable and a token of it.
-            let status = unsafe { ffi::PyContextVar_Reset(self.variable.as_ptr(), token.as_ptr()) };
-            if status == 0 {
-                let mut tokens = self.tokens.lock();
-                let place = tokens.iter().rposition(|other| other.is(&token));
-                let served = place.map(|place| tokens.remove(place));
-                drop(tokens);
-                drop(served);
-                return Ok(());
-            }
-            drop(PyErr::take(py));
-            foreign.push(token);
-        }
-        Err(PyRuntimeError::new_err(if foreign.is_empty() {
-            "use: left more often than entered"
-        } else {
-            "use: must be left in the context (thread, task) in which it was entered"
-        }))
+        self.entered.leave(py, "use")
     }
+}
+
+/// NumPy's context variable, and a handler that draws from `lane` of the resource that serves NumPy
+/// here and now; None if that has no lanes, or is not ours.
+pub(super) fn steered(
+    py: Python<'_>,
+    lane: Lane,
+) -> PyResult<Option<(&'static Py<PyAny>, Py<PyAny>)>> {
+    // Before NumPy's handlers were looked for, none of them can be ours.
+    let Some(numpy) = abi::loaded(py) else {
+        return Ok(None);
+    };
+    let serving = match numpy.current_capsule(py)? {
+        Some(capsule) if !capsule.is(numpy.default_capsule()) => resource_behind(&capsule),
+        _ => install::installed(py),
+    };
+    let Some(resource) = serving.filter(|resource| resource.get().has_lanes()) else {
+        return Ok(None);
+    };
+    let capsule = new_capsule(resource.bind(py), Some(lane))?;
+    Ok(Some((&numpy.current, capsule)))
+}
+
+/// The resource of a handler of ours.
+fn resource_behind(capsule: &Bound<'_, PyAny>) -> Option<Py<Resource>> {
+    // SAFETY: an object and a static name; the call checks both.
+    let pointer = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), CAPSULE_NAME.as_ptr()) };
+    if pointer.is_null() {
+        drop(PyErr::take(capsule.py()));
+        return None;
+    }
+    // SAFETY: every capsule of this name holds a handler.
+    let allocator = unsafe { (*pointer.cast::<Handler>()).allocator };
+    if !std::ptr::fn_addr_eq(allocator.malloc, malloc as unsafe extern "C" fn(_, _) -> _) {
+        return None;
+    }
+    // SAFETY: a handler with our function is the head of a `Drawn`.
+    let drawn = unsafe { &*pointer.cast::<Drawn>() };
+    Some(drawn.resource.clone_ref(capsule.py()))
 }
 
 /// The resource an array's memory came from, or None if it is NumPy's own or another library's.
@@ -210,19 +228,8 @@ pub fn handler_of(array: &Bound<'_, PyAny>) -> PyResult<Option<Py<Resource>>> {
     let Some((capsule, data)) = numpy.handler(&owner) else {
         return Ok(None);
     };
-    // SAFETY: an object and a static name; the call checks both.
-    let pointer = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), CAPSULE_NAME.as_ptr()) };
-    if pointer.is_null() {
-        return Err(
-            PyErr::take(py).unwrap_or_else(|| InvalidArgument::new_err("array: no handler"))
-        );
-    }
-    // SAFETY: every capsule of this name holds a handler.
-    let allocator = unsafe { (*pointer.cast::<Handler>()).allocator };
-    if std::ptr::fn_addr_eq(allocator.malloc, malloc as unsafe extern "C" fn(_, _) -> _) {
-        // SAFETY: a handler with our function is the head of a `Drawn`.
-        let drawn = unsafe { &*pointer.cast::<Drawn>() };
-        return Ok(Some(drawn.resource.clone_ref(py)));
+    if let Some(resource) = resource_behind(&capsule) {
+        return Ok(Some(resource));
     }
     Ok(NonNull::new(data).and_then(|data| install::owner_of(py, data)))
 }

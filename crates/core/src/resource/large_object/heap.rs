@@ -10,7 +10,9 @@
 //! - `used_span_bytes + hot_bytes + quick_bytes + purging_bytes + cold_bytes == sum of spans`;
 //! - the address map holds a span's id at its first and last page and at the page of its data.
 
-use super::fit::{Entry, Fit, FreeIndex};
+use super::Options;
+use super::fit::{Entry, FreeIndex};
+use crate::os::numa::{self, Placement};
 use crate::os::{self, HugePages, PAGE_BYTES, UNIT_BYTES};
 use crate::resource::HealthReport;
 use crate::resource::address_map::AddressMap;
@@ -133,6 +135,8 @@ pub(super) struct Taken {
 
 pub(super) struct Heap {
     huge_pages: HugePages,
+    placement: Option<Placement>,
+    unplaced_regions: usize,
     fixed_cap: Option<usize>,
     regions: Vec<Option<Region>>,
     spans: Vec<Span>,
@@ -197,14 +201,16 @@ fn pointer(address: usize) -> NonNull<u8> {
 }
 
 impl Heap {
-    pub(super) fn new(fit: Fit, huge_pages: HugePages, fixed_cap: Option<usize>) -> Self {
+    pub(super) fn new(options: &Options) -> Self {
         let index = || AreaIndex {
-            hot: FreeIndex::new(fit),
-            cold: FreeIndex::new(fit),
+            hot: FreeIndex::new(options.fit),
+            cold: FreeIndex::new(options.fit),
         };
         Heap {
-            huge_pages,
-            fixed_cap,
+            huge_pages: options.huge_pages,
+            placement: options.placement,
+            unplaced_regions: 0,
+            fixed_cap: options.cache_cap,
             regions: Vec::new(),
             spans: Vec::new(),
             vacant: Vec::new(),
@@ -223,6 +229,10 @@ impl Heap {
             zeroing: Zeroing::default(),
             counts: Counts::default(),
         }
+    }
+
+    pub(super) fn unplaced_regions(&self) -> usize {
+        self.unplaced_regions
     }
 
     /// Free bytes whose pages are kept.
@@ -414,6 +424,12 @@ impl Heap {
         if let Some(huge) = huge {
             // SAFETY: the reservation was made above.
             unsafe { os::advise_huge(base, bytes, huge) };
+        }
+        if let Some(placement) = &self.placement {
+            // SAFETY: the reservation was made above. Its pages, not there yet, keep the policy
+            // when they are committed, given back and touched again.
+            let placed = unsafe { numa::place(base, bytes, placement) };
+            self.unplaced_regions += usize::from(placed.is_err());
         }
         let region = Some(Region {
             base,
@@ -984,6 +1000,14 @@ impl Heap {
                 self.counts.current_count
             )
         });
+        self.check_quick(report);
+        let hot_count: usize = indexed.iter().map(|found| found[0]).sum();
+        report.expect(self.by_age.len() == hot_count, || {
+            format!(
+                "large: {hot_count} hot spans were found, {} are listed by age",
+                self.by_age.len()
+            )
+        });
         for area in AREAS {
             let index = &self.areas[area as usize];
             let found = indexed[area as usize];
@@ -992,6 +1016,33 @@ impl Heap {
                 || format!("large: the free index of {area:?} disagrees with the walk"),
             );
         }
+    }
+
+    /// The spans that wait unmerged: each on the list of its size, and on it once.
+    fn check_quick(&self, report: &mut HealthReport) {
+        let mut ids: Vec<u32> = Vec::new();
+        for (pages, waiting) in self.quick.iter().enumerate() {
+            for id in waiting {
+                let span = &self.spans[*id as usize];
+                report.expect(span.state == State::Quick && span.pages == pages, || {
+                    format!("large: a {:?} span waits among the quick ones", span.state)
+                });
+            }
+            ids.extend(waiting);
+        }
+        let listed = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        report.expect(ids.len() == listed, || {
+            format!("large: {} spans wait on two lists", listed - ids.len())
+        });
+        let bytes: usize = ids.iter().map(|id| self.spans[*id as usize].bytes()).sum();
+        report.expect(bytes == self.quick_bytes, || {
+            format!(
+                "large: {} quick bytes are counted, {bytes} are listed",
+                self.quick_bytes
+            )
+        });
     }
 
     fn check_region(

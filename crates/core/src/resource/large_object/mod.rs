@@ -21,6 +21,7 @@ use super::background::{self, Ages};
 use super::fork::{self, ForkLocks};
 use super::{Block, HealthReport, LAZY_ZERO_BYTES, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
+use crate::os::numa::Placement;
 use crate::os::{self, HugePages};
 use crate::sync::Lock;
 use crate::sync::{AtomicUsize, Ordering};
@@ -41,6 +42,8 @@ pub struct Options {
     pub cache_cap: Option<usize>,
     /// Free memory older than this goes back to the kernel; `None` keeps it until the cap or a trim.
     pub decay_milliseconds: Option<u64>,
+    /// Which nodes pages come from; `None` leaves it to the kernel.
+    pub placement: Option<Placement>,
 }
 
 impl Default for Options {
@@ -50,6 +53,7 @@ impl Default for Options {
             huge_pages: HugePages::Auto,
             cache_cap: None,
             decay_milliseconds: Some(500),
+            placement: None,
         }
     }
 }
@@ -80,11 +84,7 @@ impl LargeObjectResource {
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for the page map"))?;
         let shared = Arc::new(Shared {
             options,
-            heap: Lock::new(Heap::new(
-                options.fit,
-                options.huge_pages,
-                options.cache_cap,
-            )),
+            heap: Lock::new(Heap::new(&options)),
             map,
             kept: AtomicUsize::new(0),
         });
@@ -95,6 +95,13 @@ impl LargeObjectResource {
             background::register(ages);
         }
         Ok(LargeObjectResource { shared })
+    }
+}
+
+impl LargeObjectResource {
+    /// Regions whose pages the kernel refused to place as the options say.
+    pub fn unplaced_regions(&self) -> usize {
+        self.shared.heap.lock().unplaced_regions()
     }
 }
 

@@ -25,6 +25,11 @@ impl Magazine {
         }
     }
 
+    /// The blocks in it.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = *mut u8> {
+        self.rounds[..self.count as usize].iter().copied()
+    }
+
     #[inline]
     pub(super) fn is_full(&self) -> bool {
         self.count as usize == self.rounds.len()

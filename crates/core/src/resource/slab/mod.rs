@@ -10,17 +10,19 @@
 //! stay unused.
 
 mod classes;
+mod depot;
 mod magazine;
 mod run;
 
 use super::address_map::AddressMap;
 use super::background::{self, Ages};
 use super::fork::{self, ForkLocks};
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::{Block, Group, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::sync::Lock;
 use crate::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use classes::{CLASS_COUNT, RUN_BYTES, alignment, block_bytes, class_of, magazine_rounds};
+use depot::Depot;
 use magazine::{Counts, Magazine, Pair, ThreadCache};
 use run::Run;
 use std::cell::{Cell, RefCell};
@@ -29,8 +31,6 @@ use std::sync::{Arc, Weak};
 
 pub use classes::MAX_BLOCK_BYTES;
 
-/// Full magazines a depot keeps for each class before blocks go back to their runs.
-const DEPOT_MAGAZINES: usize = 8;
 /// Ticks that a run with free blocks rests before its free pages are given back.
 const REST_TICKS: u64 = 4;
 
@@ -40,10 +40,7 @@ const RUNS_COMPARED: usize = 32;
 /// The part of a class that its lock guards.
 struct Class {
     index: usize,
-    full: Vec<Magazine>,
-    empty: Vec<Magazine>,
-    /// Fewest full magazines since the last tick: that many were not needed.
-    full_low_water: usize,
+    depot: Depot,
     runs: Vec<*mut Run>,
     partial: Vec<*mut Run>,
     colour: usize,
@@ -270,9 +267,7 @@ impl Shared {
     /// Fill an empty magazine from the depot or the runs.
     fn refill(&self, class: &mut Class, magazine: &mut Magazine) -> Result<()> {
         debug_assert_eq!(magazine.count, 0);
-        if let Some(full) = class.full.pop() {
-            class.full_low_water = class.full_low_water.min(class.full.len());
-            class.empty.push(std::mem::replace(magazine, full));
+        if class.depot.fill(magazine) {
             self.went_out(class.index, magazine.count as usize);
             return Ok(());
         }
@@ -361,14 +356,9 @@ impl Shared {
         if let Some(cache) = cache {
             // SAFETY: the calling thread's own cache.
             let (pair, counts) = unsafe { own(cache, class) };
-            let empty = guard.empty.pop().unwrap_or_else(|| Magazine::empty(class));
-            let full = std::mem::replace(&mut pair.previous, empty);
-            self.came_in(class, full.count as usize);
-            guard.full.push(full);
-            if guard.full.len() > DEPOT_MAGAZINES {
-                let mut oldest = guard.full.remove(0);
-                self.drain(&mut guard, &mut oldest);
-                guard.empty.push(oldest);
+            self.came_in(class, pair.previous.count as usize);
+            if let Some(oldest) = guard.depot.unload(&mut pair.previous, class) {
+                self.drain(&mut guard, oldest);
             }
             let taken = pair.push(counts, address);
             debug_assert!(taken);
@@ -382,9 +372,10 @@ impl Shared {
     }
 
     /// Return the blocks of a magazine of the depot, which is not counted as out, to their runs.
-    fn drain(&self, class: &mut Class, magazine: &mut Magazine) {
+    fn drain(&self, class: &mut Class, mut magazine: Magazine) {
         self.went_out_quietly(class.index, magazine.count as usize);
-        self.empty_magazine(class, magazine);
+        self.empty_magazine(class, &mut magazine);
+        class.depot.keep(magazine);
     }
 
     fn went_out_quietly(&self, class: usize, blocks: usize) {
@@ -405,19 +396,10 @@ impl Shared {
         let mut waiting = false;
         for class in &self.classes {
             let mut class = class.lock();
-            let unneeded = if everything {
-                class.full.len()
-            } else {
-                class.full_low_water
-            };
-            for _ in 0..unneeded {
-                let mut magazine = class.full.remove(0);
-                self.drain(&mut class, &mut magazine);
-                class.empty.push(magazine);
+            for magazine in class.depot.unneeded(everything) {
+                self.drain(&mut class, magazine);
             }
-            class.empty.truncate(DEPOT_MAGAZINES);
-            class.full_low_water = class.full.len();
-            waiting |= !class.full.is_empty();
+            waiting |= class.depot.has_blocks();
             let mut purged = 0;
             for &run in &class.partial {
                 // SAFETY: a live run of this class, whose lock is held.
@@ -458,6 +440,84 @@ impl Shared {
         })
     }
 
+    /// The calling thread's cache, if it has one.
+    fn own_cache(&self) -> Option<NonNull<ThreadCache>> {
+        let find = |owned: &Owned| {
+            let owned = owned.0.borrow();
+            let found = owned.iter().find(|(id, _, _)| *id == self.id);
+            found.map(|(_, _, cache)| *cache)
+        };
+        OWNED.try_with(find).ok().flatten()
+    }
+
+    /// Look at a class whose lock is held; returns how many blocks are out of runs and depot.
+    ///
+    /// Blocks in the depot and in the calling thread's magazines must each be on one list, and used
+    /// as their run sees it. `own` is the calling thread's cache.
+    fn check_class(
+        &self,
+        class: &Class,
+        own_cache: Option<NonNull<ThreadCache>>,
+        report: &mut HealthReport,
+    ) -> usize {
+        let mut used = 0;
+        let mut purged = 0;
+        for (index, &run) in class.runs.iter().enumerate() {
+            // SAFETY: a live run of this class, whose lock is held.
+            let run = unsafe { &*run };
+            used += run.used_count();
+            purged += run.purged_bytes();
+            let sound = run.index == index
+                && run.class() == class.index
+                && run.counts_agree()
+                && run.partial_index.is_some() == (run.free_count > 0);
+            report.expect(sound, || {
+                format!("slab: run {index} of class {} is inconsistent", class.index)
+            });
+        }
+        report.expect(purged == class.purged_bytes, || {
+            format!("slab: purged bytes of class {} disagree", class.index)
+        });
+        let mut resting: Vec<*mut u8> = class.depot.blocks().collect();
+        let racked = resting.len();
+        if let Some(cache) = own_cache {
+            // SAFETY: the calling thread's own cache, which nothing else borrows now.
+            let (pair, _) = unsafe { own(cache.as_ptr(), class.index) };
+            resting.extend(pair.loaded.blocks().chain(pair.previous.blocks()));
+        }
+        let resting_count = resting.len();
+        let strays = resting.iter().filter(|address| {
+            let word = self.units.get(**address as usize);
+            let run = (word >> 8) as *const Run;
+            // SAFETY: the map holds live runs; those of this class are guarded by its lock.
+            (word & 0xff) as usize != class.index + 1
+                || !unsafe { &*run }.is_used(**address as usize)
+        });
+        let stray_count = strays.count();
+        resting.sort_unstable();
+        resting.dedup();
+        report.expect(stray_count == 0, || {
+            format!(
+                "slab: {stray_count} resting blocks of class {} are none, or free in their run too",
+                class.index
+            )
+        });
+        report.expect(resting.len() == resting_count, || {
+            format!(
+                "slab: {} blocks of class {} are on two lists",
+                resting_count - resting.len(),
+                class.index
+            )
+        });
+        report.expect(used >= racked, || {
+            format!(
+                "slab: class {} has more in its depot than its runs gave",
+                class.index
+            )
+        });
+        used - racked.min(used)
+    }
+
     /// Bytes of the runs, and of their pages that were given back.
     fn run_bytes(&self) -> (usize, usize) {
         self.classes.iter().fold((0, 0), |(runs, purged), class| {
@@ -468,6 +528,21 @@ impl Shared {
             )
         })
     }
+}
+
+/// The class that serves a request, or `None`: it goes upstream.
+#[inline]
+fn class_for(request: &Request) -> Option<usize> {
+    if request.size() > MAX_BLOCK_BYTES {
+        return None;
+    }
+    let mut class = class_of(request.size());
+    if request.alignment() > super::DEFAULT_ALIGNMENT {
+        while class < CLASS_COUNT && alignment(class) < request.alignment() {
+            class += 1;
+        }
+    }
+    (class < CLASS_COUNT).then_some(class)
 }
 
 /// A thread's magazines of a class, and their counts.
@@ -577,9 +652,7 @@ impl SlabResource {
             classes: std::array::from_fn(|index| {
                 Lock::new(Class {
                     index,
-                    full: Vec::new(),
-                    empty: Vec::new(),
-                    full_low_water: 0,
+                    depot: Depot::new(),
                     runs: Vec::new(),
                     partial: Vec::new(),
                     colour: 0,
@@ -687,29 +760,46 @@ unsafe impl Resource for SlabResource {
 
     #[inline]
     fn allocate(&self, request: Request) -> Result<Block> {
-        let size = request.size();
-        if size > MAX_BLOCK_BYTES {
+        let Some(class) = class_for(&request) else {
             return self.pass_upstream(request);
-        }
-        let mut class = class_of(size);
-        if request.alignment() > super::DEFAULT_ALIGNMENT {
-            while class < CLASS_COUNT && alignment(class) < request.alignment() {
-                class += 1;
-            }
-            if class == CLASS_COUNT {
-                return self.pass_upstream(request);
-            }
-        }
+        };
         let (address, reused) = self.take_out(class)?;
         if request.zeroed() {
             // SAFETY: the block holds `size` bytes, and nobody has seen it yet.
-            unsafe { address.write_bytes(0, size) };
+            unsafe { address.write_bytes(0, request.size()) };
         }
         Ok(Block {
             address,
             size: block_bytes(class),
             reused,
         })
+    }
+
+    /// What goes upstream goes at once, and first: it is what a limit there may refuse.
+    fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
+        let goes_up = |request: &&Request| class_for(request).is_none();
+        let passed: Vec<Request> = requests.iter().filter(goes_up).copied().collect();
+        let mut large = Group::with_capacity(self, passed.len());
+        if !passed.is_empty() {
+            for block in self.shared.upstream.allocate_group(&passed)? {
+                self.count_passed_upstream(&block);
+                large.add(block);
+            }
+        }
+        let mut small = Group::with_capacity(self, requests.len() - passed.len());
+        for request in requests.iter().filter(|request| !goes_up(request)) {
+            small.add(self.allocate(*request)?);
+        }
+        let (mut large, mut small) = (large.keep().into_iter(), small.keep().into_iter());
+        let next = |request| {
+            let blocks = if goes_up(&request) {
+                &mut large
+            } else {
+                &mut small
+            };
+            blocks.next().expect("a block for each request")
+        };
+        Ok(requests.iter().map(next).collect())
     }
 
     #[inline]
@@ -845,39 +935,18 @@ unsafe impl Resource for SlabResource {
 
     fn check(&self, report: &mut HealthReport) {
         let shared = &*self.shared;
+        let own = shared.own_cache();
+        let counts = shared.class_counts();
         let mut out = 0;
-        for class in &shared.classes {
+        for (class, (allocated, freed, _)) in shared.classes.iter().zip(counts) {
             let class = class.lock();
-            let racked: usize = class
-                .full
-                .iter()
-                .map(|magazine| magazine.count as usize)
-                .sum();
-            let mut used = 0;
-            let mut purged = 0;
-            for (index, &run) in class.runs.iter().enumerate() {
-                // SAFETY: a live run of this class, whose lock is held.
-                let run = unsafe { &*run };
-                used += run.used_count();
-                purged += run.purged_bytes();
-                let sound = run.index == index
-                    && run.class() == class.index
-                    && run.counts_agree()
-                    && run.partial_index.is_some() == (run.free_count > 0);
-                report.expect(sound, || {
-                    format!("slab: run {index} of class {} is inconsistent", class.index)
-                });
-            }
-            report.expect(purged == class.purged_bytes, || {
-                format!("slab: purged bytes of class {} disagree", class.index)
-            });
-            report.expect(used >= racked, || {
+            report.expect(freed <= allocated, || {
                 format!(
-                    "slab: class {} has more in its depot than its runs gave",
+                    "slab: {freed} blocks of class {} came back, {allocated} were handed out",
                     class.index
                 )
             });
-            out += (used - racked.min(used)) * block_bytes(class.index);
+            out += shared.check_class(&class, own, report) * block_bytes(class.index);
         }
         let passed = shared.passed.read().current_bytes;
         let counted = shared.out_bytes.load(Relaxed);
@@ -893,6 +962,17 @@ unsafe impl Resource for SlabResource {
 
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
         Some(&self.shared.upstream)
+    }
+
+    fn held_upstream(&self) -> Option<(u64, u64)> {
+        let shared = &*self.shared;
+        let runs = shared.classes.iter().map(|class| class.lock().runs.len());
+        let run_count = runs.sum::<usize>() as u64;
+        let passed = shared.passed.read();
+        Some((
+            run_count * RUN_BYTES as u64 + passed.current_bytes,
+            run_count + passed.current_count,
+        ))
     }
 }
 

@@ -76,6 +76,12 @@ impl Run {
         (offset % size == 0 && offset / size < self.capacity).then(|| offset / size)
     }
 
+    /// Whether `address` is a block of this run that is out of it.
+    pub(super) fn is_used(&self, address: usize) -> bool {
+        self.index_of(address)
+            .is_some_and(|index| self.free[index / 64] & (1 << (index % 64)) == 0)
+    }
+
     /// Move up to `wanted` free blocks to `out`: fresh ones first, used ones on top of them.
     ///
     /// Used ones are preferred; returns how many of the blocks are fresh.
