@@ -4,7 +4,7 @@
 
 mod address_map;
 mod background;
-mod fork;
+pub(crate) mod fork;
 pub mod large_object;
 pub mod ledger;
 pub mod limit;
