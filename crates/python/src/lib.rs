@@ -6,11 +6,13 @@ mod argument;
 mod buffer;
 mod errors;
 mod numpy;
+mod pools;
 mod resource;
+mod site;
 
 use pyo3::prelude::*;
 
-/// The compiled core. Import it through `moirai.memory`, never directly.
+/// The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly.
 #[pymodule(gil_used = false)]
 mod _native {
     use super::*;
@@ -21,6 +23,12 @@ mod _native {
     use super::numpy::install::{install, installed, largest_arrays, uninstall};
     #[pymodule_export]
     use super::numpy::scope::{Use, handler_of};
+    #[pymodule_export]
+    use super::pools::lease::Lease;
+    #[pymodule_export]
+    use super::pools::object::ObjectPool;
+    #[pymodule_export]
+    use super::pools::ticket::Ticket;
     #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,

@@ -13,6 +13,7 @@ pub(super) struct Counts {
     pub factory_failures: u64,
     pub reset_failures: u64,
     pub validation_failures: u64,
+    pub destroy_failures: u64,
     pub leaked: u64,
     pub detached: u64,
     pub exported: u64,
@@ -53,6 +54,7 @@ impl Counts {
             factory_failures: self.factory_failures,
             reset_failures: self.reset_failures,
             validation_failures: self.validation_failures,
+            destroy_failures: self.destroy_failures,
             leaked: self.leaked,
             detached: self.detached,
             exported: self.exported,
@@ -103,6 +105,8 @@ pub struct Statistics {
     pub reset_failures: u64,
     /// Items given up because they were found unfit when they were to be handed out.
     pub validation_failures: u64,
+    /// Items given up whose destruction failed; they are gone all the same.
+    pub destroy_failures: u64,
     /// Items that were collected, not released; their permits came back.
     pub leaked: u64,
     /// Items taken out for good.

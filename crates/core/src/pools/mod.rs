@@ -144,33 +144,63 @@ pub struct Wake<K: Kind> {
     pub waker: K::Waker,
 }
 
-/// What the caller has to do after the lock was released. Dropping it drops the rest.
+/// What the caller has to do after the lock was released; mostly nothing, so it is one word.
 #[must_use]
-pub struct Effects<K: Kind> {
+pub struct Effects<K: Kind>(Option<Box<Aftermath<K>>>);
+
+/// What there is to do, and what is of no more use. Dropping it drops that.
+pub struct Aftermath<K: Kind> {
     /// Wake this one.
     pub wake: Option<Wake<K>>,
     /// Destroy this item.
     pub destroy: Option<K::Item>,
-    /// References that are of no more use.
+    /// A reference that is of no more use.
     pub spare: Option<K::Item>,
-    /// The tag and note of an item or turn that ended.
+    /// The tag of an item and the note of a turn that ended.
     pub rest: (Option<K::Tag>, Option<Box<K::Note>>),
 }
 
 impl<K: Kind> Effects<K> {
+    #[inline]
     fn none() -> Self {
-        Effects {
-            wake: None,
-            destroy: None,
-            spare: None,
-            rest: (None, None),
-        }
+        Effects(None)
     }
 
-    /// Whether there is nothing to wake or to destroy.
+    fn wake(wake: Option<Wake<K>>) -> Self {
+        Effects(wake.map(|wake| {
+            Box::new(Aftermath {
+                wake: Some(wake),
+                destroy: None,
+                spare: None,
+                rest: (None, None),
+            })
+        }))
+    }
+
+    /// What there is to do, if anything.
     #[inline]
-    pub fn is_quiet(&self) -> bool {
-        self.wake.is_none() && self.destroy.is_none()
+    pub fn aftermath(self) -> Option<Box<Aftermath<K>>> {
+        self.0
+    }
+
+    /// Split off the reference that is of no more use to the pool.
+    pub fn without_spare(mut self) -> (Self, Option<K::Item>) {
+        let spare = self.0.as_mut().and_then(|aftermath| aftermath.spare.take());
+        (self, spare)
+    }
+
+    /// Have the caller destroy this item.
+    pub fn with_destroy(self, item: K::Item) -> Self {
+        let mut aftermath = self.0.unwrap_or_else(|| {
+            Box::new(Aftermath {
+                wake: None,
+                destroy: None,
+                spare: None,
+                rest: (None, None),
+            })
+        });
+        aftermath.destroy = Some(item);
+        Effects(Some(aftermath))
     }
 }
 
@@ -248,9 +278,9 @@ impl<K: Kind> State<K> {
         share: impl FnOnce(&K::Item) -> K::Item,
     ) -> Found<K> {
         let turn = self.slots.begin_turn(slot);
-        let entry = self.slots.entry(slot);
-        entry.phase = Phase::Busy;
-        if hold != Hold::Check {
+        if hold == Hold::Check {
+            self.slots.entry(slot).phase = Phase::Busy;
+        } else {
             self.start_use(slot, hold);
             self.counts.hits += 1;
         }
@@ -315,9 +345,9 @@ impl<K: Kind> State<K> {
     }
 
     /// Take an item out of its slot for good and give its permit back.
-    fn remove(&mut self, slot: u32, options: &Options) -> Effects<K> {
+    fn remove(&mut self, slot: u32, options: &Options) -> Aftermath<K> {
         let (item, tag, note) = self.slots.vacate(slot);
-        Effects {
+        Aftermath {
             wake: self.give_permit_back(options),
             destroy: item,
             spare: None,
@@ -325,7 +355,7 @@ impl<K: Kind> State<K> {
         }
     }
 
-    /// An item whose turn is over goes to the one who waits longest, or to rest.
+    /// An item whose turn is over goes to rest, or to the one who waits longest.
     #[inline]
     fn settle(
         &mut self,
@@ -343,13 +373,33 @@ impl<K: Kind> State<K> {
             entry.item.is_some(),
             "an item that comes back is in its slot"
         );
+        let wanted = self.closed || self.permits > options.max_count || !self.waiting.is_empty();
+        if wanted || spare.is_some() || entry.note.is_some() {
+            return self.settle_wanted(slot, spare, now_milliseconds, options);
+        }
+        entry.phase = Phase::Idle;
+        self.idle.push_back(Rest {
+            slot,
+            since_milliseconds: now_milliseconds,
+        });
+        Effects::none()
+    }
+
+    #[cold]
+    fn settle_wanted(
+        &mut self,
+        slot: u32,
+        spare: Option<K::Item>,
+        now_milliseconds: u64,
+        options: &Options,
+    ) -> Effects<K> {
         if self.closed || self.permits > options.max_count {
             self.counts.destroyed += 1;
-            let mut effects = self.remove(slot, options);
-            effects.spare = spare;
-            return effects;
+            let mut aftermath = self.remove(slot, options);
+            aftermath.spare = spare;
+            return Effects(Some(Box::new(aftermath)));
         }
-        let note = entry.note.take();
+        let note = self.slots.entry(slot).note.take();
         let wake = match self.grant(Grant::Item(slot)) {
             Ok(wake) => Some(wake),
             Err(_) => {
@@ -361,12 +411,12 @@ impl<K: Kind> State<K> {
                 None
             }
         };
-        Effects {
+        Effects(Some(Box::new(Aftermath {
             wake,
             destroy: None,
             spare,
             rest: (None, note),
-        }
+        })))
     }
 
     /// Take what was granted to a ticket.
@@ -525,10 +575,7 @@ impl<K: Kind> Pool<K> {
                 // Nothing happened to it since it was last ready for use.
                 state.settle(slot, None, now_milliseconds, &self.options)
             }
-            Some(Grant::Permit) => Effects {
-                wake: state.give_permit_back(&self.options),
-                ..Effects::none()
-            },
+            Some(Grant::Permit) => Effects::wake(state.give_permit_back(&self.options)),
             None => Effects::none(),
         };
         let waker = state.waiting.remove(&ticket);
@@ -568,12 +615,13 @@ impl<K: Kind> Pool<K> {
         let permit = Permit {
             generation: state.generation,
         };
-        let effects = Effects {
+        let aftermath = Aftermath {
+            wake: None,
             destroy: item,
+            spare: None,
             rest: (tag, note),
-            ..Effects::none()
         };
-        Ok((effects, permit))
+        Ok((Effects(Some(Box::new(aftermath))), permit))
     }
 
     /// Begin the first turn of a new item.
@@ -648,10 +696,7 @@ impl<K: Kind> Pool<K> {
         if permit.generation != state.generation {
             return Effects::none();
         }
-        Effects {
-            wake: state.give_permit_back(&self.options),
-            ..Effects::none()
-        }
+        Effects::wake(state.give_permit_back(&self.options))
     }
 
     /// Have something stay with an item as long as it is here; gives back what cannot.
@@ -661,6 +706,23 @@ impl<K: Kind> Pool<K> {
             Ok(slot) => state.slots.entry(slot).tag.replace(tag),
             Err(_) => Some(tag),
         }
+    }
+
+    /// A reference to an item that is leased. `share` as for [`Pool::acquire`].
+    pub fn peek(
+        &self,
+        turn: Turn,
+        share: impl FnOnce(&K::Item) -> K::Item,
+    ) -> Result<K::Item, NotHeld> {
+        let mut state = self.enter();
+        let slot = state.slots.find(turn, Phase::Leased)?;
+        let item = state.slots.entry(slot).item.as_ref().map(share);
+        item.ok_or(NotHeld::Returned)
+    }
+
+    /// Count an item that was given up and could not be destroyed in order.
+    pub fn note_destroy_failure(&self) {
+        self.enter().counts.destroy_failures += 1;
     }
 
     /// Say something about a turn, for [`Pool::outstanding`].
@@ -695,25 +757,20 @@ impl<K: Kind> Pool<K> {
         }
     }
 
-    /// End the turn of the item with this key.
-    ///
-    /// # Errors
-    /// With the item: it is not out, or it is leased.
+    /// End the turn of the item with this key. `item` makes a reference for the pool, if it has none;
+    /// it runs under the lock, as `share` of [`Pool::acquire`].
     #[inline]
     pub fn release_key(
         &self,
         key: usize,
-        item: K::Item,
+        item: impl FnOnce() -> K::Item,
         now_milliseconds: u64,
-    ) -> Result<Effects<K>, (NotHeld, K::Item)> {
+    ) -> Result<Effects<K>, NotHeld> {
         let mut state = self.enter();
-        match state.find_key_in_use(key) {
-            Ok(slot) => {
-                state.in_use -= 1;
-                Ok(state.settle(slot, Some(item), now_milliseconds, &self.options))
-            }
-            Err(not_held) => Err((not_held, item)),
-        }
+        let slot = state.find_key_in_use(key)?;
+        state.in_use -= 1;
+        let item = state.slots.entry(slot).item.is_none().then(item);
+        Ok(state.settle(slot, item, now_milliseconds, &self.options))
     }
 
     /// End a turn, but leave the item in the caller's hands, who has to make it ready: then
@@ -755,11 +812,11 @@ impl<K: Kind> Pool<K> {
             Phase::Idle | Phase::Vacant => return Err(NotHeld::Returned),
         }
         state.counts.lose(loss);
-        let mut effects = state.remove(slot, &self.options);
+        let mut aftermath = state.remove(slot, &self.options);
         if matches!(loss, Loss::Leaked | Loss::Detached) {
-            effects.spare = effects.destroy.take();
+            aftermath.spare = aftermath.destroy.take();
         }
-        Ok(effects)
+        Ok(Effects(Some(Box::new(aftermath))))
     }
 
     /// The item with this key was collected while it was out; `birth` is the turn it was tagged by.
@@ -772,9 +829,9 @@ impl<K: Kind> Pool<K> {
         }
         state.in_use -= 1;
         state.counts.lose(Loss::Leaked);
-        let mut effects = state.remove(slot, &self.options);
-        effects.spare = effects.destroy.take();
-        Some(effects)
+        let mut aftermath = state.remove(slot, &self.options);
+        aftermath.spare = aftermath.destroy.take();
+        Some(Effects(Some(Box::new(aftermath))))
     }
 
     /// A permit to make an item ahead of use, while fewer than `idle_count` rest.
@@ -805,7 +862,8 @@ impl<K: Kind> Pool<K> {
         }
         let rest = state.idle.pop_front()?;
         state.counts.destroyed += 1;
-        Some(state.remove(rest.slot, &self.options))
+        let aftermath = state.remove(rest.slot, &self.options);
+        Some(Effects(Some(Box::new(aftermath))))
     }
 
     /// As [`Pool::take_rested`], for what is older than the pool's own `idle_milliseconds`.
