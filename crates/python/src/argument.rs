@@ -10,6 +10,11 @@ use std::time::Duration;
 
 /// A count of bytes from any Python integer (or object with `__index__`).
 pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    if value.is_exact_instance_of::<PyInt>()
+        && let Ok(size) = value.extract()
+    {
+        return Ok(size);
+    }
     let index = integer(name, value)?;
     if index.lt(0)? {
         return Err(InvalidArgument::new_err(format!(

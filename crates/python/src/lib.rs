@@ -24,11 +24,15 @@ mod _native {
     #[pymodule_export]
     use super::numpy::scope::{Use, handler_of};
     #[pymodule_export]
+    use super::pools::buffer::{BufferPool, PooledBuffer};
+    #[pymodule_export]
     use super::pools::lease::Lease;
     #[pymodule_export]
     use super::pools::object::ObjectPool;
     #[pymodule_export]
     use super::pools::ticket::Ticket;
+    #[pymodule_export]
+    use super::pools::vector::{Vector, VectorPool};
     #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,

@@ -20,6 +20,7 @@
 mod counts;
 mod parker;
 mod slots;
+pub mod vector;
 
 pub use counts::{Census, Statistics};
 pub use parker::{Parked, Parker};
@@ -175,6 +176,12 @@ impl<K: Kind> Effects<K> {
                 rest: (None, None),
             })
         }))
+    }
+
+    /// Whether there is nothing to do, and nothing to drop.
+    #[inline]
+    pub fn is_none(&self) -> bool {
+        self.0.is_none()
     }
 
     /// What there is to do, if anything.

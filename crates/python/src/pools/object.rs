@@ -171,7 +171,11 @@ impl ObjectPool {
         }
     }
 
+    #[inline]
     fn settle(&self, py: Python<'_>, effects: Effects<Objects>) -> PyResult<()> {
+        if effects.is_none() {
+            return Ok(());
+        }
         settle(py, &self.pool, effects, |item| self.destroy(py, item))
     }
 
