@@ -22,10 +22,10 @@ LARGE_BYTES = 1 << 16
 class BufferPool(_native.BufferPool):
     """Writable bytes by size class, for reading into: sockets, files, decoders.
 
-    A buffer comes from the smallest class that has its size, and holds whatever its last user left,
-    unless it is asked to be zero. It is a context manager, and exports the buffer protocol. One that
-    comes back while views of it are alive is not handed out again: its memory lives as long as the
-    views, its permit comes back at once. Threads and fork: as for `ObjectPool`.
+    A buffer comes from the smallest class that has its size, and holds whatever its last user
+    left, unless it is asked to be zero. It is a context manager, and exports the buffer protocol.
+    One that comes back while views of it are alive is not handed out again: its memory lives as
+    long as the views, its permit comes back at once. Threads and fork: as for `ObjectPool`.
 
     Args:
         resource: Where blocks come from; None makes a `moirai.memory.PoolResource`.

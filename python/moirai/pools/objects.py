@@ -24,7 +24,7 @@ def _report(stage: str, error: BaseException) -> None:
     _log.warning("%s raised; the object is given up", stage, exc_info=error)
 
 
-class ObjectPool(_native.ObjectPool, Generic[_Item]):
+class ObjectPool(_native.ObjectPool[_Item]):
     """A bounded pool of objects that are worth keeping: connections, parsers, large structures.
 
     Idle objects are handed out last in, first out. Who finds none, and no permit to make one,

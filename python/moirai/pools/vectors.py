@@ -22,7 +22,7 @@ __all__ = ["VectorPool"]
 def _format_of(dtype: np.dtype[Any]) -> str | None:
     """The format of an item as the buffer protocol writes it; None if it has none."""
     try:
-        return memoryview(np.empty(0, dtype)).format
+        return np.empty(0, dtype).data.format
     except (ValueError, NotImplementedError):  # dates, for one
         return None
 
@@ -45,7 +45,7 @@ def _converter(dtype: np.dtype[Any]) -> Callable[[Iterable[Any]], NDArray[np.uin
 
 
 def _sequence(values: Iterable[Any]) -> Any:
-    """What NumPy reads item by item: bytes as their numbers, a generator as the list of its items."""
+    """What NumPy reads item by item: bytes as their numbers, a generator as a list."""
     if isinstance(values, list | tuple | range) or hasattr(values, "__array__"):
         return values
     try:

@@ -113,6 +113,9 @@ impl BlockPool {
     }
 
     fn expire(&self, py: Python<'_>) -> PyResult<()> {
+        if self.pool.options().idle_milliseconds.is_none() {
+            return Ok(());
+        }
         while let Some(effects) = self.pool.take_expired(now_milliseconds()) {
             self.settle(py, effects)?;
         }
@@ -514,8 +517,8 @@ impl Loan {
     }
 
     /// The user dropped it without a release: its memory is given up, its permit comes back.
-    pub(super) fn abandon(&self) {
-        if self.finish(Status::Released).is_none() {
+    pub(super) fn abandon(&mut self) {
+        if self.state.get_mut().status != Status::Held {
             return;
         }
         Python::try_attach(|py| {
@@ -537,17 +540,12 @@ impl Loan {
         let vector = &state.vector;
         let loss = if vector.view_count() > 0 {
             Some(Loss::Exported)
-        } else if vector.capacity() > self.cap() {
+        } else if vector.block().size() > self.blocks.cap_bytes {
             Some(Loss::Oversize)
         } else {
             None
         };
         Some((loss, Arc::clone(vector.block())))
-    }
-
-    /// A block as drawn is kept, however its resource rounds.
-    fn cap(&self) -> usize {
-        self.blocks.cap_bytes
     }
 
     pub(super) fn word(&self) -> &'static str {

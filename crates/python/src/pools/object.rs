@@ -19,7 +19,7 @@ use moirai_core::sync::{AtomicU64, Ordering};
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyWeakrefReference};
+use pyo3::types::{PyDict, PyType, PyWeakrefReference};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -180,6 +180,9 @@ impl ObjectPool {
     }
 
     fn expire(&self, py: Python<'_>) -> PyResult<()> {
+        if self.pool.options().idle_milliseconds.is_none() {
+            return Ok(());
+        }
         let mut outcome = Ok(());
         while let Some(effects) = self.pool.take_expired(now_milliseconds()) {
             outcome = outcome.and(self.settle(py, effects));
@@ -415,6 +418,12 @@ impl ObjectPool {
     /// End the turn of a lease.
     #[inline]
     pub(super) fn end(&self, py: Python<'_>, turn: Turn) -> PyResult<()> {
+        let outcome = self.end_turn(py, turn);
+        outcome.and(self.expire(py))
+    }
+
+    #[inline]
+    fn end_turn(&self, py: Python<'_>, turn: Turn) -> PyResult<()> {
         if let Some(reset) = &self.reset {
             let Ok(item) = self.pool.peek(turn, share(py)) else {
                 return Ok(());
@@ -551,6 +560,16 @@ impl ObjectPool {
         })
     }
 
+    /// For annotations: ObjectPool[Connection].
+    #[classmethod]
+    fn __class_getitem__<'py>(
+        class: &Bound<'py, PyType>,
+        item: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let alias = class.py().import("types")?.getattr("GenericAlias")?;
+        alias.call1((class, item))
+    }
+
     /// An object of one's own until `release`.
     #[pyo3(signature = (timeout_seconds=None))]
     fn acquire(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Py<PyAny>> {
@@ -574,10 +593,7 @@ impl ObjectPool {
                 Err(reason) => not_held(item, reason),
             },
         };
-        if self.pool.options().idle_milliseconds.is_some() {
-            return outcome.and(self.expire(py));
-        }
-        outcome
+        outcome.and(self.expire(py))
     }
 
     /// A context manager that acquires on entry and releases on exit.
@@ -622,7 +638,7 @@ impl ObjectPool {
         }
     }
 
-    /// Make objects until `count` are idle, as far as `max_size` allows; returns how many were made.
+    /// Make objects until `count` are idle, as far as `max_size` allows; returns how many.
     fn prefill(&self, py: Python<'_>, count: &Bound<'_, PyAny>) -> PyResult<usize> {
         let max_count = self.pool.options().max_count;
         let idle_count = crate::argument::count("count", count, 0..=max_count)?;

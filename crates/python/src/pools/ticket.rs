@@ -17,7 +17,7 @@ pub(super) trait Queue: Send + Sync {
     fn visit(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError>;
 }
 
-/// A place in a pool's queue. Dropping it gives the place, and what was granted, to the next one.
+/// A place in a pool's queue. Dropping it gives it, and what was granted, to the next one.
 #[pyclass(frozen, module = "moirai.pools")]
 pub struct Ticket {
     number: u64,
