@@ -369,6 +369,8 @@ class Lease(Generic[_Item]):
     back; the object does not.
     """
 
+    def __class_getitem__(cls, item: Any) -> GenericAlias:
+        """For annotations: Lease[Connection]."""
     @property
     def value(self) -> _Item:
         """The object, while the lease runs.

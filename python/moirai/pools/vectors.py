@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,19 @@ def _converter(dtype: np.dtype[Any]) -> Callable[[Iterable[Any]], NDArray[np.uin
     """What turns values into the bytes of contiguous items of `dtype`."""
 
     def convert(values: Iterable[Any]) -> NDArray[np.uint8]:
-        values = _sequence(values)
-        _check(values, dtype)
+        sequence = _sequence(values)
         try:
-            array = np.ascontiguousarray(values, dtype)
+            if isinstance(sequence, np.ndarray | memoryview) or dtype.kind not in "iu":
+                _check_kind(sequence, dtype)
+            else:
+                sequence = _integers(sequence, dtype)
+            array = np.ascontiguousarray(sequence, dtype)
+        except InvalidArgument:
+            raise
         except (OverflowError, ValueError) as error:
             raise InvalidArgument(f"values: must fit {dtype}: {error}") from error
         if array.ndim != 1:
-            raise InvalidArgument(f"values: must have one dimension, got {array.ndim}")
+            raise InvalidArgument(_dimensions(array))
         return array.view(np.uint8)
 
     return convert
@@ -46,25 +52,51 @@ def _converter(dtype: np.dtype[Any]) -> Callable[[Iterable[Any]], NDArray[np.uin
 
 def _sequence(values: Iterable[Any]) -> Any:
     """What NumPy reads item by item: bytes as their numbers, a generator as a list."""
-    if isinstance(values, list | tuple | range) or hasattr(values, "__array__"):
+    if isinstance(values, np.ndarray | list | tuple | range):
         return values
+    if hasattr(values, "__array__"):
+        return np.asarray(values)
     try:
         return memoryview(values)  # type: ignore[arg-type]
     except TypeError:
+        pass
+    try:
         return list(values)
+    except TypeError:
+        raise TypeError(f"values: must be iterable, got {type(values).__name__}") from None
 
 
-def _check(values: Iterable[Any], dtype: np.dtype[Any]) -> None:
-    """Refuse what NumPy would quietly cut down: fractions, signs."""
+def _kind(dtype: np.dtype[Any], got: NDArray[Any]) -> str:
+    return f"values: must be of the kind of {dtype}, got {got.dtype}"
+
+
+def _dimensions(got: NDArray[Any]) -> str:
+    return f"values: must have one dimension, got {got.ndim}"
+
+
+def _check_kind(values: Any, dtype: np.dtype[Any]) -> None:
+    """Refuse what NumPy would quietly cut down: fractions, signs, imaginary parts."""
     if dtype.names is not None:
         return
     natural = np.asarray(values)
-    if natural.size == 0 or np.can_cast(natural.dtype, dtype, "same_kind"):
-        return
-    # Integers of Python have no sign of their own; one that does not fit raises when converted.
-    if isinstance(values, list | tuple | range) and natural.dtype.kind + dtype.kind == "iu":
-        return
-    raise InvalidArgument(f"values: must be of the kind of {dtype}, got {natural.dtype}")
+    if natural.size and not np.can_cast(natural.dtype, dtype, "same_kind"):
+        raise InvalidArgument(_kind(dtype, natural))
+
+
+def _integers(values: Sequence[Any], dtype: np.dtype[Any]) -> list[int]:
+    """Python's integers, which have no kind of their own, if all of them fit."""
+    try:
+        found = [operator.index(value) for value in values]
+    except TypeError:
+        natural = np.asarray(values)
+        if natural.ndim != 1:
+            raise InvalidArgument(_dimensions(natural)) from None
+        raise InvalidArgument(_kind(dtype, natural)) from None
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    for value in (min(found, default=0), max(found, default=0)):
+        if not low <= value <= high:
+            raise InvalidArgument(f"values: must be from {low} to {high}, got {value}")
+    return found
 
 
 class VectorPool(_native.VectorPool):

@@ -8,7 +8,7 @@ use super::view;
 use crate::argument::{bytes, count, milliseconds, timeout};
 use crate::errors::{Closed, InvalidArgument};
 use crate::resource::Resource;
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -57,6 +57,12 @@ impl PooledBuffer {
         value: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         PyMemoryView::from(slf.as_any())?.set_item(index, value)
+    }
+
+    fn __delitem__(&self, _index: &Bound<'_, PyAny>) -> PyResult<()> {
+        Err(PyTypeError::new_err(
+            "buffer: has a fixed length; nothing can be deleted",
+        ))
     }
 
     /// The bytes as an array of this dtype, without a copy; the array is a view.

@@ -1,11 +1,12 @@
 //! `Lease`: an object of a pool for the length of a `with` block.
 
-use super::object::ObjectPool;
+use super::object::{ObjectPool, generic_alias};
 use crate::errors::Closed;
 use moirai_core::pools::{Hold, Loss, Turn};
 use moirai_core::sync::{AtomicU32, AtomicU64, Ordering};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::PyType;
 
 /// An object of a pool for the length of a block; it goes back when the block is left.
 #[pyclass(frozen, module = "moirai.pools")]
@@ -74,6 +75,15 @@ impl Lease {
 
 #[pymethods]
 impl Lease {
+    /// For annotations: Lease[Connection].
+    #[classmethod]
+    fn __class_getitem__<'py>(
+        class: &Bound<'py, PyType>,
+        item: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        generic_alias(class, item)
+    }
+
     fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         if let Err(state) =
             self.number

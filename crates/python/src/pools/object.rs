@@ -566,8 +566,7 @@ impl ObjectPool {
         class: &Bound<'py, PyType>,
         item: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let alias = class.py().import("types")?.getattr("GenericAlias")?;
-        alias.call1((class, item))
+        generic_alias(class, item)
     }
 
     /// An object of one's own until `release`.
@@ -804,6 +803,15 @@ impl Queue for Py<ObjectPool> {
     fn visit(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(self)
     }
+}
+
+/// `class[item]`, for annotations.
+pub(super) fn generic_alias<'py>(
+    class: &Bound<'py, PyType>,
+    item: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let alias = class.py().import("types")?.getattr("GenericAlias")?;
+    alias.call1((class, item))
 }
 
 /// The counters of a pool as a dictionary.
