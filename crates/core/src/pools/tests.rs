@@ -757,6 +757,79 @@ fn a_visitor_sees_every_reference_the_pool_has() {
     assert_eq!(seen.take(), [16, 17]);
 }
 
+/// Make a pool believe that this process is a child of the one it was used in.
+fn fork(pool: &Arc<Pool<Plain>>) {
+    pool.state.lock().generation = u64::MAX;
+}
+
+#[test]
+fn a_child_starts_empty_and_drops_what_it_inherited_outside_the_lock() {
+    let pool = Pool::<Plain>::new(options(4));
+    let (idle, idle_item) = acquire(&pool, 16);
+    assert!(pool.tag(idle, watched(&pool, 16)).is_none());
+    let (out, out_item) = acquire(&pool, 32);
+    pool.note(out, Box::new(watched(&pool, 32)));
+    let (leased, leased_item) = acquire(&pool, 48);
+    let (waiting, waiting_item) = acquire(&pool, 64);
+    let Ok(Waited::Queued(ticket)) = pool.wait(Hold::Give, share, watched(&pool, 0)) else {
+        panic!("every permit is taken");
+    };
+    assert!(pool.cancel(ticket, 0).aftermath().is_none());
+    assert!(pool.release(idle, Some(idle_item), 0).is_ok());
+    let Ok(Found::Item { turn: checked, .. }) = pool.acquire(Hold::Check, share) else {
+        panic!("one is idle");
+    };
+
+    fork(&pool);
+
+    assert_eq!(pool.statistics(), Statistics::default());
+    let inherited = |turn, item| {
+        let released = pool.release(turn, item, 0);
+        assert!(matches!(released, Err((NotHeld::Inherited, _))));
+    };
+    inherited(leased, Some(leased_item));
+    inherited(waiting, Some(waiting_item));
+    assert_eq!(
+        pool.confirm(checked, Hold::Give).err(),
+        Some(NotHeld::Inherited)
+    );
+    // By key once: then it is a stranger's.
+    drop(out_item);
+    let release = || pool.release_key(32, || unreachable!("it is not taken in"), 0);
+    assert_eq!(release().err(), Some(NotHeld::Inherited));
+    assert_eq!(release().err(), Some(NotHeld::Foreign));
+    let (turn, item) = acquire(&pool, 80);
+    assert!(turn.number > checked.number);
+    assert!(pool.release(turn, Some(item), 0).is_ok());
+    assert_eq!(pool.statistics().permits, 1);
+}
+
+#[test]
+fn a_permit_of_the_parent_is_not_counted_twice_in_a_child() {
+    let pool = Pool::<Plain>::new(options(1));
+    // As given out by another generation of the process.
+    let permit = |pool: &Arc<Pool<Plain>>| match pool.acquire(Hold::Give, share) {
+        Ok(Found::Permit(permit)) => Permit {
+            generation: permit.generation + 1,
+        },
+        _ => panic!("there is a permit"),
+    };
+    let used = permit(&pool);
+    assert!(matches!(pool.permit_to_stock(1), Ok(None)));
+    fork(&pool);
+    let adopted = pool.adopt(used, watched(&pool, 16), 16, false, Hold::Give, share);
+    let Ok((turn, item)) = adopted else {
+        panic!("its key is new");
+    };
+    assert_eq!(pool.statistics().permits, 1);
+    assert!(pool.release(turn, Some(item), 0).is_ok());
+    assert!(pool.take_rested(0, u64::MAX).is_some());
+    let forgone = permit(&pool);
+    fork(&pool);
+    assert!(pool.forgo(forgone, true).aftermath().is_none());
+    assert_eq!(pool.statistics().permits, 0);
+}
+
 #[test]
 fn a_call_before_the_parking_is_not_lost_and_time_passes() {
     let parker = Parker::default();
