@@ -9,6 +9,8 @@ import gc
 import os
 import select
 import signal
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -841,6 +843,54 @@ def test_closed_pool_stays_closed_in_a_child(make: Make) -> None:
     subject = make()
     subject.pool.close()
     assert in_child(child) == b"ok"
+
+
+EXIT = """
+import atexit, threading, time
+from moirai import pools
+
+class Thing: pass
+
+make = {make}
+pool, arguments = make
+held = pool.acquire(*arguments)
+leased = pool.lease(*arguments)
+leased.__enter__()
+pool.prefill(*arguments, 1)
+pool.acquire(*arguments)
+rest = pool.acquire(*arguments)
+threading.Thread(target=lambda: pool.acquire(*arguments), daemon=True).start()
+deadline = time.monotonic() + 60
+while pool.statistics().waiting == 0:
+    assert time.monotonic() < deadline
+    threading.Event().wait(0.001)
+
+class Late:
+    def __del__(self):
+        pool.release(held)
+
+atexit.register(lambda: print("left", flush=True))
+late = Late()
+late.itself = late
+"""
+
+
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and sys.version_info < (3, 14),
+    reason="such a build needs an old PyO3, which aborts in threads that the exit wakes",
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        "(pools.ObjectPool(Thing, max_size=3), ())",
+        "(pools.BufferPool(max_count=3), (10,))",
+        "(pools.VectorPool(max_count=3), ())",
+    ],
+)
+def test_interpreter_ends_though_all_is_out_and_a_thread_waits(
+    make: str, run_python: Callable[..., str]
+) -> None:
+    assert run_python(EXIT.format(make=make)) == "left\n"
 
 
 # --- the collector ------------------------------------------------------------------------------

@@ -213,6 +213,15 @@ pub fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
     started
 }
 
+/// Whether this is the thread that the process began with; the kernel gives it most signals.
+pub fn is_first_thread() -> bool {
+    // SAFETY: no preconditions.
+    let thread = unsafe { libc::gettid() };
+    // SAFETY: no preconditions.
+    let process = unsafe { libc::getpid() };
+    thread == process
+}
+
 /// Why a wait on a word ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitEnd {

@@ -1,7 +1,7 @@
 //! Waiting for a turn: how one who waits is woken, and what follows from a pool's effects.
 
 use crate::errors::{Closed, Timeout};
-use moirai_core::os::now_milliseconds;
+use moirai_core::os::{is_first_thread, now_milliseconds};
 use moirai_core::pools::{
     Aftermath, Census, Effects, Found, Hold, Kind, Parked, Parker, Pool, Refused, Waited,
 };
@@ -102,7 +102,8 @@ pub(super) fn timed_out(method: &str, waited: Option<Duration>, census: Census) 
     ))
 }
 
-/// How long a thread sleeps before it looks for a signal that arrived just before it slept.
+/// How long the first thread sleeps before it looks for a signal that came just before it slept.
+/// Only Python's main thread handles signals; the others sleep undisturbed.
 const NAP: Duration = Duration::from_millis(500);
 
 /// Wait for an item or leave to make one, with the interpreter released. Ctrl-C ends the wait.
@@ -122,6 +123,7 @@ pub(super) fn wait<K: Kind<Waker = Waker>>(
         Waited::Found(found, _) => return Ok(found),
         Waited::Queued(ticket) => ticket,
     };
+    let longest = is_first_thread().then_some(NAP);
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -129,8 +131,11 @@ pub(super) fn wait<K: Kind<Waker = Waker>>(
             let late = pool.time_out(ticket, hold, &share).map_err(refused)?;
             return late.map_err(|census| timed_out(METHOD, timeout, census));
         }
-        let nap = left.map_or(NAP, |left| left.min(NAP));
-        if py.detach(|| parker.park(Some(nap))) == Parked::Called {
+        let nap = match (left, longest) {
+            (Some(left), Some(longest)) => Some(left.min(longest)),
+            (left, longest) => left.or(longest),
+        };
+        if py.detach(|| parker.park(nap)) == Parked::Called {
             let taken = pool.take(ticket, hold, &share).map_err(refused)?;
             return taken.ok_or_else(|| closed(METHOD));
         }
