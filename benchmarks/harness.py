@@ -447,7 +447,8 @@ def _version(distribution: str) -> str | None:
 def machine() -> dict[str, Any]:
     """What a reader needs to know to compare: machine, cores, versions, commit."""
     packages = ("numpy", "scipy", "scikit-learn", "scikit-image", "pandas", "cmeel-mimalloc",
-                "numpy-allocator", "moirai-runtime")  # fmt: skip
+                "numpy-allocator", "pondpond", "object-pool", "objpool", "generic-pool",
+                "moirai-runtime")  # fmt: skip
     huge_pages = _read("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = huge_pages.partition("[")[2].partition("]")[0] or huge_pages
     return {

@@ -18,12 +18,13 @@ LAYERS = [
     {"errors"},
     {"_native"},
     {"memory"},
+    {"pools"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"memory"}
+FACADES = {"memory", "pools"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.
@@ -33,8 +34,15 @@ REPORTS_MUST_NOT_IMPORT = {
 }  # fmt: skip
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
-# The buffer protocol, and NumPy's C API.
-BINDINGS_WITH_UNSAFE = ("buffer", "numpy")
+# The buffer protocol, NumPy's C API, and the interpreter's stack.
+BINDINGS_WITH_UNSAFE = (
+    "buffer",
+    "numpy",
+    "pools/buffer",
+    "pools/vector",
+    "pools/view",
+    "site",
+)
 
 
 def python_modules(root: Path) -> Iterator[tuple[str, str, Path]]:

@@ -3,6 +3,7 @@
 Importing this package is cheap and imports neither NumPy nor the compiled core; its modules do.
 
 - `moirai.memory`: resources that blocks come from, and NumPy drawing from them.
+- `moirai.pools`: objects, buffers and vectors, kept for their next user.
 - `moirai.errors`: every exception.
 - `moirai run app.py` in a shell: any program under Moirai, unchanged.
 """

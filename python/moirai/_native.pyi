@@ -1,9 +1,9 @@
-"""The compiled core. Import it through `moirai.memory`, never directly."""
+"""The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, final
+from collections.abc import Callable, Iterable, Sequence
+from types import GenericAlias, TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -11,11 +11,15 @@ from typing_extensions import disjoint_base
 
 __all__ = [
     "Buffer",
+    "BufferPool",
     "HealthReport",
     "LargeObjectResource",
+    "Lease",
     "LimitAdaptor",
     "NumaResource",
+    "ObjectPool",
     "PoolResource",
+    "PooledBuffer",
     "PriorityResource",
     "RealtimeResource",
     "Resource",
@@ -23,6 +27,9 @@ __all__ = [
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "Ticket",
+    "Vector",
+    "VectorPool",
     "build_profile",
     "current_lane",
     "handler_of",
@@ -392,6 +399,412 @@ def walk_resources() -> list[
 
 def lost_blocks() -> list[tuple[int, str, int, int]]:
     """(number, name, blocks, bytes) of resources that went while blocks of theirs were out."""
+
+_Item = TypeVar("_Item")
+
+@disjoint_base
+class ObjectPool(Generic[_Item]):
+    """A bounded pool of objects."""
+
+    def __new__(
+        cls,
+        factory: Callable[[], _Item],
+        reset: Callable[[_Item], Any] | None,
+        destroy: Callable[[_Item], Any] | None,
+        validate: Callable[[_Item], Any] | None,
+        *,
+        report: Callable[[str, BaseException], Any],
+        min_size: int,
+        max_size: int,
+        overflow: str,
+        idle_seconds: float | None,
+        track_sites: bool,
+    ) -> Self: ...
+    def __class_getitem__(cls, item: Any) -> GenericAlias:
+        """For annotations: ObjectPool[Connection]."""
+    def acquire(self, timeout_seconds: float | None = None) -> _Item:
+        """An object of one's own until `release`.
+
+        Waits in order of arrival, with the interpreter released; Ctrl-C ends the wait. An object
+        that is collected without having been released is counted as leaked, and its permit comes
+        back; objects that cannot have weak references (lists, bytearrays) are kept by the pool and
+        so are never collected: `leaks` shows them.
+
+        Args:
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever.
+
+        Raises:
+            Timeout: Nothing was released in time, or `overflow` is "raise"; nothing was acquired.
+            Closed: The pool is closed, or was while this waited.
+            InvalidArgument: `timeout_seconds` is negative, or `factory` made what is in the pool.
+        """
+    def release(self, item: _Item) -> None:
+        """Give back what `acquire` gave.
+
+        Raises:
+            InvalidArgument: The object is not from this pool, was released before, or is leased.
+        """
+    def lease(self, timeout_seconds: float | None = None) -> Lease[_Item]:
+        """A context manager that acquires on entry and releases on exit.
+
+        Args:
+            timeout_seconds: As for `acquire`, which is called on entry.
+        """
+    def _acquire_or_queue(
+        self, wake: Callable[[], Any], timeout_seconds: float | None
+    ) -> tuple[_Item | None, Ticket | None]:
+        """(object, None), or (None, Ticket) with `wake` to be called once something was granted."""
+    def prefill(self, count: int) -> int:
+        """Make objects until `count` are idle, as far as `max_size` allows; returns how many.
+
+        Raises:
+            Closed: The pool is closed.
+            InvalidArgument: `count` is negative or above `max_size`.
+        """
+    def clear(self) -> int:
+        """Destroy every idle object; returns how many."""
+    def trim(self, idle_seconds: float | None = None) -> int:
+        """Destroy what was idle for at least `idle_seconds`, down to `min_size`; returns how many.
+
+        Args:
+            idle_seconds: None is the pool's own, or 0 if it has none.
+        """
+    def close(self) -> None:
+        """Destroy what is idle, wake those who wait, hand nothing out any more.
+
+        What is out may still be released, and is destroyed then.
+        """
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed."""
+    def _statistics(self) -> dict[str, int]:
+        """Every counter by name."""
+    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
+        """(type, site, seconds) of each object in use; oldest first."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+@final
+class Lease(Generic[_Item]):
+    """An object of a pool for the length of a block; it goes back when the block is left.
+
+    A lease that is collected before its block is left is counted as leaked, and its permit comes
+    back; the object does not.
+    """
+
+    def __class_getitem__(cls, item: Any) -> GenericAlias:
+        """For annotations: Lease[Connection]."""
+    @property
+    def value(self) -> _Item:
+        """The object, while the lease runs.
+
+        Raises:
+            Closed: The lease was not entered, or is over.
+        """
+    def release(self) -> None:
+        """Give the object back before the block is left.
+
+        Raises:
+            Closed: As for `value`.
+        """
+    def detach(self) -> _Item:
+        """Take the object out of the pool for good; its permit goes back.
+
+        Raises:
+            Closed: As for `value`.
+        """
+    def __enter__(self) -> _Item: ...
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _exception: BaseException | None,
+        _traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class Ticket:
+    """A place in a pool's queue. Dropping it gives it, and what was granted, to the next one."""
+
+    def take(self) -> Any:
+        """The object that was granted; to be called after `wake` was."""
+    def time_out(self, waited_seconds: float) -> Any:
+        """What was granted in the last moment, or Timeout."""
+    def cancel(self) -> None:
+        """Leave the queue; does nothing the second time."""
+
+@disjoint_base
+class BufferPool:
+    """Writable bytes by size class."""
+
+    def __new__(
+        cls,
+        resource: Resource,
+        *,
+        size_classes: list[int],
+        max_count: int,
+        overflow: str,
+        idle_seconds: float | None,
+        track_sites: bool,
+    ) -> Self: ...
+    @property
+    def resource(self) -> Resource:
+        """The resource the blocks are drawn from."""
+    @property
+    def size_classes(self) -> tuple[int, ...]:
+        """The size classes in bytes, smallest first."""
+    def acquire(
+        self, size_bytes: int, *, zeroed: bool = False, timeout_seconds: float | None = None
+    ) -> PooledBuffer:
+        """A buffer of `size_bytes` from the smallest class that has them, until it is released.
+
+        Args:
+            size_bytes: From 0 to the largest class.
+            zeroed: Whether it must read as zero; otherwise it holds what its last user left.
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever.
+
+        Raises:
+            Timeout: Nothing was released in time, or `overflow` is "raise"; nothing was acquired.
+            Closed: The pool is closed, or was while this waited.
+            InvalidArgument: A value above is out of its range.
+            OutOfMemory: The resource cannot give a block.
+        """
+    def _acquire_or_queue(
+        self,
+        wake: Callable[[], Any],
+        size_bytes: int,
+        zeroed: bool,
+        timeout_seconds: float | None,
+    ) -> tuple[PooledBuffer | None, Ticket | None]:
+        """(buffer, None), or (None, Ticket) with `wake` to be called once something was granted."""
+    def release(self, buffer: PooledBuffer) -> None:
+        """Give back what `acquire` gave.
+
+        Raises:
+            InvalidArgument: It is not from this pool, or was released or detached before.
+        """
+    def prefill(self, size_bytes: int, count: int) -> int:
+        """Draw blocks until `count` of the class for `size_bytes` are idle; returns how many."""
+    def clear(self) -> int:
+        """Give every idle block back to the resource; returns how many."""
+    def trim(self, idle_seconds: float | None = None) -> int:
+        """Give back what was idle for at least `idle_seconds`; returns how many.
+
+        Args:
+            idle_seconds: None is the pool's own, or 0 if it has none.
+        """
+    def close(self) -> None:
+        """Give back what is idle, wake those who wait, hand nothing out any more.
+
+        What is out may still be released, and goes back to the resource then.
+        """
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed."""
+    def _statistics(self) -> list[tuple[int, dict[str, int]]]:
+        """(size class, every counter by name) of each class."""
+    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
+        """(size class, site, seconds) of each buffer in use."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+@final
+class PooledBuffer:
+    """Bytes of a pool, writable, until they are released.
+
+    Exports the buffer protocol, `numpy()` and indexing like a bytearray of fixed length; slices are
+    read as bytes. Leaving its `with` block releases it. One that is collected without a release is
+    counted as leaked, and its permit comes back. Views of it stay valid whatever happens to it.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes asked for."""
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the block: at least the size class."""
+    def numpy(self, dtype: DTypeLike | None = None) -> NDArray[Any]:
+        """The bytes as an array of this dtype, without a copy; the array is a view.
+
+        Raises:
+            InvalidArgument: The dtype holds objects, or its items do not divide the buffer.
+            Closed: The buffer was released.
+        """
+    def release(self) -> None:
+        """Give it back before the block is left.
+
+        Raises:
+            InvalidArgument: It was released or detached before.
+        """
+    def detach(self) -> Self:
+        """Take it out of the pool for good; its permit goes back.
+
+        Raises:
+            Closed: The buffer was released.
+        """
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> bytes: ...
+    def __setitem__(self, index: Any, value: Any, /) -> None: ...
+    def __delitem__(self, index: Any, /) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@disjoint_base
+class VectorPool:
+    """Typed vectors that grow."""
+
+    def __new__(
+        cls,
+        resource: Resource,
+        dtype: np.dtype[Any],
+        *,
+        format: str | None,
+        convert: Callable[[Iterable[Any]], NDArray[np.uint8]],
+        capacity: int,
+        cap_bytes: int,
+        growth: float,
+        max_count: int,
+        overflow: str,
+        idle_seconds: float | None,
+        track_sites: bool,
+    ) -> Self: ...
+    @property
+    def resource(self) -> Resource:
+        """The resource the blocks are drawn from."""
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the values."""
+    def acquire(self, timeout_seconds: float | None = None) -> Vector:
+        """An empty vector, until it is released.
+
+        Args:
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever.
+
+        Raises:
+            Timeout: Nothing was released in time, or `overflow` is "raise"; nothing was acquired.
+            Closed: The pool is closed, or was while this waited.
+            OutOfMemory: The resource cannot give a block.
+        """
+    def _acquire_or_queue(
+        self, wake: Callable[[], Any], timeout_seconds: float | None
+    ) -> tuple[Vector | None, Ticket | None]:
+        """(vector, None), or (None, Ticket) with `wake` to be called once something was granted."""
+    def release(self, vector: Vector) -> None:
+        """Give back what `acquire` gave.
+
+        Raises:
+            InvalidArgument: It is not from this pool, or was released or detached before.
+        """
+    def prefill(self, count: int) -> int:
+        """Draw blocks until `count` are idle; returns how many."""
+    def clear(self) -> int:
+        """Give every idle block back to the resource; returns how many."""
+    def trim(self, idle_seconds: float | None = None) -> int:
+        """Give back what was idle for at least `idle_seconds`; returns how many.
+
+        Args:
+            idle_seconds: None is the pool's own, or 0 if it has none.
+        """
+    def close(self) -> None:
+        """Give back what is idle, wake those who wait, hand nothing out any more.
+
+        What is out may still be released, and goes back to the resource then.
+        """
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed."""
+    def _statistics(self) -> dict[str, int]:
+        """Every counter by name."""
+    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
+        """(kind, site, seconds) of each vector in use."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+@final
+class Vector:
+    """A vector of a pool, until it is released.
+
+    Exports the buffer protocol with its dtype. Its length cannot change while a view of it is
+    alive. Leaving its `with` block releases it. One that is collected without a release is counted
+    as leaked, and its permit comes back. Views of it stay valid whatever happens to it.
+    """
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of its values."""
+    @property
+    def capacity(self) -> int:
+        """Values it may have before it moves to a larger block."""
+    def append(self, value: Any) -> None:
+        """Append one value.
+
+        Raises:
+            InvalidArgument: The value does not fit the dtype, or views of the vector are alive.
+            TypeError: The value is of another type.
+            Closed: The vector was released.
+            OutOfMemory: The resource cannot give a larger block; nothing changed.
+        """
+    def extend(self, values: Iterable[Any]) -> None:
+        """Append each value of an array or another iterable.
+
+        Args:
+            values: One dimension, of the dtype's kind: nothing is rounded or loses its sign.
+
+        Raises:
+            InvalidArgument, Closed, OutOfMemory: As for `append`; nothing changed.
+        """
+    def clear(self) -> None:
+        """Forget all values; the memory stays.
+
+        Raises:
+            InvalidArgument: Views of the vector are alive.
+            Closed: The vector was released.
+        """
+    def numpy(self) -> NDArray[Any]:
+        """The values as an array, without a copy; the array is a view.
+
+        Raises:
+            Closed: The vector was released.
+        """
+    def release(self) -> None:
+        """Give it back before the block is left.
+
+        Raises:
+            InvalidArgument: It was released or detached before.
+        """
+    def detach(self) -> Self:
+        """Take it out of the pool for good; its permit goes back.
+
+        Raises:
+            Closed: The vector was released.
+        """
+    def __len__(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
 
 def stop_background() -> None:
     """End the background thread that lets kept memory age; it starts again when needed."""

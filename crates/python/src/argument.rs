@@ -5,17 +5,17 @@ use moirai_core::resource::MAX_ALIGNMENT;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// A count of bytes from any Python integer (or object with `__index__`).
 pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let index = value.call_method0("__index__").ok();
-    let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
-        let kind = value.get_type().name()?;
-        return Err(PyTypeError::new_err(format!(
-            "{name}: must be an int, got {kind}"
-        )));
-    };
-    let index = index.cast_into::<PyInt>().map_err(PyErr::from)?;
+    if value.is_exact_instance_of::<PyInt>()
+        && let Ok(size) = value.extract()
+    {
+        return Ok(size);
+    }
+    let index = integer(name, value)?;
     if index.lt(0)? {
         return Err(InvalidArgument::new_err(format!(
             "{name}: must be at least 0, got {index}"
@@ -46,6 +46,31 @@ pub(crate) fn byte_counts(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec
     values.enumerate().map(read).collect()
 }
 
+/// A count within a range from any Python integer (or object with `__index__`).
+pub(crate) fn count(
+    name: &str,
+    value: &Bound<'_, PyAny>,
+    range: RangeInclusive<usize>,
+) -> PyResult<usize> {
+    let index = integer(name, value)?;
+    let found = index.extract().ok().filter(|count| range.contains(count));
+    found.ok_or_else(|| {
+        let (low, high) = range.into_inner();
+        InvalidArgument::new_err(format!("{name}: must be from {low} to {high}, got {index}"))
+    })
+}
+
+fn integer<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyInt>> {
+    let index = value.call_method0("__index__").ok();
+    let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
+        let kind = value.get_type().name()?;
+        return Err(PyTypeError::new_err(format!(
+            "{name}: must be an int, got {kind}"
+        )));
+    };
+    index.cast_into::<PyInt>().map_err(PyErr::from)
+}
+
 /// One of a few words.
 pub(crate) fn choice<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> PyResult<T> {
     let found = choices
@@ -69,6 +94,19 @@ pub(crate) fn milliseconds(name: &str, seconds: Option<f64>) -> PyResult<Option<
     match seconds {
         None => Ok(None),
         Some(seconds) if (0.0..=1e9).contains(&seconds) => Ok(Some((seconds * 1e3) as u64)),
+        Some(seconds) => Err(InvalidArgument::new_err(format!(
+            "{name}: must be None or a number from 0 to 1e9, got {seconds}"
+        ))),
+    }
+}
+
+/// Seconds to wait at most; `None` is for ever.
+pub(crate) fn timeout(name: &str, seconds: Option<f64>) -> PyResult<Option<Duration>> {
+    match seconds {
+        None => Ok(None),
+        Some(seconds) if (0.0..=1e9).contains(&seconds) => {
+            Ok(Some(Duration::from_secs_f64(seconds)))
+        }
         Some(seconds) => Err(InvalidArgument::new_err(format!(
             "{name}: must be None or a number from 0 to 1e9, got {seconds}"
         ))),

@@ -3,8 +3,10 @@
 use moirai_core::error::Error;
 use pyo3::{PyErr, import_exception};
 
+import_exception!(moirai.errors, Closed);
 import_exception!(moirai.errors, InvalidArgument);
 import_exception!(moirai.errors, OutOfMemory);
+import_exception!(moirai.errors, Timeout);
 import_exception!(moirai.errors, Unsupported);
 
 pub(crate) fn to_py(error: Error) -> PyErr {

@@ -8,12 +8,14 @@ mod errors;
 mod lane;
 mod numa;
 mod numpy;
+mod pools;
 mod priority;
 mod resource;
+mod site;
 
 use pyo3::prelude::*;
 
-/// The compiled core. Import it through `moirai.memory`, never directly.
+/// The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly.
 #[pymodule(gil_used = false)]
 mod _native {
     use super::*;
@@ -32,6 +34,16 @@ mod _native {
     use super::numpy::scope::{Use, handler_of};
     #[pymodule_export]
     use super::priority::{PriorityResource, RealtimeResource};
+    #[pymodule_export]
+    use super::pools::buffer::{BufferPool, PooledBuffer};
+    #[pymodule_export]
+    use super::pools::lease::Lease;
+    #[pymodule_export]
+    use super::pools::object::ObjectPool;
+    #[pymodule_export]
+    use super::pools::ticket::Ticket;
+    #[pymodule_export]
+    use super::pools::vector::{Vector, VectorPool};
     #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,

@@ -16,7 +16,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 /// Requests above this leave the interpreter's lock, since the kernel may take its time.
-const DETACH_BYTES: usize = 64 * 1024;
+pub(crate) const DETACH_BYTES: usize = 64 * 1024;
 
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]

@@ -5,7 +5,9 @@
 pub mod locked;
 pub mod numa;
 
+use crate::sync::AtomicU32;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 /// Size of a page. Fixed at 4 KiB: on kernels with larger pages every range handed to the
 /// functions below is still a multiple of [`UNIT_BYTES`], and [`supported`] says no if that is
@@ -212,6 +214,68 @@ pub fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
     // SAFETY: `old` was filled by the call above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut()) };
     started
+}
+
+/// Whether this is the thread that the process began with; the kernel gives it most signals.
+pub fn is_first_thread() -> bool {
+    // SAFETY: no preconditions.
+    let thread = unsafe { libc::gettid() };
+    // SAFETY: no preconditions.
+    let process = unsafe { libc::getpid() };
+    thread == process
+}
+
+/// Why a wait on a word ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitEnd {
+    /// It was woken, or the word was another already, or for no reason: look at the word.
+    Woken,
+    /// The time has passed.
+    TimedOut,
+    /// A signal handler ran on this thread.
+    Interrupted,
+}
+
+/// Sleep while `word` is `expected`, until woken; `None` waits for ever. Within this process only.
+pub fn wait_on(word: &AtomicU32, expected: u32, timeout: Option<Duration>) -> WaitEnd {
+    let limit = timeout.map(|timeout| libc::timespec {
+        tv_sec: timeout.as_secs().min(i32::MAX as u64) as libc::time_t,
+        tv_nsec: timeout.subsec_nanos() as libc::c_long,
+    });
+    let limit = limit
+        .as_ref()
+        .map_or(std::ptr::null(), std::ptr::from_ref::<libc::timespec>);
+    // SAFETY: the word and the limit outlive the call, which reads both and writes neither.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            expected,
+            limit,
+        )
+    };
+    if status == 0 {
+        return WaitEnd::Woken;
+    }
+    match std::io::Error::last_os_error().raw_os_error() {
+        Some(libc::ETIMEDOUT) => WaitEnd::TimedOut,
+        Some(libc::EINTR) => WaitEnd::Interrupted,
+        _ => WaitEnd::Woken,
+    }
+}
+
+/// Wake one thread that sleeps in [`wait_on`] on `word`.
+pub fn wake_one(word: &AtomicU32) {
+    // SAFETY: the kernel only compares the address with those slept on.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+            1,
+        )
+    };
 }
 
 /// libc's aligned allocation, or `None`. `alignment` is a power of two of at least 8.

@@ -5,7 +5,7 @@
 //! the allocation paths take them.
 
 use crate::os;
-use crate::sync::Lock;
+use crate::sync::{AtomicU64, Lock, Ordering};
 use std::sync::{Once, Weak};
 
 /// Something with locks that a fork must not tear.
@@ -23,6 +23,16 @@ static REGISTERED: Lock<Vec<Weak<dyn ForkLocks>>> = Lock::new(Vec::new());
 static ONCE: Once = Once::new();
 /// What `prepare` locked, for the forking thread's `parent` and `child`.
 static HELD: Lock<Vec<std::sync::Arc<dyn ForkLocks>>> = Lock::new(Vec::new());
+
+/// Forks between the first process and this one. Written in a child before it has a second thread,
+/// so `Relaxed` suffices.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+/// A number that differs between a parent and its child, counted since something registered here.
+#[inline]
+pub(crate) fn generation() -> u64 {
+    GENERATION.load(Ordering::Relaxed)
+}
 
 /// Have `locks` taken and released around every fork for as long as it lives.
 pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
@@ -68,5 +78,6 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
     finish(true);
 }

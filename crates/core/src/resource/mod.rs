@@ -6,7 +6,7 @@ pub mod adaptor;
 mod address_map;
 mod background;
 pub mod composite;
-mod fork;
+pub(crate) mod fork;
 pub mod large_object;
 pub mod ledger;
 pub mod libc_heap;

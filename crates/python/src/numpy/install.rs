@@ -249,13 +249,11 @@ const LARGE_BYTES: usize = 1024 * 1024;
 /// The few largest sizes, each with the place in the program that first asked for it.
 mod largest {
     use super::{AtomicUsize, LARGE_BYTES, Lock, Ordering};
+    use crate::site;
     use pyo3::ffi;
     use pyo3::prelude::*;
-    use pyo3::types::PyCode;
 
     const KEPT: usize = 5;
-    /// How far up the stack to look for a line of the program itself.
-    const FRAMES: usize = 40;
 
     static RECORDS: Lock<Vec<(usize, u64, Option<String>)>> = Lock::new(Vec::new());
     /// Sizes at most this need not be looked at. Only ever grows, so a stale value costs a lookup.
@@ -271,7 +269,11 @@ mod largest {
         }
         // SAFETY: no preconditions. Without the interpreter no frame can be looked at.
         let attached = unsafe { ffi::PyGILState_Check() } == 1;
-        let site = if attached { Python::attach(site) } else { None };
+        let site = if attached {
+            Python::attach(site::current)
+        } else {
+            None
+        };
         let mut records = RECORDS.lock();
         records.push((size, 1, site));
         records.sort_by_key(|record| std::cmp::Reverse(record.0));
@@ -283,42 +285,5 @@ mod largest {
 
     pub(super) fn all() -> Vec<(usize, u64, Option<String>)> {
         RECORDS.lock().clone()
-    }
-
-    /// The innermost line outside installed packages, or else the innermost line.
-    fn site(py: Python<'_>) -> Option<String> {
-        let pending = PyErr::take(py);
-        let found = walk(py);
-        if let Some(pending) = pending {
-            pending.restore(py);
-        }
-        found
-    }
-
-    fn walk(py: Python<'_>) -> Option<String> {
-        // SAFETY: attached; returns a borrowed reference or null.
-        let frame = unsafe { ffi::PyEval_GetFrame() };
-        // SAFETY: as said.
-        let mut frame = unsafe { Bound::from_borrowed_ptr_or_opt(py, frame.cast()) };
-        let mut innermost = None;
-        for _ in 0..FRAMES {
-            let Some(current) = frame else { break };
-            let code = current.getattr("f_code").ok()?.cast_into::<PyCode>().ok()?;
-            let file: String = code.getattr("co_filename").ok()?.extract().ok()?;
-            let line: u32 = current.getattr("f_lineno").ok()?.extract().ok()?;
-            let place = format!("{file}:{line}");
-            let library = file.contains("site-packages")
-                || file.contains("dist-packages")
-                || file.starts_with('<');
-            if !library {
-                return Some(place);
-            }
-            innermost.get_or_insert(place);
-            frame = current
-                .getattr("f_back")
-                .ok()
-                .filter(|back| !back.is_none());
-        }
-        innermost
     }
 }

@@ -1,0 +1,10 @@
+//! The pools as classes: items are Python objects, or blocks of a resource.
+
+mod blocks;
+pub(crate) mod buffer;
+pub(crate) mod lease;
+pub(crate) mod object;
+pub(crate) mod ticket;
+pub(crate) mod vector;
+mod view;
+mod wait;
