@@ -22,6 +22,11 @@ pub enum Error {
         /// Why it cannot be met: the use and the limit, or what the kernel said.
         message: String,
     },
+    /// The object was ended by its owner.
+    Closed {
+        /// What was ended, and how.
+        message: String,
+    },
 }
 
 impl Error {
@@ -37,6 +42,13 @@ impl Error {
     pub fn out_of_memory(requested_bytes: usize, message: impl Into<String>) -> Self {
         Error::OutOfMemory {
             requested_bytes,
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Closed`].
+    pub fn closed(message: impl Into<String>) -> Self {
+        Error::Closed {
             message: message.into(),
         }
     }
@@ -57,6 +69,7 @@ impl fmt::Display for Error {
                     "cannot allocate {requested_bytes} bytes: {message}"
                 )
             }
+            Error::Closed { message } => formatter.write_str(message),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Resources compose: one that needs memory takes an `upstream`, an adaptor wraps one and is one.
 
 mod address_map;
+pub mod arena;
 mod background;
 mod fork;
 pub mod large_object;
