@@ -6,8 +6,17 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
 
+/// An `int` that is a size, which nearly every one is.
+#[inline]
+fn plain(value: &Bound<'_, PyAny>) -> Option<usize> {
+    value.cast_exact::<PyInt>().ok()?.extract().ok()
+}
+
 /// A count of bytes from any Python integer (or object with `__index__`).
 pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    if let Some(size) = plain(value) {
+        return Ok(size);
+    }
     let index = value.call_method0("__index__").ok();
     let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
         let kind = value.get_type().name()?;

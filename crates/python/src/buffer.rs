@@ -1,25 +1,67 @@
-//! `Buffer`: one block as a Python object that exports the buffer protocol.
+//! `Buffer`: one block as a Python object that exports the buffer protocol. `Batch`: many at once.
 #![allow(unsafe_code)]
 
 use crate::errors::InvalidArgument;
-use pyo3::exceptions::PyBufferError;
+use crate::numpy::array::{self, Items, Shape};
+use moirai_core::resource::arena;
+use pyo3::exceptions::{PyBufferError, PyIndexError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use std::ffi::c_int;
+use std::ptr::NonNull;
+
+enum Block {
+    Whole(moirai_core::buffer::Buffer),
+    Part { batch: Py<Batch>, index: usize },
+}
 
 /// One block of a resource; given back when the last view of it is gone.
 ///
 /// Exports the buffer protocol (writable bytes), `numpy()` and DLPack, all without a copy.
 #[pyclass(frozen, weakref, module = "moirai.memory")]
 pub struct Buffer {
-    block: moirai_core::buffer::Buffer,
+    block: Block,
     resource: Py<PyAny>,
 }
 
 impl Buffer {
     pub(crate) fn new(block: moirai_core::buffer::Buffer, resource: Py<PyAny>) -> Self {
-        Buffer { block, resource }
+        Buffer {
+            block: Block::Whole(block),
+            resource,
+        }
+    }
+
+    fn address(&self) -> NonNull<u8> {
+        match &self.block {
+            Block::Whole(block) => block.address(),
+            Block::Part { batch, index } => batch.get().address(*index),
+        }
+    }
+
+    fn size(&self) -> usize {
+        match &self.block {
+            Block::Whole(block) => block.size(),
+            Block::Part { batch, .. } => batch.get().size,
+        }
+    }
+
+    /// All of the block as an array of `shape`, which must take no more than the block has.
+    pub(crate) fn into_array<'py>(
+        self,
+        py: Python<'py>,
+        items: Items<'py>,
+        shape: &Shape,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let needed = shape.bytes(items.item_bytes);
+        if needed.is_none_or(|needed| needed > self.size()) {
+            return Err(InvalidArgument::new_err("shape: must fit the block"));
+        }
+        let address = self.address();
+        let owner = Bound::new(py, self)?.into_any();
+        // SAFETY: the block is as large, checked above, and the buffer keeps it.
+        unsafe { array::over(items, shape, None, address, owner) }
     }
 }
 
@@ -28,13 +70,16 @@ impl Buffer {
     /// Bytes asked for.
     #[getter]
     fn size_bytes(&self) -> usize {
-        self.block.size()
+        self.size()
     }
 
     /// Bytes of the block: the request rounded up to what the resource hands out.
     #[getter]
     fn block_bytes(&self) -> usize {
-        self.block.block_size()
+        match &self.block {
+            Block::Whole(block) => block.block_size(),
+            Block::Part { batch, .. } => batch.get().batch.stride,
+        }
     }
 
     /// The resource it came from.
@@ -44,14 +89,14 @@ impl Buffer {
     }
 
     fn __len__(&self) -> usize {
-        self.block.size()
+        self.size()
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let kind = self.resource.bind(py).get_type().name()?;
         Ok(format!(
             "Buffer(size_bytes={}, resource={kind})",
-            self.block.size()
+            self.size()
         ))
     }
 
@@ -73,7 +118,7 @@ impl Buffer {
                 "dtype: must hold plain values, got {dtype}: a block holds no references"
             )));
         }
-        let size = slf.get().block.size();
+        let size = slf.get().size();
         let item: usize = dtype.getattr("itemsize")?.extract()?;
         let shape = match shape {
             Some(shape) => shape,
@@ -131,8 +176,8 @@ impl Buffer {
             return Err(PyBufferError::new_err("the view is null"));
         }
         let buffer = slf.get();
-        let address = buffer.block.address().as_ptr().cast();
-        let size = buffer.block.size() as ffi::Py_ssize_t;
+        let address = buffer.address().as_ptr().cast();
+        let size = buffer.size() as ffi::Py_ssize_t;
         // SAFETY: the view is valid, the block has `size` bytes and lives as long as this object,
         // to which the call takes a reference.
         let status = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, size, 0, flags) };
@@ -141,5 +186,117 @@ impl Buffer {
         } else {
             Ok(())
         }
+    }
+}
+
+/// Equal blocks of an arena, cut in one step and given back together.
+///
+/// A sequence of buffers, made when they are asked for; each keeps the whole batch.
+#[pyclass(frozen, sequence, weakref, module = "moirai.memory")]
+pub struct Batch {
+    batch: arena::Batch,
+    count: usize,
+    size: usize,
+    resource: Py<PyAny>,
+}
+
+impl Batch {
+    pub(crate) fn new(batch: arena::Batch, count: usize, size: usize, resource: Py<PyAny>) -> Self {
+        Batch {
+            batch,
+            count,
+            size,
+            resource,
+        }
+    }
+
+    fn address(&self, index: usize) -> NonNull<u8> {
+        debug_assert!(index < self.count);
+        // SAFETY: the batch's block has `count` strides, and `index` was checked to be below.
+        unsafe { self.batch.buffer.address().add(index * self.batch.stride) }
+    }
+}
+
+#[pymethods]
+impl Batch {
+    /// Bytes of each block, as asked.
+    #[getter]
+    fn size_bytes(&self) -> usize {
+        self.size
+    }
+
+    /// Bytes from the start of one block to the next.
+    #[getter]
+    fn stride_bytes(&self) -> usize {
+        self.batch.stride
+    }
+
+    /// The arena it came from.
+    #[getter]
+    fn resource(&self, py: Python<'_>) -> Py<PyAny> {
+        self.resource.clone_ref(py)
+    }
+
+    fn __len__(&self) -> usize {
+        self.count
+    }
+
+    fn __getitem__(slf: &Bound<'_, Self>, index: usize) -> PyResult<Buffer> {
+        let batch = slf.get();
+        if index >= batch.count {
+            return Err(PyIndexError::new_err(format!(
+                "index: must be below {}, got {index}",
+                batch.count
+            )));
+        }
+        Ok(Buffer {
+            block: Block::Part {
+                batch: slf.clone().unbind(),
+                index,
+            },
+            resource: batch.resource.clone_ref(slf.py()),
+        })
+    }
+
+    /// All blocks as one array of shape (count, items of a block); rows may lie apart.
+    #[pyo3(signature = (dtype=None))]
+    fn numpy<'py>(
+        slf: &Bound<'py, Self>,
+        dtype: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let batch = slf.get();
+        let bytes = pyo3::types::PyString::new(slf.py(), "uint8").into_any();
+        let items = array::items(slf.py(), Some(dtype.unwrap_or(&bytes)))?;
+        let item = items.item_bytes;
+        if batch.size % item != 0 {
+            return Err(InvalidArgument::new_err(format!(
+                "dtype: its items must divide the blocks of {} bytes, got {item} bytes each",
+                batch.size
+            )));
+        }
+        let shape = Shape::rows(batch.count, batch.size / item);
+        let strides = [
+            batch.batch.stride as ffi::Py_ssize_t,
+            item as ffi::Py_ssize_t,
+        ];
+        let address = batch.batch.buffer.address();
+        // SAFETY: `count` rows of `size` bytes lie a stride apart in the batch's block.
+        unsafe {
+            array::over(
+                items,
+                &shape,
+                Some(&strides),
+                address,
+                slf.clone().into_any(),
+            )
+        }
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let kind = self.resource.bind(py).get_type().name()?;
+        Ok(format!(
+            "Batch(count={}, size_bytes={}, resource={kind})",
+            self.count, self.size
+        ))
     }
 }

@@ -3,6 +3,7 @@
 use moirai_core::error::Error;
 use pyo3::{PyErr, import_exception};
 
+import_exception!(moirai.errors, Closed);
 import_exception!(moirai.errors, InvalidArgument);
 import_exception!(moirai.errors, OutOfMemory);
 import_exception!(moirai.errors, Unsupported);
@@ -12,5 +13,6 @@ pub(crate) fn to_py(error: Error) -> PyErr {
     match error {
         Error::InvalidArgument { .. } => InvalidArgument::new_err(message),
         Error::OutOfMemory { .. } => OutOfMemory::new_err(message),
+        Error::Closed { .. } => Closed::new_err(message),
     }
 }

@@ -2,11 +2,13 @@
 
 #![deny(unsafe_code)]
 
+mod arena;
 mod argument;
 mod buffer;
 mod errors;
 mod numpy;
 mod resource;
+mod transaction;
 
 use pyo3::prelude::*;
 
@@ -16,7 +18,9 @@ mod _native {
     use super::*;
 
     #[pymodule_export]
-    use super::buffer::Buffer;
+    use super::arena::{Arena, ArenaResource, Savepoint, ThreadLocalArena};
+    #[pymodule_export]
+    use super::buffer::{Batch, Buffer};
     #[pymodule_export]
     use super::numpy::install::{install, installed, largest_arrays, uninstall};
     #[pymodule_export]
@@ -26,6 +30,8 @@ mod _native {
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
         Statistics, StatisticsAdaptor, SystemResource,
     };
+    #[pymodule_export]
+    use super::transaction::{TransactionArena, TransactionStore};
 
     /// End the background thread that lets kept memory age; it starts again when needed.
     #[pyfunction]

@@ -13,7 +13,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 /// Requests above this leave the interpreter's lock, since the kernel may take its time.
-const DETACH_BYTES: usize = 64 * 1024;
+pub(crate) const DETACH_BYTES: usize = 64 * 1024;
 
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]
@@ -25,6 +25,34 @@ pub struct Resource {
 impl Resource {
     pub(crate) fn core(&self) -> &Arc<dyn core::Resource> {
         &self.core
+    }
+
+    /// A resource that draws from `upstream`.
+    pub(crate) fn above(core: Arc<dyn core::Resource>, upstream: &Bound<'_, Resource>) -> Self {
+        Resource {
+            core,
+            upstream: Some(upstream.clone().unbind()),
+        }
+    }
+
+    /// A block of `slf`; the interpreter's lock is left while the kernel may take its time.
+    pub(crate) fn draw(
+        slf: &Bound<'_, Self>,
+        size: usize,
+        alignment: usize,
+        zeroed: bool,
+    ) -> PyResult<Buffer> {
+        let resource = Arc::clone(&slf.get().core);
+        let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
+        let block = if size > DETACH_BYTES {
+            slf.py().detach(draw)
+        } else {
+            draw()
+        };
+        Ok(Buffer::new(
+            block.map_err(to_py)?,
+            slf.clone().into_any().unbind(),
+        ))
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
@@ -49,18 +77,7 @@ impl Resource {
         zeroed: bool,
     ) -> PyResult<Buffer> {
         let size = bytes("size_bytes", size_bytes)?;
-        let alignment = alignment_bytes.0;
-        let resource = Arc::clone(&slf.get().core);
-        let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
-        let block = if size > DETACH_BYTES {
-            slf.py().detach(draw)
-        } else {
-            draw()
-        };
-        Ok(Buffer::new(
-            block.map_err(to_py)?,
-            slf.clone().into_any().unbind(),
-        ))
+        Resource::draw(slf, size, alignment_bytes.0, zeroed)
     }
 
     /// What happened so far.
@@ -217,10 +234,7 @@ impl SlabResource {
 }
 
 fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
-    Resource {
-        core: Arc::new(core),
-        upstream: Some(upstream.clone().unbind()),
-    }
+    Resource::above(Arc::new(core), upstream)
 }
 
 /// Counts what passes through it on the way to `upstream`.
@@ -253,10 +267,7 @@ impl StatisticsAdaptor {
     fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
         let core = core::statistics::StatisticsAdaptor::new(Arc::clone(&upstream.get().core));
         let core = Arc::new(core);
-        let base = Resource {
-            core: core.clone(),
-            upstream: Some(upstream.clone().unbind()),
-        };
+        let base = Resource::above(core.clone(), upstream);
         with_base(StatisticsAdaptor(core), base)
     }
 

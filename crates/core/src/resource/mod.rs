@@ -13,6 +13,7 @@ pub mod pool;
 pub mod slab;
 pub mod statistics;
 pub mod system;
+pub mod transaction;
 
 use crate::error::{Error, Result};
 use std::ptr::NonNull;

@@ -46,15 +46,39 @@ struct ArrayFields {
     handler: *mut ffi::PyObject,
 }
 
+const NEW_FROM_DESCR: usize = 94;
+const DESCR_CONVERTER: usize = 174;
+const SET_BASE_OBJECT: usize = 282;
 const SET_HANDLER: usize = 304;
 const DEFAULT_HANDLER: usize = 306;
 const FEATURE_VERSION: usize = 211;
 /// The feature version of NumPy 1.22, which brought handlers.
 const MINIMUM_FEATURE: u32 = 0x0f;
 
+/// `PyArray_NewFromDescr`.
+pub(super) type NewFromDescr = unsafe extern "C" fn(
+    subtype: *mut ffi::PyTypeObject,
+    descr: *mut ffi::PyObject,
+    nd: c_int,
+    dims: *const ffi::Py_ssize_t,
+    strides: *const ffi::Py_ssize_t,
+    data: *mut c_void,
+    flags: c_int,
+    object: *mut ffi::PyObject,
+) -> *mut ffi::PyObject;
+/// `PyArray_DescrConverter`.
+pub(super) type DescrConverter =
+    unsafe extern "C" fn(object: *mut ffi::PyObject, descr: *mut *mut ffi::PyObject) -> c_int;
+/// `PyArray_SetBaseObject`.
+pub(super) type SetBaseObject =
+    unsafe extern "C" fn(array: *mut ffi::PyObject, base: *mut ffi::PyObject) -> c_int;
+
 /// NumPy as this process has it.
 pub(super) struct NumPy {
-    ndarray: Py<PyAny>,
+    pub ndarray: Py<PyAny>,
+    pub new_from_descr: NewFromDescr,
+    pub descr_converter: DescrConverter,
+    pub set_base_object: SetBaseObject,
     default_capsule: Py<PyAny>,
     /// The context variable that holds the handler of each context.
     pub current: Py<PyAny>,
@@ -100,7 +124,17 @@ impl NumPy {
         // SAFETY: `PyDataMem_SetHandler`, of this type since NumPy 1.22.
         let set: unsafe extern "C" fn(*mut ffi::PyObject) -> *mut ffi::PyObject =
             unsafe { std::mem::transmute(entry(SET_HANDLER)) };
+        // SAFETY: `PyArray_NewFromDescr`, of this type in every NumPy.
+        let new_from_descr: NewFromDescr = unsafe { std::mem::transmute(entry(NEW_FROM_DESCR)) };
+        // SAFETY: `PyArray_DescrConverter`, of this type in every NumPy.
+        let descr_converter: DescrConverter =
+            unsafe { std::mem::transmute(entry(DESCR_CONVERTER)) };
+        // SAFETY: `PyArray_SetBaseObject`, of this type since NumPy 1.7.
+        let set_base_object: SetBaseObject = unsafe { std::mem::transmute(entry(SET_BASE_OBJECT)) };
         Ok(NumPy {
+            new_from_descr,
+            descr_converter,
+            set_base_object,
             ndarray: module.getattr("ndarray")?.unbind(),
             current: find_variable(py, set, &default)?.unbind(),
             default_capsule: default.unbind(),

@@ -1,10 +1,12 @@
 //! NumPy's side: its memory handlers (NEP 49), in a context and for the whole process.
 //!
 //! `abi` mirrors the few structures of NumPy's C API that are needed; `scope` sets a handler in a
-//! context; `install` replaces what stands behind NumPy's default one. Only this folder and
+//! context; `install` replaces what stands behind NumPy's default one; `array` shows a block as an
+//! array. Only this folder and
 //! `buffer.rs` hold unsafe code.
 #![allow(unsafe_code)]
 
 mod abi;
+pub(crate) mod array;
 pub(crate) mod install;
 pub(crate) mod scope;

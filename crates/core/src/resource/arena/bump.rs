@@ -5,16 +5,17 @@
 //! says how many blocks and how far. Everything else is done under the arena's lock, which is
 //! never held while upstream is called.
 
+use super::state::{Aftermath, Chunk, State, Use};
 use super::store::{Raw, Slot, SlotRef, Store};
 use super::table::{Table, table_granules};
-use super::timeline::{Place, Position, Timeline};
+use super::timeline::{Place, Position};
 use super::word::{GRANULE, ROOM_MASK, SHUT, Word};
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
 use crate::resource::{Block, HealthReport, Ownership, Request, Statistics};
 use crate::sync::Lock;
-use crate::sync::{AtomicPtr, AtomicUsize, Ordering, Ordering::Relaxed};
 use crate::sync::Quota;
+use crate::sync::{AtomicPtr, AtomicUsize, Ordering, Ordering::Relaxed};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -43,125 +44,6 @@ impl Growth {
     }
 }
 
-/// What a slot is about.
-enum Use {
-    Nothing,
-    /// A chunk to cut blocks from.
-    Bump {
-        /// The number of its turn as the current chunk.
-        turn: u64,
-        /// Granules up to this one were used before this turn.
-        used_granules: usize,
-    },
-    /// One block that has the chunk for itself, cut for the span of this serial.
-    Own { serial: u64 },
-}
-
-struct Chunk {
-    slot: SlotRef,
-    usage: Use,
-    base: usize,
-    bytes: usize,
-    /// Blocks cut, as far as counted, and blocks freed.
-    cut_count: u64,
-    freed_count: u64,
-    /// Bytes of the blocks cut: what the quota is charged for it.
-    cut_bytes: usize,
-}
-
-impl Chunk {
-    fn table(&self) -> Table {
-        // SAFETY: called for a bound chunk only, which lives until it is unbound.
-        unsafe { Table::at(self.base) }
-    }
-
-    fn first_granule(&self) -> usize {
-        table_granules(self.bytes)
-    }
-
-    fn end_granule(&self) -> usize {
-        self.bytes / GRANULE
-    }
-
-    /// The number of its turn, if blocks are cut from it.
-    fn turn(&self) -> Option<u64> {
-        match self.usage {
-            Use::Bump { turn, .. } => Some(turn),
-            Use::Own { .. } | Use::Nothing => None,
-        }
-    }
-
-    /// Live blocks, if all that were cut are counted.
-    fn live_count(&self) -> u64 {
-        self.cut_count - self.freed_count
-    }
-
-    /// The word to go on cutting at `offset` with.
-    ///
-    /// Memory that was used before and memory that was not are two separate rooms, so that every
-    /// block is one or the other.
-    fn room_from(&self, offset: usize) -> Word {
-        match self.usage {
-            Use::Bump { used_granules, .. } if offset < used_granules => {
-                Word::open(offset, used_granules.min(self.end_granule()), true)
-            }
-            _ => Word::open(offset, self.end_granule(), false),
-        }
-    }
-
-    /// Note that this turn used the granules up to `offset`.
-    fn note_used(&mut self, offset: usize) {
-        if let Use::Bump { used_granules, .. } = &mut self.usage {
-            *used_granules = (*used_granules).max(offset);
-        }
-    }
-}
-
-#[derive(Default)]
-struct Counts {
-    cut_bytes: u64,
-    cut_count: u64,
-    freed_bytes: u64,
-    freed_count: u64,
-    hits: u64,
-    peak_bytes: u64,
-    peak_count: u64,
-    invalid_frees: u64,
-}
-
-struct State {
-    chunks: Vec<Chunk>,
-    /// Indices of the chunks that are about nothing.
-    spare: Vec<usize>,
-    current: Option<usize>,
-    /// The current chunk's offset up to which bytes were counted.
-    counted_granule: usize,
-    next_turn: u64,
-    timeline: Timeline,
-    counts: Counts,
-    held_bytes: usize,
-    peak_held_bytes: usize,
-    ended: Option<&'static str>,
-}
-
-/// What is left to do when the lock is released.
-#[derive(Default)]
-struct Aftermath {
-    /// A chunk in which nothing is alive, and whether upstream gets it.
-    chunk: Option<(Raw, bool)>,
-    /// Bytes that the quota is not charged for any more.
-    uncharged: usize,
-}
-
-/// How an arena ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::resource) struct Ending {
-    /// Blocks that views keep alive.
-    pub live_count: u64,
-    /// Their bytes.
-    pub live_bytes: u64,
-}
-
 pub(in crate::resource) struct Arena {
     store: Arc<Store>,
     growth: Growth,
@@ -182,24 +64,17 @@ fn shut_slot() -> *mut Slot {
 }
 
 impl Arena {
-    pub(super) fn new(store: Arc<Store>, growth: Growth, quota: Option<Arc<Quota>>) -> Arc<Self> {
+    pub(in crate::resource) fn new(
+        store: Arc<Store>,
+        growth: Growth,
+        quota: Option<Arc<Quota>>,
+    ) -> Arc<Self> {
         let arena = Arc::new(Arena {
             store,
             growth,
             quota,
             current: AtomicPtr::new(shut_slot()),
-            state: Lock::new(State {
-                chunks: Vec::new(),
-                spare: Vec::new(),
-                current: None,
-                counted_granule: 0,
-                next_turn: 1,
-                timeline: Timeline::new(),
-                counts: Counts::default(),
-                held_bytes: 0,
-                peak_held_bytes: 0,
-                ended: None,
-            }),
+            state: Lock::new(State::new()),
             member: AtomicUsize::new(0),
         });
         arena.store.join(&arena);
@@ -209,7 +84,7 @@ impl Arena {
     // ---- cutting ----
 
     #[inline]
-    pub(super) fn allocate(&self, request: Request) -> Result<Block> {
+    pub(in crate::resource) fn allocate(&self, request: Request) -> Result<Block> {
         let granules = request.size().div_ceil(GRANULE);
         let cut = if request.alignment() <= GRANULE {
             self.cut(granules)
@@ -273,10 +148,10 @@ impl Arena {
         let mut drawn: Option<Raw> = None;
         loop {
             let mut state = self.state.lock();
-            if let Some(how) = state.ended {
+            if state.ended {
                 drop(state);
                 self.keep(drawn);
-                return Err(Error::closed(how));
+                return Err(ended());
             }
             if let Some(block) = self.cut_locked(&mut state, granules, request.alignment()) {
                 drop(state);
@@ -357,8 +232,7 @@ impl Arena {
         // A page at least, so that no two such blocks start in one page of the map.
         let size = (granules * GRANULE).max(PAGE_BYTES);
         let request = Request::new(size, request.alignment(), request.zeroed())?;
-        let upstream = self.store.upstream();
-        let block = upstream.allocate(request)?;
+        let block = self.store.draw(request)?;
         let bound = {
             let mut state = self.state.lock();
             self.bind_own(&mut state, block, granules * GRANULE)
@@ -368,8 +242,8 @@ impl Arena {
     }
 
     fn bind_own(&self, state: &mut State, block: Block, charged_bytes: usize) -> Result<()> {
-        if let Some(how) = state.ended {
-            return Err(Error::closed(how));
+        if state.ended {
+            return Err(ended());
         }
         let serial = state.timeline.top().serial;
         let index = self.spare_chunk(state);
@@ -521,7 +395,7 @@ impl Arena {
 
     /// Take a block back; `None` if `address` is no live block of this arena.
     #[inline]
-    pub(super) fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+    pub(in crate::resource) fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
         let address = address.as_ptr() as usize;
         let slot = self.slot_of(address)?;
         let mut state = self.state.lock();
@@ -533,7 +407,7 @@ impl Arena {
 
     /// Take a block back; 0, and counted, if `address` is none.
     #[inline]
-    pub(super) fn deallocate(&self, address: NonNull<u8>) -> usize {
+    pub(in crate::resource) fn deallocate(&self, address: NonNull<u8>) -> usize {
         self.take_back(address).unwrap_or_else(|| {
             self.state.lock().counts.invalid_frees += 1;
             0
@@ -541,12 +415,7 @@ impl Arena {
     }
 
     #[inline]
-    fn free(
-        &self,
-        state: &mut State,
-        slot: SlotRef,
-        address: usize,
-    ) -> Option<(usize, Aftermath)> {
+    fn free(&self, state: &mut State, slot: SlotRef, address: usize) -> Option<(usize, Aftermath)> {
         let index = slot.index.load(Relaxed);
         let (size, granule) = state.block_at(index, address)?;
         state.note_peak();
@@ -604,12 +473,11 @@ impl Arena {
         chunk.note_used(word.offset());
         let room = chunk.room_from(floor);
         // A block cut meanwhile is alive: then the word is another, and it stays.
-        let swapped = chunk.slot.word.compare_exchange(
-            word.0,
-            room.0,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
+        let swapped =
+            chunk
+                .slot
+                .word
+                .compare_exchange(word.0, room.0, Ordering::AcqRel, Ordering::Relaxed);
         if swapped.is_err() {
             return Aftermath::default();
         }
@@ -619,7 +487,7 @@ impl Arena {
     }
 
     /// Usable size of the block at `address`; 0 if it is none.
-    pub(super) fn block_bytes(&self, address: NonNull<u8>) -> usize {
+    pub(in crate::resource) fn block_bytes(&self, address: NonNull<u8>) -> usize {
         let address = address.as_ptr() as usize;
         let Some(slot) = self.slot_of(address) else {
             return 0;
@@ -629,7 +497,7 @@ impl Arena {
         found.map_or(0, |(size, _)| size)
     }
 
-    pub(super) fn owns(&self, address: NonNull<u8>) -> Ownership {
+    pub(in crate::resource) fn owns(&self, address: NonNull<u8>) -> Ownership {
         if self.block_bytes(address) > 0 {
             Ownership::Yes
         } else {
@@ -729,22 +597,16 @@ impl Arena {
         self.rollback(0, retire)
     }
 
-    /// Cut nothing any more and leave every live block to its views; `None` if it ended before.
-    pub(super) fn end(&self, how: &'static str) -> Option<Ending> {
+    /// Cut nothing any more and leave every live block to its views; returns how many.
+    pub(in crate::resource) fn end(&self) -> u64 {
         let mut state = self.state.lock();
-        if state.ended.is_some() {
-            return None;
-        }
-        state.ended = Some(how);
+        state.ended = true;
         let shut = self.shut_current(&mut state);
         let aftermath = self.leave(&mut state, shut);
-        let ending = Ending {
-            live_count: state.counts.cut_count - state.counts.freed_count,
-            live_bytes: state.counts.cut_bytes - state.counts.freed_bytes,
-        };
+        let live = state.counts.cut_count - state.counts.freed_count;
         drop(state);
         self.settle(aftermath);
-        Some(ending)
+        live
     }
 
     /// Give up every live block, and keep no chunk.
@@ -763,7 +625,7 @@ impl Arena {
     // ---- reports ----
 
     /// What this arena did; what it holds is `resident_bytes`.
-    pub(super) fn statistics(&self) -> Statistics {
+    pub(in crate::resource) fn statistics(&self) -> Statistics {
         let mut state = self.state.lock();
         self.now(&mut state);
         state.note_peak();
@@ -785,17 +647,17 @@ impl Arena {
     }
 
     /// Bytes of the current chunk if nothing in it is alive.
-    pub(super) fn unused_bytes(&self) -> usize {
+    pub(in crate::resource) fn unused_bytes(&self) -> usize {
         self.state.lock().unused_bytes()
     }
 
     /// Most bytes of chunks held at once.
-    pub(super) fn peak_held_bytes(&self) -> usize {
+    pub(in crate::resource) fn peak_held_bytes(&self) -> usize {
         self.state.lock().peak_held_bytes
     }
 
     /// Let go of the current chunk if nothing in it is alive.
-    pub(super) fn drop_unused(&self) {
+    pub(in crate::resource) fn drop_unused(&self) {
         let mut state = self.state.lock();
         if state.unused_bytes() == 0 {
             return;
@@ -812,7 +674,7 @@ impl Arena {
         self.settle(aftermath);
     }
 
-    pub(super) fn check(&self, report: &mut HealthReport) {
+    pub(in crate::resource) fn check(&self, report: &mut HealthReport) {
         let mut state = self.state.lock();
         let shut = self.shut_current(&mut state);
         state.check(report);
@@ -833,198 +695,16 @@ impl Arena {
     }
 }
 
-impl State {
-    /// Count what was cut from the current chunk, whose word was `word`.
-    fn count(&mut self, index: usize, word: Word) {
-        debug_assert_ne!(word, SHUT);
-        let count = word.count();
-        let bytes = (word.offset() - self.counted_granule) * GRANULE;
-        self.counted_granule = word.offset();
-        let chunk = &mut self.chunks[index];
-        chunk.cut_count += count;
-        chunk.cut_bytes += bytes;
-        self.timeline.top().live += count as i64;
-        self.counts.cut_count += count;
-        self.counts.cut_bytes += bytes as u64;
-        if word.reused() {
-            self.counts.hits += count;
-        }
-    }
-
-    /// Blocks and bytes cut from the current chunk since the last count.
-    fn uncounted(&self) -> (u64, u64) {
-        let Some(index) = self.current else {
-            return (0, 0);
-        };
-        let word = Word(self.chunks[index].slot.word.load(Relaxed));
-        let bytes = (word.offset() - self.counted_granule) * GRANULE;
-        (word.count(), bytes as u64)
-    }
-
-    /// Called before blocks are freed: a peak is what was alive before a free, or is now.
-    #[inline]
-    fn note_peak(&mut self) {
-        let (count, bytes) = self.uncounted();
-        let counts = &mut self.counts;
-        let count = counts.cut_count + count - counts.freed_count;
-        let bytes = counts.cut_bytes + bytes - counts.freed_bytes;
-        counts.peak_count = counts.peak_count.max(count);
-        counts.peak_bytes = counts.peak_bytes.max(bytes);
-    }
-
-    fn hold(&mut self, bytes: usize) {
-        self.held_bytes += bytes;
-        self.peak_held_bytes = self.peak_held_bytes.max(self.held_bytes);
-    }
-
-    /// Where the first block of the next chunk will be cut.
-    fn next_chunk(&self) -> Place {
-        Place {
-            position: Position {
-                turn: self.next_turn,
-                granule: 0,
-            },
-            chunk: usize::MAX,
-            cut_bytes: 0,
-        }
-    }
-
-    /// Size and granule of the live block at `address`, if the chunk at `index` has one there.
-    #[inline]
-    fn block_at(&self, index: usize, address: usize) -> Option<(usize, usize)> {
-        let chunk = self.chunks.get(index)?;
-        let inside = address.wrapping_sub(chunk.base);
-        match chunk.usage {
-            Use::Own { .. } if inside == 0 => Some((chunk.bytes, 0)),
-            Use::Bump { .. } if inside < chunk.bytes && inside % GRANULE == 0 => {
-                let granule = inside / GRANULE;
-                if granule < chunk.first_granule() {
-                    return None;
-                }
-                let granules = chunk.table().get(granule);
-                (granules > 0).then_some((granules * GRANULE, granule))
-            }
-            _ => None,
-        }
-    }
-
-    /// Let go of a chunk in which nothing is alive, and that is not the current one.
-    fn unbind(&mut self, index: usize, upstream: bool) -> Aftermath {
-        let chunk = &mut self.chunks[index];
-        let used_granules = match chunk.usage {
-            Use::Bump { used_granules, .. } => used_granules,
-            Use::Own { .. } | Use::Nothing => 0,
-        };
-        let raw = NonNull::new(chunk.base as *mut u8).map(|base| Raw {
-            base,
-            bytes: chunk.bytes,
-            used_granules,
-            wiped: true,
-        });
-        chunk.usage = Use::Nothing;
-        self.held_bytes -= chunk.bytes;
-        self.spare.push(index);
-        Aftermath {
-            chunk: raw.map(|raw| (raw, upstream)),
-            uncharged: std::mem::take(&mut chunk.cut_bytes),
-        }
-    }
-
-    /// Note that of the bytes cut from a chunk only `kept_bytes` are cut any more.
-    fn uncut(&mut self, index: usize, kept_bytes: usize) -> Aftermath {
-        let chunk = &mut self.chunks[index];
-        let uncharged = chunk.cut_bytes - kept_bytes;
-        chunk.cut_bytes = kept_bytes;
-        Aftermath {
-            chunk: None,
-            uncharged,
-        }
-    }
-
-    /// Bytes of the current chunk if nothing in it is alive.
-    fn unused_bytes(&self) -> usize {
-        let Some(index) = self.current else {
-            return 0;
-        };
-        let chunk = &self.chunks[index];
-        let word = Word(chunk.slot.word.load(Relaxed));
-        if chunk.cut_count + word.count() == chunk.freed_count {
-            chunk.bytes
-        } else {
-            0
-        }
-    }
-
-    /// Whether the structures agree. The current chunk is shut and counted.
-    fn check(&self, report: &mut HealthReport) {
-        let (mut live, mut live_bytes, mut held) = (0, 0, 0);
-        for (index, chunk) in self.chunks.iter().enumerate() {
-            let (count, bytes) = match chunk.usage {
-                Use::Nothing => continue,
-                Use::Own { .. } => (1, chunk.bytes as u64),
-                Use::Bump { .. } => chunk.walk(),
-            };
-            report.expect(count == chunk.live_count(), || {
-                format!(
-                    "arena: chunk {index} has {count} live blocks, {} are counted",
-                    chunk.live_count()
-                )
-            });
-            let needed = count > 0 || self.current == Some(index);
-            report.expect(needed, || format!("arena: chunk {index} is kept for nothing"));
-            live += count;
-            live_bytes += bytes;
-            held += chunk.bytes;
-        }
-        let counts = &self.counts;
-        let counted = (
-            counts.cut_count - counts.freed_count,
-            counts.cut_bytes - counts.freed_bytes,
-            self.held_bytes,
-        );
-        report.expect((live, live_bytes, held) == counted, || {
-            format!(
-                "arena: live blocks, their bytes and bytes held are {live}, {live_bytes} and                  {held}, counted as {counted:?}"
-            )
-        });
-        let in_spans = self.timeline.live();
-        report.expect(in_spans == live as i64, || {
-            format!("arena: spans count {in_spans} live blocks, there are {live}")
-        });
-        if let Some(disorder) = self.timeline.disorder() {
-            report.findings.push(disorder);
-        }
-        let first = self.timeline.find(0).unwrap_or(0);
-        let retired = live.saturating_sub(self.timeline.live_from(first).0);
-        report.count("arena.chunks", (self.chunks.len() - self.spare.len()) as u64);
-        report.count("arena.live_blocks", live);
-        report.count("arena.retired_blocks", retired);
-        report.count("arena.savepoints", self.timeline.savepoint_count() as u64);
-    }
-}
-
-impl Chunk {
-    /// Live blocks and their bytes as the table has them. A thread that has just cut a block may
-    /// not have entered it yet.
-    fn walk(&self) -> (u64, u64) {
-        let mut patience = 10_000;
-        loop {
-            let (count, granules) = self.table().walk(self.first_granule(), self.end_granule());
-            if count >= self.live_count() || patience == 0 {
-                return (count, granules * GRANULE as u64);
-            }
-            patience -= 1;
-            std::thread::yield_now();
-        }
-    }
-}
-
 /// Whether a block is better off with a chunk of its own than in a new chunk of `chunk_bytes`.
 fn deserves_own(granules: usize, alignment: usize, chunk_bytes: usize) -> bool {
     let room = chunk_bytes / GRANULE - table_granules(chunk_bytes);
     let padding = alignment / GRANULE - 1;
     let bytes = granules * GRANULE;
     granules + padding > room || bytes >= PAGE_BYTES && bytes > chunk_bytes / 2
+}
+
+fn ended() -> Error {
+    Error::closed("the arena has ended")
 }
 
 fn no_map() -> Error {
@@ -1044,7 +724,9 @@ impl Drop for Arena {
         self.store.leave(self);
         if let Some((index, word)) = {
             let state = self.state.get_mut();
-            state.current.map(|index| (index, Word(state.chunks[index].slot.word.load(Relaxed))))
+            state
+                .current
+                .map(|index| (index, Word(state.chunks[index].slot.word.load(Relaxed))))
         } {
             self.state.get_mut().count(index, word);
         }
@@ -1076,6 +758,7 @@ impl Drop for Arena {
         }
         self.uncharge(uncharged);
         let slots = std::mem::take(&mut self.state.get_mut().chunks);
-        self.store.give_slots(slots.into_iter().map(|chunk| chunk.slot));
+        self.store
+            .give_slots(slots.into_iter().map(|chunk| chunk.slot));
     }
 }

@@ -9,6 +9,7 @@
 //! obstacks of the GNU C library for going back to a mark. Left out: growing the last block.
 
 mod bump;
+mod state;
 mod store;
 mod table;
 mod thread_local;

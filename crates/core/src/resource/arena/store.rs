@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
 use crate::resource::address_map::AddressMap;
 use crate::resource::fork::{self, ForkLocks};
-use crate::resource::{Request, Resource};
+use crate::resource::{Block, Request, Resource};
 use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Lock, Ordering::Relaxed};
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -110,10 +110,15 @@ pub(in crate::resource) struct Store {
     arenas: Lock<Vec<Member>>,
     /// Most bytes of idle chunks to keep.
     keep_bytes: usize,
+    /// Bytes drawn from upstream. Read by reports only, so `Relaxed` suffices.
+    drawn_bytes: AtomicUsize,
 }
 
 impl Store {
-    pub(in crate::resource) fn new(upstream: Arc<dyn Resource>, keep_bytes: usize) -> Result<Arc<Self>> {
+    pub(in crate::resource) fn new(
+        upstream: Arc<dyn Resource>,
+        keep_bytes: usize,
+    ) -> Result<Arc<Self>> {
         let map = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for an arena's map"))?;
         let store = Arc::new(Store {
@@ -122,13 +127,14 @@ impl Store {
             shelf: Lock::default(),
             arenas: Lock::default(),
             keep_bytes,
+            drawn_bytes: AtomicUsize::new(0),
         });
         let locks: Weak<dyn ForkLocks> = Arc::downgrade(&store) as Weak<dyn ForkLocks>;
         fork::register(locks);
         Ok(store)
     }
 
-    pub(super) fn upstream(&self) -> &Arc<dyn Resource> {
+    pub(in crate::resource) fn upstream(&self) -> &Arc<dyn Resource> {
         &self.upstream
     }
 
@@ -179,9 +185,7 @@ impl Store {
         if let Some(raw) = kept {
             return Ok(raw);
         }
-        let block = self
-            .upstream
-            .allocate(Request::new(bytes, PAGE_BYTES, false)?)?;
+        let block = self.draw(Request::new(bytes, PAGE_BYTES, false)?)?;
         Ok(Raw {
             base: block.address,
             bytes,
@@ -206,20 +210,32 @@ impl Store {
         self.hand_back(raw.base);
     }
 
+    /// New memory from upstream.
+    pub(super) fn draw(&self, request: Request) -> Result<Block> {
+        let block = self.upstream.allocate(request)?;
+        self.drawn_bytes.fetch_add(block.size, Relaxed);
+        Ok(block)
+    }
+
+    pub(in crate::resource) fn drawn_bytes(&self) -> usize {
+        self.drawn_bytes.load(Relaxed)
+    }
+
     /// Give memory back to upstream.
     pub(super) fn hand_back(&self, base: NonNull<u8>) {
         // SAFETY: drawn from upstream for a chunk in which nothing is alive and that no slot is
         // about any more.
-        unsafe { self.upstream.deallocate(base) };
+        let bytes = unsafe { self.upstream.deallocate(base) };
+        self.drawn_bytes.fetch_sub(bytes, Relaxed);
     }
 
-    pub(super) fn idle_bytes(&self) -> usize {
+    pub(in crate::resource) fn idle_bytes(&self) -> usize {
         self.shelf.lock().idle_bytes
     }
 
     /// Give idle chunks back to upstream until at most `target` bytes of them are kept, and let
     /// upstream keep what is left of the target; returns the bytes that went to the kernel.
-    pub(super) fn trim(&self, target: usize) -> usize {
+    pub(in crate::resource) fn trim(&self, target: usize) -> usize {
         let before = self.upstream.statistics().resident_bytes;
         let mut surplus = Vec::new();
         let kept = {

@@ -193,7 +193,9 @@ unsafe impl Resource for ThreadLocalArena {
 
     #[inline]
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        let freed = self.arena_at(address).and_then(|arena| arena.take_back(address));
+        let freed = self
+            .arena_at(address)
+            .and_then(|arena| arena.take_back(address));
         freed.unwrap_or_else(|| {
             self.shared.arenas.lock().invalid_frees += 1;
             0

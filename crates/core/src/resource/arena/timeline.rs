@@ -198,7 +198,9 @@ impl Timeline {
         if self.spans.len() == 1 {
             return 0;
         }
-        let behind = self.spans.partition_point(|span| span.place.position <= position);
+        let behind = self
+            .spans
+            .partition_point(|span| span.place.position <= position);
         behind.saturating_sub(1)
     }
 
@@ -398,7 +400,10 @@ mod tests {
     fn a_loop_of_savepoints_leaves_no_spans_behind() {
         let mut timeline = Timeline::new();
         let mut previous = None;
-        let mut now = Position { turn: 0, granule: 0 };
+        let mut now = Position {
+            turn: 0,
+            granule: 0,
+        };
         for turn in 1..1000 {
             let number = timeline.save(at(now));
             if let Some(previous) = previous.replace(number) {

@@ -55,7 +55,8 @@ impl Word {
     }
 
     /// The granule behind the last one left.
-    pub(super) fn end(self) -> usize {
+    #[cfg(test)]
+    fn end(self) -> usize {
         self.offset() + (self.0 >> LEFT_SHIFT) as usize
     }
 
@@ -106,7 +107,10 @@ mod tests {
     fn the_largest_chunk_fits() {
         let word = Word::open(1, MAX_GRANULES - 1, true);
         let after = word.cut(MAX_GRANULES - 2).unwrap();
-        assert_eq!((after.offset(), after.end()), (MAX_GRANULES - 1, MAX_GRANULES - 1));
+        assert_eq!(
+            (after.offset(), after.end()),
+            (MAX_GRANULES - 1, MAX_GRANULES - 1)
+        );
         assert_eq!(after.cut(1), None);
     }
 }
