@@ -33,6 +33,17 @@ impl Buffer {
         }
     }
 
+    /// The buffer as an object, which the cycle collector need not visit.
+    ///
+    /// It refers to its resource alone, and not in a way that the collector could clear; walking
+    /// many buffers would only cost.
+    pub(crate) fn into_object(self, py: Python<'_>) -> PyResult<Bound<'_, Self>> {
+        let object = Bound::new(py, self)?;
+        // SAFETY: a live object of a type that the collector knows, tracked when it was made.
+        unsafe { ffi::PyObject_GC_UnTrack(object.as_ptr().cast()) };
+        Ok(object)
+    }
+
     fn address(&self) -> NonNull<u8> {
         match &self.block {
             Block::Whole(block) => block.address(),
@@ -59,7 +70,7 @@ impl Buffer {
             return Err(InvalidArgument::new_err("shape: must fit the block"));
         }
         let address = self.address();
-        let owner = Bound::new(py, self)?.into_any();
+        let owner = self.into_object(py)?.into_any();
         // SAFETY: the block is as large, checked above, and the buffer keeps it.
         unsafe { array::over(items, shape, None, address, owner) }
     }
@@ -241,7 +252,7 @@ impl Batch {
         self.count
     }
 
-    fn __getitem__(slf: &Bound<'_, Self>, index: usize) -> PyResult<Buffer> {
+    fn __getitem__<'py>(slf: &Bound<'py, Self>, index: usize) -> PyResult<Bound<'py, Buffer>> {
         let batch = slf.get();
         if index >= batch.count {
             return Err(PyIndexError::new_err(format!(
@@ -249,13 +260,14 @@ impl Batch {
                 batch.count
             )));
         }
-        Ok(Buffer {
+        let buffer = Buffer {
             block: Block::Part {
                 batch: slf.clone().unbind(),
                 index,
             },
             resource: batch.resource.clone_ref(slf.py()),
-        })
+        };
+        buffer.into_object(slf.py())
     }
 
     /// All blocks as one array of shape (count, items of a block); rows may lie apart.

@@ -70,14 +70,14 @@ impl Resource {
         signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false),
         text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False)"
     )]
-    fn allocate(
-        slf: &Bound<'_, Self>,
-        size_bytes: &Bound<'_, PyAny>,
+    fn allocate<'py>(
+        slf: &Bound<'py, Self>,
+        size_bytes: &Bound<'py, PyAny>,
         alignment_bytes: Alignment,
         zeroed: bool,
-    ) -> PyResult<Buffer> {
+    ) -> PyResult<Bound<'py, Buffer>> {
         let size = bytes("size_bytes", size_bytes)?;
-        Resource::draw(slf, size, alignment_bytes.0, zeroed)
+        Resource::draw(slf, size, alignment_bytes.0, zeroed)?.into_object(slf.py())
     }
 
     /// What happened so far.

@@ -11,9 +11,12 @@ import warnings
 
 from moirai import _native
 from moirai._native import (
+    Arena,
+    Batch,
     Buffer,
     HealthReport,
     Resource,
+    Savepoint,
     Statistics,
     SystemResource,
     handler_of,
@@ -21,12 +24,16 @@ from moirai._native import (
     stop_background,
     uninstall,
 )
+from moirai.memory.arenas import ArenaResource, ThreadLocalArena
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
 
 __all__ = [
+    "Arena",
+    "ArenaResource",
+    "Batch",
     "Buffer",
     "HealthReport",
     "LargeArray",
@@ -34,12 +41,14 @@ __all__ = [
     "LimitAdaptor",
     "PoolResource",
     "Resource",
+    "Savepoint",
     "Scope",
     "ScopeRecord",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "ThreadLocalArena",
     "handler_of",
     "install",
     "installed",
