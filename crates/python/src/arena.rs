@@ -1,7 +1,7 @@
 //! Arenas as classes: typed arrays, batches, savepoints.
 
 use crate::argument::bytes;
-use crate::buffer::Batch;
+use crate::buffer::{Batch, Buffer};
 use crate::errors::to_py;
 use crate::numpy::array;
 use crate::resource::{DETACH_BYTES, Resource};
@@ -29,7 +29,7 @@ impl Arena {
         let size = lengths
             .bytes(items.item_bytes)
             .ok_or_else(|| array::too_large(shape))?;
-        let buffer = Resource::draw(slf.as_super(), size, 1, zeroed)?;
+        let buffer = Buffer::draw(slf.as_super(), size, 1, zeroed)?;
         buffer.into_array(slf.py(), items, &lengths)
     }
 
@@ -50,7 +50,7 @@ impl Arena {
         } else {
             draw()
         };
-        let resource = slf.clone().into_any().unbind();
+        let resource = slf.as_super().clone().unbind();
         Ok(Batch::new(batch.map_err(to_py)?, count, size, resource))
     }
 }

@@ -1,9 +1,11 @@
 //! `Buffer`: one block as a Python object that exports the buffer protocol. `Batch`: many at once.
 #![allow(unsafe_code)]
 
-use crate::errors::InvalidArgument;
+use crate::errors::{InvalidArgument, to_py};
 use crate::numpy::array::{self, Items, Shape};
-use moirai_core::resource::arena;
+use crate::resource::{DETACH_BYTES, Resource};
+use moirai_core::resource as core;
+use moirai_core::resource::{Request, arena};
 use pyo3::exceptions::{PyBufferError, PyIndexError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -12,8 +14,12 @@ use std::ffi::c_int;
 use std::ptr::NonNull;
 
 enum Block {
-    Whole(moirai_core::buffer::Buffer),
-    Part { batch: Py<Batch>, index: usize },
+    /// One that the buffer owns: address, bytes asked for, bytes given.
+    Whole(NonNull<u8>, usize, usize),
+    Part {
+        batch: Py<Batch>,
+        index: usize,
+    },
 }
 
 /// One block of a resource; given back when the last view of it is gone.
@@ -22,15 +28,50 @@ enum Block {
 #[pyclass(frozen, weakref, module = "moirai.memory")]
 pub struct Buffer {
     block: Block,
-    resource: Py<PyAny>,
+    resource: Py<Resource>,
+}
+
+/// A block on its way out of `detach`.
+struct Drawn(core::Block);
+
+// SAFETY: a block that nobody but the drawing thread has seen.
+unsafe impl Send for Drawn {}
+
+// SAFETY: the block is plain memory that only this buffer owns; resources may be used anywhere.
+unsafe impl Send for Buffer {}
+// SAFETY: `&Buffer` gives no access to the contents but through the buffer protocol.
+unsafe impl Sync for Buffer {}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Block::Whole(address, ..) = self.block {
+            // SAFETY: this buffer owns the block, and views hold the buffer.
+            unsafe { self.resource.get().core().deallocate(address) };
+        }
+    }
 }
 
 impl Buffer {
-    pub(crate) fn new(block: moirai_core::buffer::Buffer, resource: Py<PyAny>) -> Self {
-        Buffer {
-            block: Block::Whole(block),
-            resource,
-        }
+    /// A block of `resource`; the interpreter's lock is left while the kernel may take its time.
+    pub(crate) fn draw(
+        resource: &Bound<'_, Resource>,
+        size: usize,
+        alignment: usize,
+        zeroed: bool,
+    ) -> PyResult<Self> {
+        let request = Request::new(size, alignment, zeroed).map_err(to_py)?;
+        let core = resource.get().core();
+        let block = if size > DETACH_BYTES {
+            let drawn = resource.py().detach(|| core.allocate(request).map(Drawn));
+            drawn.map(|Drawn(block)| block)
+        } else {
+            core.allocate(request)
+        };
+        let block = block.map_err(to_py)?;
+        Ok(Buffer {
+            block: Block::Whole(block.address, size, block.size),
+            resource: resource.clone().unbind(),
+        })
     }
 
     /// The buffer as an object, which the cycle collector need not visit.
@@ -46,14 +87,14 @@ impl Buffer {
 
     fn address(&self) -> NonNull<u8> {
         match &self.block {
-            Block::Whole(block) => block.address(),
+            Block::Whole(address, ..) => *address,
             Block::Part { batch, index } => batch.get().address(*index),
         }
     }
 
     fn size(&self) -> usize {
         match &self.block {
-            Block::Whole(block) => block.size(),
+            Block::Whole(_, size, _) => *size,
             Block::Part { batch, .. } => batch.get().size,
         }
     }
@@ -88,14 +129,14 @@ impl Buffer {
     #[getter]
     fn block_bytes(&self) -> usize {
         match &self.block {
-            Block::Whole(block) => block.block_size(),
+            Block::Whole(.., block_size) => *block_size,
             Block::Part { batch, .. } => batch.get().batch.stride,
         }
     }
 
     /// The resource it came from.
     #[getter]
-    fn resource(&self, py: Python<'_>) -> Py<PyAny> {
+    fn resource(&self, py: Python<'_>) -> Py<Resource> {
         self.resource.clone_ref(py)
     }
 
@@ -208,11 +249,11 @@ pub struct Batch {
     batch: arena::Batch,
     count: usize,
     size: usize,
-    resource: Py<PyAny>,
+    resource: Py<Resource>,
 }
 
 impl Batch {
-    pub(crate) fn new(batch: arena::Batch, count: usize, size: usize, resource: Py<PyAny>) -> Self {
+    pub(crate) fn new(batch: arena::Batch, count: usize, size: usize, resource: Py<Resource>) -> Self {
         Batch {
             batch,
             count,
@@ -244,7 +285,7 @@ impl Batch {
 
     /// The arena it came from.
     #[getter]
-    fn resource(&self, py: Python<'_>) -> Py<PyAny> {
+    fn resource(&self, py: Python<'_>) -> Py<Resource> {
         self.resource.clone_ref(py)
     }
 

@@ -35,26 +35,6 @@ impl Resource {
         }
     }
 
-    /// A block of `slf`; the interpreter's lock is left while the kernel may take its time.
-    pub(crate) fn draw(
-        slf: &Bound<'_, Self>,
-        size: usize,
-        alignment: usize,
-        zeroed: bool,
-    ) -> PyResult<Buffer> {
-        let resource = Arc::clone(&slf.get().core);
-        let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
-        let block = if size > DETACH_BYTES {
-            slf.py().detach(draw)
-        } else {
-            draw()
-        };
-        Ok(Buffer::new(
-            block.map_err(to_py)?,
-            slf.clone().into_any().unbind(),
-        ))
-    }
-
     fn over(core: impl core::Resource + 'static) -> Self {
         Resource {
             core: Arc::new(core),
@@ -77,7 +57,7 @@ impl Resource {
         zeroed: bool,
     ) -> PyResult<Bound<'py, Buffer>> {
         let size = bytes("size_bytes", size_bytes)?;
-        Resource::draw(slf, size, alignment_bytes.0, zeroed)?.into_object(slf.py())
+        Buffer::draw(slf, size, alignment_bytes.0, zeroed)?.into_object(slf.py())
     }
 
     /// What happened so far.
