@@ -45,6 +45,12 @@ CACHING: dict[str, Make] = {
     "limit over pool": lambda: memory.LimitAdaptor(
         memory.PoolResource(decay_seconds=None), limit_bytes="1 GiB"
     ),
+    "arena": lambda: memory.ArenaResource(memory.PoolResource(decay_seconds=None)),
+    "thread-local arena": lambda: memory.ThreadLocalArena(memory.PoolResource(decay_seconds=None)),
+    "limit over statistics over arena": lambda: memory.LimitAdaptor(
+        memory.StatisticsAdaptor(memory.ArenaResource(memory.PoolResource(decay_seconds=None))),
+        limit_bytes="1 GiB",
+    ),
 }
 RESOURCES: dict[str, Make] = {
     **CACHING,
@@ -55,6 +61,25 @@ RESOURCES: dict[str, Make] = {
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool, defaults": memory.PoolResource,
     "pool, capped": lambda: memory.PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.01),
+    "arena, defaults": memory.ArenaResource,
+    "arena, small chunks": lambda: memory.ArenaResource(chunk_bytes="4 KiB"),
+    "arena, odd chunks": lambda: memory.ArenaResource(chunk_bytes=300_001),
+    "arena, large chunks": lambda: memory.ArenaResource(chunk_bytes="64 MiB"),
+    "arena over system": lambda: memory.ArenaResource(memory.SystemResource()),
+    "arena over arena": lambda: memory.ArenaResource(
+        memory.ArenaResource(chunk_bytes="256 KiB"), chunk_bytes="32 KiB"
+    ),
+    "arena over limit over large": lambda: memory.ArenaResource(
+        memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
+    ),
+    "slab over arena": lambda: memory.SlabResource(memory.ArenaResource()),
+    "thread-local arena, small chunks": lambda: memory.ThreadLocalArena(chunk_bytes="64 KiB"),
+    "transaction": lambda: memory.TransactionArenas(
+        profiles={"one": ("64 KiB", "1 GiB")}, record_every=1
+    ).begin("contract"),
+    "statistics over thread-local arena": lambda: memory.StatisticsAdaptor(
+        memory.ThreadLocalArena()
+    ),
     "slab over limit over large": lambda: memory.SlabResource(
         memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
     ),
@@ -651,8 +676,11 @@ def test_base_class_cannot_be_constructed() -> None:
         memory.SlabResource,
         memory.StatisticsAdaptor,
         lambda upstream: memory.LimitAdaptor(upstream, limit_bytes="1 MiB"),
+        memory.ArenaResource,
+        memory.ThreadLocalArena,
+        lambda upstream: memory.TransactionArenas(upstream).begin("contract"),
     ],
-    ids=["slab", "statistics", "limit"],
+    ids=["slab", "statistics", "limit", "arena", "thread-local arena", "transaction"],
 )
 def test_upstream_is_what_was_given_and_nothing_else(
     wrap: Callable[[object], memory.Resource],

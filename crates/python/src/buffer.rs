@@ -253,7 +253,12 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub(crate) fn new(batch: arena::Batch, count: usize, size: usize, resource: Py<Resource>) -> Self {
+    pub(crate) fn new(
+        batch: arena::Batch,
+        count: usize,
+        size: usize,
+        resource: Py<Resource>,
+    ) -> Self {
         Batch {
             batch,
             count,

@@ -29,17 +29,28 @@ from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
+from moirai.memory.transactions import (
+    PROFILES,
+    Fragmentation,
+    Profile,
+    TransactionArena,
+    TransactionArenas,
+    TransactionStatistics,
+)
 
 __all__ = [
+    "PROFILES",
     "Arena",
     "ArenaResource",
     "Batch",
     "Buffer",
+    "Fragmentation",
     "HealthReport",
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
     "PoolResource",
+    "Profile",
     "Resource",
     "Savepoint",
     "Scope",
@@ -49,6 +60,9 @@ __all__ = [
     "StatisticsAdaptor",
     "SystemResource",
     "ThreadLocalArena",
+    "TransactionArena",
+    "TransactionArenas",
+    "TransactionStatistics",
     "handler_of",
     "install",
     "installed",

@@ -26,24 +26,32 @@ pub(crate) fn items<'py>(
     py: Python<'py>,
     dtype: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Items<'py>> {
+    let numpy = abi::numpy(py)?;
     let none = py.None();
     let dtype = dtype.map_or(none.as_ptr(), |dtype| dtype.as_ptr());
     let mut descr = null_mut();
     // SAFETY: a live object, and a place for a new reference.
-    let converted = unsafe { (abi::numpy(py)?.descr_converter)(dtype, &mut descr) };
+    let converted = unsafe { (numpy.descr_converter)(dtype, &mut descr) };
     if converted == 0 {
         return Err(PyErr::fetch(py));
     }
     // SAFETY: on success a new reference was stored.
     let descr = unsafe { Bound::from_owned_ptr_or_err(py, descr) }?;
-    let item_bytes: usize = descr.getattr(pyo3::intern!(py, "itemsize"))?.extract()?;
+    // SAFETY: the converter gives dtypes.
+    let (item_bytes, has_object) = match unsafe { numpy.descr_layout.read(descr.as_ptr()) } {
+        Some(read) => read,
+        None => (
+            descr.getattr("itemsize")?.extract()?,
+            descr.getattr("hasobject")?.extract()?,
+        ),
+    };
     if item_bytes == 0 {
         return Err(InvalidArgument::new_err(format!(
             "dtype: must say how large its items are, got {}",
             descr.repr()?
         )));
     }
-    if descr.getattr(pyo3::intern!(py, "hasobject"))?.is_truthy()? {
+    if has_object {
         return Err(InvalidArgument::new_err(format!(
             "dtype: must hold plain values, got {descr}: a block holds no references"
         )));

@@ -398,10 +398,14 @@ impl Arena {
     pub(in crate::resource) fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
         let address = address.as_ptr() as usize;
         let slot = self.slot_of(address)?;
+        // Filled in place: it is empty nearly always, and moving it would cost more than the rest.
+        let mut aftermath = Aftermath::default();
         let mut state = self.state.lock();
-        let (size, aftermath) = self.free(&mut state, slot, address)?;
+        let size = self.free(&mut state, slot, address, &mut aftermath)?;
         drop(state);
-        self.settle(aftermath);
+        if !aftermath.is_empty() {
+            self.settle(aftermath);
+        }
         Some(size)
     }
 
@@ -415,7 +419,13 @@ impl Arena {
     }
 
     #[inline]
-    fn free(&self, state: &mut State, slot: SlotRef, address: usize) -> Option<(usize, Aftermath)> {
+    fn free(
+        &self,
+        state: &mut State,
+        slot: SlotRef,
+        address: usize,
+        aftermath: &mut Aftermath,
+    ) -> Option<usize> {
         let index = slot.index.load(Relaxed);
         let (size, granule) = state.block_at(index, address)?;
         state.note_peak();
@@ -426,32 +436,31 @@ impl Arena {
         match chunk.usage {
             Use::Own { serial } => {
                 state.timeline.freed_own(serial);
-                Some((size, state.unbind(index, true)))
+                *aftermath = state.unbind(index, true);
             }
             Use::Bump { turn, .. } => {
                 chunk.table().clear(granule);
                 let position = Position { turn, granule };
                 if state.current == Some(index) {
                     state.timeline.freed(position);
-                    return Some((size, self.sink(state, index)));
-                }
-                let empty = chunk.live_count() == 0;
-                let granule = chunk.first_granule();
-                let retired = empty && state.timeline.retired(Position { turn, granule });
-                state.timeline.freed(position);
-                if empty {
-                    Some((size, state.unbind(index, retired)))
+                    self.sink(state, index, aftermath);
+                } else if chunk.live_count() > 0 {
+                    state.timeline.freed(position);
                 } else {
-                    Some((size, Aftermath::default()))
+                    let granule = chunk.first_granule();
+                    let retired = state.timeline.retired(Position { turn, granule });
+                    state.timeline.freed(position);
+                    *aftermath = state.unbind(index, retired);
                 }
             }
-            Use::Nothing => None,
+            Use::Nothing => return None,
         }
+        Some(size)
     }
 
     /// Cut again from where nothing is alive behind: the chunk's start, or the last savepoint.
     #[inline]
-    fn sink(&self, state: &mut State, index: usize) -> Aftermath {
+    fn sink(&self, state: &mut State, index: usize, aftermath: &mut Aftermath) {
         let chunk = &mut state.chunks[index];
         let word = Word(chunk.slot.word.load(Ordering::Acquire));
         let top = state.timeline.top();
@@ -459,7 +468,7 @@ impl Arena {
         let nothing_here = chunk.cut_count + word.count() == chunk.freed_count;
         let nothing_since = top.live + word.count() as i64 == 0;
         if !(nothing_here || since_here && nothing_since) {
-            return Aftermath::default();
+            return;
         }
         let (floor, kept_bytes) = if since_here {
             (top.place.position.granule, top.place.cut_bytes)
@@ -468,7 +477,7 @@ impl Arena {
         };
         let floor = floor.max(chunk.first_granule());
         if word.offset() == floor {
-            return Aftermath::default();
+            return;
         }
         chunk.note_used(word.offset());
         let room = chunk.room_from(floor);
@@ -479,11 +488,11 @@ impl Arena {
                 .word
                 .compare_exchange(word.0, room.0, Ordering::AcqRel, Ordering::Relaxed);
         if swapped.is_err() {
-            return Aftermath::default();
+            return;
         }
         state.count(index, word);
         state.counted_granule = floor;
-        state.uncut(index, kept_bytes)
+        aftermath.uncharged = state.uncut(index, kept_bytes);
     }
 
     /// Usable size of the block at `address`; 0 if it is none.
@@ -587,7 +596,7 @@ impl Arena {
             }
             _ => self.leave(state, shut),
         };
-        aftermath.uncharged += state.uncut(place.chunk, place.cut_bytes).uncharged;
+        aftermath.uncharged += state.uncut(place.chunk, place.cut_bytes);
         self.open(state, place.chunk, place.position.granule);
         aftermath
     }

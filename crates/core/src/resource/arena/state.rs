@@ -134,6 +134,13 @@ pub(super) struct Aftermath {
     pub(super) uncharged: usize,
 }
 
+impl Aftermath {
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.chunk.is_none() && self.uncharged == 0
+    }
+}
+
 impl State {
     pub(super) fn new() -> Self {
         State {
@@ -246,15 +253,11 @@ impl State {
         }
     }
 
-    /// Note that of the bytes cut from a chunk only `kept_bytes` are cut any more.
-    pub(super) fn uncut(&mut self, index: usize, kept_bytes: usize) -> Aftermath {
+    /// Note that of the bytes cut from a chunk only `kept_bytes` are cut any more; returns how many
+    /// bytes the quota is not charged for any more.
+    pub(super) fn uncut(&mut self, index: usize, kept_bytes: usize) -> usize {
         let chunk = &mut self.chunks[index];
-        let uncharged = chunk.cut_bytes - kept_bytes;
-        chunk.cut_bytes = kept_bytes;
-        Aftermath {
-            chunk: None,
-            uncharged,
-        }
+        std::mem::replace(&mut chunk.cut_bytes, kept_bytes) - kept_bytes
     }
 
     /// Bytes of the current chunk if nothing in it is alive.
