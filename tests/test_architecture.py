@@ -334,7 +334,9 @@ def clean_tree(tmp_path: Path) -> Path:
     files = {
         "python/moirai/__init__.py": "from moirai._native import build_profile\n",
         "python/moirai/errors.py": "class MoiraiError(Exception): ...\n",
-        "python/moirai/memory/arrays.py": "from moirai import errors\nfrom moirai._native import use\n",
+        "python/moirai/memory/arrays.py": (
+            "from moirai import errors\nfrom moirai._native import use\n"
+        ),
         "python/moirai/reports/text.py": "from dataclasses import dataclass\n",
         "python/moirai/cli/run.py": "import os\nfrom moirai import memory, reports\n",
         "crates/core/Cargo.toml": '[dependencies]\nlibc = "0.2"\n',

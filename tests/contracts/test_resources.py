@@ -61,19 +61,15 @@ RESOURCES: dict[str, Make] = {
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool, defaults": memory.PoolResource,
     "pool, capped": lambda: memory.PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.01),
-    "arena, defaults": memory.ArenaResource,
     "arena, small chunks": lambda: memory.ArenaResource(chunk_bytes="4 KiB"),
     "arena, odd chunks": lambda: memory.ArenaResource(chunk_bytes=300_001),
     "arena, large chunks": lambda: memory.ArenaResource(chunk_bytes="64 MiB"),
     "arena over system": lambda: memory.ArenaResource(memory.SystemResource()),
-    "arena over arena": lambda: memory.ArenaResource(
-        memory.ArenaResource(chunk_bytes="256 KiB"), chunk_bytes="32 KiB"
-    ),
-    "arena over limit over large": lambda: memory.ArenaResource(
-        memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
+    "arena over limit over arena": lambda: memory.ArenaResource(
+        memory.LimitAdaptor(memory.ArenaResource(chunk_bytes="256 KiB"), limit_bytes="1 GiB"),
+        chunk_bytes="32 KiB",
     ),
     "slab over arena": lambda: memory.SlabResource(memory.ArenaResource()),
-    "thread-local arena, small chunks": lambda: memory.ThreadLocalArena(chunk_bytes="64 KiB"),
     "transaction": lambda: memory.TransactionArenas(
         profiles={"one": ("64 KiB", "1 GiB")}, record_every=1
     ).begin("contract"),

@@ -4,6 +4,8 @@
 //! its own, because locks with a table shared by all (as in `parking_lot`) cannot be made whole in a
 //! child that was forked while another thread was inside that table.
 
+pub mod front;
+
 #[cfg(loom)]
 pub use loom::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,

@@ -5,16 +5,17 @@
 //! says how many blocks and how far. Everything else is done under the arena's lock, which is
 //! never held while upstream is called.
 
+use super::GRANULE;
 use super::state::{Aftermath, Chunk, State, Use};
 use super::store::{Raw, Slot, SlotRef, Store};
 use super::table::{Table, table_granules};
 use super::timeline::{Place, Position};
-use super::word::{GRANULE, ROOM_MASK, SHUT, Word};
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
 use crate::resource::{Block, HealthReport, Ownership, Request, Statistics};
 use crate::sync::Lock;
 use crate::sync::Quota;
+use crate::sync::front::{SHUT, Word};
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering, Ordering::Relaxed};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -49,7 +50,7 @@ pub(in crate::resource) struct Arena {
     growth: Growth,
     quota: Option<Arc<Quota>>,
     /// The slot of the chunk being cut from, or [`SHUT_SLOT`]. `Release` after the slot's word was
-    /// opened; a stale one does no harm, see `word.rs`.
+    /// opened; a stale one does no harm, see [`crate::sync::front`].
     current: AtomicPtr<Slot>,
     state: Lock<State>,
     /// Its place in the store's list; guarded by that list's lock.
@@ -107,29 +108,15 @@ impl Arena {
         let slot = self.current.load(Ordering::Acquire);
         // SAFETY: a slot of the store, which lives as long, or the static one.
         let slot = unsafe { &*slot };
-        let mut word = Word(slot.word.load(Ordering::Relaxed));
-        loop {
-            let after = word.cut(granules)?;
-            let swapped = slot.word.compare_exchange_weak(
-                word.0,
-                after.0,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            );
-            match swapped {
-                Ok(_) => break,
-                Err(seen) => word = Word(seen),
-            }
-        }
-        // The block is ours: until it is freed the slot stays about this chunk.
-        let base = slot.base.load(Relaxed);
-        // SAFETY: a live chunk's base.
-        unsafe { Table::at(base) }.set(word.offset(), granules);
+        let claim = slot.front.claim(granules)?;
+        // SAFETY: the claimed block is alive, so its chunk is.
+        unsafe { Table::at(claim.base) }.set(claim.granule, granules);
+        let address = (claim.base + claim.granule * GRANULE) as *mut u8;
         Some(Block {
             // SAFETY: chunks are not at address 0.
-            address: unsafe { NonNull::new_unchecked((base + word.offset() * GRANULE) as *mut u8) },
+            address: unsafe { NonNull::new_unchecked(address) },
             size: granules * GRANULE,
-            reused: word.reused(),
+            reused: claim.reused,
         })
     }
 
@@ -204,7 +191,7 @@ impl Arena {
         let offset = (start.next_multiple_of(alignment) - chunk.base) / GRANULE;
         let end = offset.checked_add(granules);
         let Some(end) = end.filter(|end| *end <= chunk.end_granule()) else {
-            chunk.slot.word.store(word.0, Ordering::Release);
+            chunk.slot.front.open(word);
             return None;
         };
         let reused = matches!(chunk.usage, Use::Bump { used_granules, .. } if end <= used_granules);
@@ -214,7 +201,7 @@ impl Arena {
         chunk.cut_count += 1;
         chunk.cut_bytes += size;
         let room = chunk.room_from(end);
-        chunk.slot.word.store(room.0, Ordering::Release);
+        chunk.slot.front.open(room);
         state.counted_granule = end;
         state.timeline.top().live += 1;
         state.counts.cut_count += 1;
@@ -312,7 +299,7 @@ impl Arena {
         (chunk.base, chunk.bytes) = (base, raw.bytes);
         (chunk.cut_count, chunk.freed_count, chunk.cut_bytes) = (0, 0, 0);
         let first = chunk.first_granule();
-        slot.base.store(base, Relaxed);
+        slot.front.bind(base, SHUT);
         state.hold(raw.bytes);
         self.open(state, index, first);
         Ok(aftermath)
@@ -322,7 +309,7 @@ impl Arena {
     fn open(&self, state: &mut State, index: usize, granule: usize) {
         let chunk = &state.chunks[index];
         let room = chunk.room_from(granule);
-        chunk.slot.word.store(room.0, Ordering::Release);
+        chunk.slot.front.open(room);
         self.current.store(chunk.slot.pointer(), Ordering::Release);
         state.current = Some(index);
         state.counted_granule = granule;
@@ -330,9 +317,9 @@ impl Arena {
 
     /// Let nothing be cut from the current chunk, and count what was; returns its room.
     fn shut(&self, state: &mut State, index: usize) -> Word {
-        let word = state.chunks[index].slot.word.swap(SHUT.0, Ordering::AcqRel);
-        state.count(index, Word(word));
-        Word(word).counted()
+        let word = state.chunks[index].slot.front.shut();
+        state.count(index, word);
+        word.counted()
     }
 
     /// Shut the current chunk, if there is one.
@@ -344,8 +331,7 @@ impl Arena {
     /// Undo [`Arena::shut_current`].
     fn reopen(&self, state: &State, shut: Option<(usize, Word)>) {
         if let Some((index, room)) = shut {
-            let slot = state.chunks[index].slot;
-            slot.word.store(room.0, Ordering::Release);
+            state.chunks[index].slot.front.open(room);
         }
     }
 
@@ -462,7 +448,7 @@ impl Arena {
     #[inline]
     fn sink(&self, state: &mut State, index: usize, aftermath: &mut Aftermath) {
         let chunk = &mut state.chunks[index];
-        let word = Word(chunk.slot.word.load(Ordering::Acquire));
+        let word = chunk.slot.front.look();
         let top = state.timeline.top();
         let since_here = chunk.turn() == Some(top.place.position.turn);
         let nothing_here = chunk.cut_count + word.count() == chunk.freed_count;
@@ -482,12 +468,7 @@ impl Arena {
         chunk.note_used(word.offset());
         let room = chunk.room_from(floor);
         // A block cut meanwhile is alive: then the word is another, and it stays.
-        let swapped =
-            chunk
-                .slot
-                .word
-                .compare_exchange(word.0, room.0, Ordering::AcqRel, Ordering::Relaxed);
-        if swapped.is_err() {
+        if !chunk.slot.front.replace(word, room) {
             return;
         }
         state.count(index, word);
@@ -528,8 +509,7 @@ impl Arena {
         let Some(index) = state.current else {
             return state.next_chunk();
         };
-        let slot = state.chunks[index].slot;
-        let word = Word(slot.word.fetch_and(ROOM_MASK, Ordering::AcqRel));
+        let word = state.chunks[index].slot.front.take_count();
         state.count(index, word);
         let chunk = &state.chunks[index];
         let position = Position {
@@ -731,22 +711,17 @@ fn still_alive(live: u64) -> Error {
 impl Drop for Arena {
     fn drop(&mut self) {
         self.store.leave(self);
-        if let Some((index, word)) = {
-            let state = self.state.get_mut();
-            state
-                .current
-                .map(|index| (index, Word(state.chunks[index].slot.word.load(Relaxed))))
-        } {
-            self.state.get_mut().count(index, word);
-        }
         let state = self.state.get_mut();
+        if let Some(index) = state.current {
+            let word = state.chunks[index].slot.front.shut();
+            state.count(index, word);
+        }
         let mut left = Vec::new();
         let mut uncharged = 0;
         for chunk in &mut state.chunks {
             let Some(base) = NonNull::new(chunk.base as *mut u8) else {
                 continue;
             };
-            chunk.slot.word.store(SHUT.0, Ordering::Release);
             let used_granules = match chunk.usage {
                 Use::Nothing => continue,
                 Use::Own { .. } => 0,

@@ -14,22 +14,21 @@ mod store;
 mod table;
 mod thread_local;
 mod timeline;
-mod word;
 
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
+use crate::sync::front::MAX_GRANULES;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use word::{GRANULE, MAX_GRANULES};
 
 pub(in crate::resource) use bump::{Arena, Growth};
 pub(in crate::resource) use store::Store;
 pub use thread_local::ThreadLocalArena;
 
-/// The smallest chunk: a page.
-pub const MIN_CHUNK_BYTES: usize = PAGE_BYTES;
+/// Bytes of a granule: blocks start and end at multiples of it.
+const GRANULE: usize = super::DEFAULT_ALIGNMENT;
 /// The largest chunk.
 pub const MAX_CHUNK_BYTES: usize = MAX_GRANULES * GRANULE / 2;
 

@@ -1,11 +1,11 @@
 //! What an arena knows of its chunks, under its lock: what each is about, and what was counted.
 
+use super::GRANULE;
 use super::store::{Raw, SlotRef};
 use super::table::{Table, table_granules};
 use super::timeline::{Place, Position, Timeline};
-use super::word::{GRANULE, SHUT, Word};
 use crate::resource::HealthReport;
-use crate::sync::Ordering::Relaxed;
+use crate::sync::front::{SHUT, Word};
 use std::ptr::NonNull;
 
 /// What a slot is about.
@@ -179,7 +179,7 @@ impl State {
         let Some(index) = self.current else {
             return (0, 0);
         };
-        let word = Word(self.chunks[index].slot.word.load(Relaxed));
+        let word = self.chunks[index].slot.front.look();
         let bytes = (word.offset() - self.counted_granule) * GRANULE;
         (word.count(), bytes as u64)
     }
@@ -266,7 +266,7 @@ impl State {
             return 0;
         };
         let chunk = &self.chunks[index];
-        let word = Word(chunk.slot.word.load(Relaxed));
+        let word = chunk.slot.front.look();
         if chunk.cut_count + word.count() == chunk.freed_count {
             chunk.bytes
         } else {

@@ -4,26 +4,22 @@
 //! followed whatever became of the chunk; whether the slot still is about that address is decided
 //! under its arena's lock. Lock order: `arenas`, the arenas' own, `shelf`, upstream's.
 
-use super::Arena;
 use super::table::Table;
-use super::word::{GRANULE, SHUT};
+use super::{Arena, GRANULE};
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
 use crate::resource::address_map::AddressMap;
 use crate::resource::fork::{self, ForkLocks};
 use crate::resource::{Block, Request, Resource};
-use crate::sync::{AtomicPtr, AtomicU64, AtomicUsize, Lock, Ordering::Relaxed};
+use crate::sync::front::Front;
+use crate::sync::{AtomicPtr, AtomicUsize, Lock, Ordering::Relaxed};
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
 /// A chunk as the threads that cut from it see it.
-///
-/// `base` changes only while nothing is cut from the chunk and nothing in it is alive; `word` is
-/// stored with `Release` after it, and claimed with `Acquire` before it is read.
 pub(super) struct Slot {
-    pub word: AtomicU64,
-    pub base: AtomicUsize,
+    pub front: Front,
     /// The arena it is about, or null.
     pub owner: AtomicPtr<Arena>,
     /// Index among the arena's chunks.
@@ -33,8 +29,7 @@ pub(super) struct Slot {
 impl Slot {
     pub(super) const fn new() -> Self {
         Slot {
-            word: AtomicU64::new(SHUT.0),
-            base: AtomicUsize::new(0),
+            front: Front::new(),
             owner: AtomicPtr::new(std::ptr::null_mut()),
             index: AtomicUsize::new(0),
         }

@@ -5,7 +5,7 @@
 //! block can be taken for a start, and an address is judged exactly. Invariant: behind the bump
 //! pointer no byte says that a block starts.
 
-use super::word::GRANULE;
+use super::GRANULE;
 use crate::sync::{AtomicU8, Ordering::Relaxed};
 
 const LONG: u8 = 127;
