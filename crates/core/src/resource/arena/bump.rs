@@ -152,22 +152,48 @@ impl Arena {
                 return self.allocate_own(granules, request);
             }
             if let Some(raw) = drawn.take() {
-                let changed = self.change_chunk(&mut state, raw);
-                let cut = self.cut_locked(&mut state, granules, request.alignment());
-                drop(state);
-                match changed {
-                    Ok(aftermath) => self.settle(aftermath),
+                let aftermath = match self.change_chunk(&mut state, raw) {
+                    Ok(aftermath) => aftermath,
                     Err(error) => {
+                        drop(state);
                         self.keep(Some(raw));
                         return Err(error);
                     }
-                }
-                let block = cut.expect("a new chunk holds what deserves no own one");
+                };
+                let block = self.cut_locked(&mut state, granules, request.alignment());
+                drop(state);
+                self.settle(aftermath);
+                let block = block.expect("a new chunk holds what deserves no own one");
                 return Ok((block, false));
             }
             drop(state);
-            drawn = Some(self.store.take(bytes)?);
+            drawn = Some(self.take(bytes)?);
         }
+    }
+
+    /// Memory for a chunk. If upstream refuses, what became idle meanwhile serves, or goes back.
+    fn take(&self, bytes: usize) -> Result<Raw> {
+        self.store.take(bytes).or_else(|error| {
+            self.drop_unused();
+            if let Some(raw) = self.store.take_idle(bytes) {
+                return Ok(raw);
+            }
+            if self.store.hand_idle_back(0) == 0 {
+                return Err(error);
+            }
+            self.store.take(bytes)
+        })
+    }
+
+    /// A block from upstream; if it refuses, once more when it has got back what is idle.
+    fn draw(&self, request: Request) -> Result<Block> {
+        self.store.draw(request).or_else(|error| {
+            self.drop_unused();
+            if self.store.hand_idle_back(0) == 0 {
+                return Err(error);
+            }
+            self.store.draw(request)
+        })
     }
 
     fn keep(&self, raw: Option<Raw>) {
@@ -219,7 +245,7 @@ impl Arena {
         // A page at least, so that no two such blocks start in one page of the map.
         let size = (granules * GRANULE).max(PAGE_BYTES);
         let request = Request::new(size, request.alignment(), request.zeroed())?;
-        let block = self.store.draw(request)?;
+        let block = self.draw(request)?;
         let bound = {
             let mut state = self.state.lock();
             self.bind_own(&mut state, block, granules * GRANULE)

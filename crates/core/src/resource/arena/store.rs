@@ -170,14 +170,7 @@ impl Store {
 
     /// Memory for a chunk: one that is kept, or a new one. Called without an arena's lock.
     pub(super) fn take(&self, bytes: usize) -> Result<Raw> {
-        let kept = {
-            let mut shelf = self.shelf.lock();
-            let of_size = shelf.idle.iter_mut().find(|(size, _)| *size == bytes);
-            let kept = of_size.and_then(|(_, list)| list.pop());
-            shelf.idle_bytes -= kept.map_or(0, |raw| raw.bytes);
-            kept
-        };
-        if let Some(raw) = kept {
+        if let Some(raw) = self.take_idle(bytes) {
             return Ok(raw);
         }
         let block = self.draw(Request::new(bytes, PAGE_BYTES, false)?)?;
@@ -187,6 +180,15 @@ impl Store {
             used_granules: if block.reused { bytes / GRANULE } else { 0 },
             wiped: false,
         })
+    }
+
+    /// A chunk of this size that is kept.
+    pub(super) fn take_idle(&self, bytes: usize) -> Option<Raw> {
+        let mut shelf = self.shelf.lock();
+        let of_size = shelf.idle.iter_mut().find(|(size, _)| *size == bytes);
+        let raw = of_size.and_then(|(_, list)| list.pop())?;
+        shelf.idle_bytes -= raw.bytes;
+        Some(raw)
     }
 
     /// Keep a chunk for the next one who needs it, if there is room.
@@ -232,8 +234,18 @@ impl Store {
     /// upstream keep what is left of the target; returns the bytes that went to the kernel.
     pub(in crate::resource) fn trim(&self, target: usize) -> usize {
         let before = self.upstream.statistics().resident_bytes;
+        self.hand_idle_back(target);
+        let kept = self.idle_bytes();
+        self.upstream.trim(target.saturating_sub(kept));
+        let after = self.upstream.statistics().resident_bytes;
+        before.saturating_sub(after) as usize
+    }
+
+    /// Give idle chunks back to upstream until at most `target` bytes of them are kept; returns how
+    /// many bytes.
+    pub(super) fn hand_idle_back(&self, target: usize) -> usize {
         let mut surplus = Vec::new();
-        let kept = {
+        {
             let mut shelf = self.shelf.lock();
             while shelf.idle_bytes > target {
                 let Some(raw) = shelf.idle.iter_mut().find_map(|(_, list)| list.pop()) else {
@@ -242,14 +254,11 @@ impl Store {
                 shelf.idle_bytes -= raw.bytes;
                 surplus.push(raw);
             }
-            shelf.idle_bytes
-        };
-        for raw in surplus {
+        }
+        for raw in &surplus {
             self.hand_back(raw.base);
         }
-        self.upstream.trim(target.saturating_sub(kept));
-        let after = self.upstream.statistics().resident_bytes;
-        before.saturating_sub(after) as usize
+        surplus.iter().map(|raw| raw.bytes).sum()
     }
 
     /// Have `arena` locked at every fork until it leaves.
