@@ -244,7 +244,7 @@ impl Buffer {
 /// Equal blocks of an arena, cut in one step and given back together.
 ///
 /// A sequence of buffers, made when they are asked for; each keeps the whole batch.
-#[pyclass(frozen, sequence, weakref, module = "moirai.memory")]
+#[pyclass(frozen, weakref, module = "moirai.memory")]
 pub struct Batch {
     batch: arena::Batch,
     count: usize,
@@ -298,14 +298,21 @@ impl Batch {
         self.count
     }
 
-    fn __getitem__<'py>(slf: &Bound<'py, Self>, index: usize) -> PyResult<Bound<'py, Buffer>> {
+    fn __getitem__<'py>(slf: &Bound<'py, Self>, index: isize) -> PyResult<Bound<'py, Buffer>> {
         let batch = slf.get();
-        if index >= batch.count {
+        let from_start = if index < 0 {
+            index.checked_add_unsigned(batch.count)
+        } else {
+            Some(index)
+        };
+        let place = from_start.and_then(|index| usize::try_from(index).ok());
+        let Some(index) = place.filter(|index| *index < batch.count) else {
             return Err(PyIndexError::new_err(format!(
-                "index: must be below {}, got {index}",
-                batch.count
+                "index: must be from {} to {}, got {index}",
+                -(batch.count as isize),
+                batch.count as isize - 1
             )));
-        }
+        };
         let buffer = Buffer {
             block: Block::Part {
                 batch: slf.clone().unbind(),

@@ -33,14 +33,15 @@ struct Arenas {
 struct Held {
     id: u64,
     shared: Weak<Shared>,
-    arena: Arc<Arena>,
+    /// Owned by `shared`, so that a resource ends with its last owner and not with its threads.
+    arena: Weak<Arena>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Some(shared) = self.shared.upgrade() {
-            self.arena.rest();
-            shared.arenas.lock().free.push(Arc::clone(&self.arena));
+        if let (Some(shared), Some(arena)) = (self.shared.upgrade(), self.arena.upgrade()) {
+            arena.rest();
+            shared.arenas.lock().free.push(arena);
         }
     }
 }
@@ -57,22 +58,17 @@ impl Shared {
     /// The calling thread's arena; `None` while the thread is ending.
     fn find(self: &Arc<Self>) -> Option<Arc<Arena>> {
         HELD.try_with(|held| {
-            let known = {
-                let held = held.borrow();
-                held.iter()
-                    .find(|held| held.id == self.id)
-                    .map(|held| Arc::clone(&held.arena))
-            };
-            if let Some(arena) = known {
+            let mut held = held.borrow_mut();
+            held.retain(|held| held.shared.strong_count() > 0);
+            let known = held.iter().find(|held| held.id == self.id);
+            if let Some(arena) = known.and_then(|held| held.arena.upgrade()) {
                 return arena;
             }
             let arena = self.take();
-            let mut held = held.borrow_mut();
-            held.retain(|held| held.shared.strong_count() > 0);
             held.push(Held {
                 id: self.id,
                 shared: Arc::downgrade(self),
-                arena: Arc::clone(&arena),
+                arena: Arc::downgrade(&arena),
             });
             arena
         })
