@@ -525,7 +525,7 @@ def test_trim_gives_every_chunk_back_that_nothing_lives_in() -> None:
 
 def test_refused_request_changes_nothing_wherever_upstream_is_exhausted() -> None:
     sizes = [100, 3000, 3000, 20_000, 5000, 64, 9000, 2000, 4000, 300]
-    for limit_bytes in range(0, 100_000, 7_000):
+    for limit_bytes in range(0, 100_000, 11_000):
         upstream = memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes=limit_bytes)
         arena = memory.ArenaResource(upstream, chunk_bytes="8 KiB")
         held, refused_count = [], 0
@@ -543,6 +543,17 @@ def test_refused_request_changes_nothing_wherever_upstream_is_exhausted() -> Non
         del arena
         assert upstream.statistics().current_bytes == 0
     assert refused_count == 0, "the last limit suffices"
+
+
+def test_block_is_served_where_upstream_has_no_whole_chunk() -> None:
+    upstream = memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="16 KiB")
+    arena = memory.ArenaResource(upstream, chunk_bytes="1 MiB")
+    blocks = [arena.allocate(100) for _ in range(4)]
+    with pytest.raises(OutOfMemory):
+        arena.allocate(100)
+    del blocks[0]
+    blocks.append(arena.allocate(100))
+    assert arena.check().ok
 
 
 def test_limit_below_an_arena_may_collect_cycles_that_hold_its_blocks() -> None:

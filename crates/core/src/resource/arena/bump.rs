@@ -167,7 +167,11 @@ impl Arena {
                 return Ok((block, false));
             }
             drop(state);
-            drawn = Some(self.take(bytes)?);
+            match self.take(bytes) {
+                Ok(raw) => drawn = Some(raw),
+                // Upstream may have the block's bytes where it has no whole chunk.
+                Err(_) => return self.allocate_own(granules, request),
+            }
         }
     }
 
