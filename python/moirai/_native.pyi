@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import GenericAlias, TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, final, overload
+from typing import Any, Generic, Literal, Self, SupportsIndex, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "Arena",
+    "ArenaResource",
+    "Batch",
     "Buffer",
     "BufferPool",
     "HealthReport",
@@ -23,11 +26,15 @@ __all__ = [
     "PriorityResource",
     "RealtimeResource",
     "Resource",
+    "Savepoint",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "ThreadLocalArena",
     "Ticket",
+    "TransactionArena",
+    "TransactionStore",
     "Vector",
     "VectorPool",
     "build_profile",
@@ -83,6 +90,35 @@ class Buffer:
     if sys.version_info >= (3, 12):
         def __buffer__(self, flags: int, /) -> memoryview: ...
         def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
+class Batch:
+    """Equal blocks of an arena, cut in one step and given back together.
+
+    A sequence of buffers, made when they are asked for; each keeps the whole batch. Counts as one
+    block, which is given back when the batch and every view of it are gone.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of each block, as asked."""
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes from the start of one block to the next."""
+    @property
+    def resource(self) -> Arena:
+        """The arena it came from."""
+    def numpy(self, dtype: DTypeLike | None = None) -> NDArray[Any]:
+        """All blocks as one array of shape (count, items of a block); rows may lie apart.
+
+        Args:
+            dtype: Any dtype without object references whose items divide a block; None is uint8.
+
+        Raises:
+            InvalidArgument: The dtype holds objects, or does not divide a block.
+        """
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Buffer: ...
 
 @disjoint_base
 class Resource:
@@ -185,6 +221,142 @@ class SlabResource(Resource):
     """Equal blocks by size class; what is larger than 16 KiB goes upstream."""
 
     def __new__(cls, upstream: Resource) -> Self: ...
+
+@final
+class Savepoint:
+    """A moment of an arena to go back to; forgotten when the last reference to it is gone."""
+
+class Arena(Resource):
+    """A resource that cuts blocks one after the other from chunks; the base of every arena."""
+
+    def array(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike | None = None,
+        *,
+        zeroed: bool = False,
+    ) -> NDArray[Any]:
+        """An array of its own block, which lives as long as the array and its views.
+
+        Args:
+            shape: An int or ints, each >= 0.
+            dtype: Any dtype without object references; None is float64.
+            zeroed: Whether the array must be zero; otherwise its contents are undefined.
+
+        Raises:
+            InvalidArgument: The dtype holds objects, or a length is negative.
+            OutOfMemory: The array is larger than can be had.
+        """
+    def allocate_batch(self, count: int, size_bytes: int, *, zeroed: bool = False) -> Batch:
+        """`count` blocks of `size_bytes`, cut in one step and given back together.
+
+        Args:
+            count: >= 0.
+            size_bytes: Bytes of each block; >= 0. Each starts at a multiple of 64 bytes.
+            zeroed: Whether the blocks must read as zero.
+
+        Raises:
+            InvalidArgument: A value above is out of its range.
+            OutOfMemory: The request cannot be met.
+        """
+
+@disjoint_base
+class ArenaResource(Arena):
+    """An arena: blocks are cut from chunks, and everything is given back by a reset or a rollback.
+
+    What was given back is cut again. Nothing that a view shows is: with a live block in the way,
+    `reset` and `rollback` refuse, or leave the chunks that hold live blocks to their views.
+    """
+
+    def __new__(cls, upstream: Resource, *, chunk_bytes: int) -> Self: ...
+    def savepoint(self) -> Savepoint:
+        """Remember this moment.
+
+        What any thread allocates from now on comes after it. It ends with a reset, with a rollback
+        to an earlier savepoint, or when the last reference to it is gone.
+        """
+    def rollback(self, savepoint: Savepoint, *, retire: bool = False) -> int:
+        """Go back to a savepoint; the blocks that had to be left to their views.
+
+        The savepoint stays, later ones end. The work does not grow with what was allocated.
+
+        Args:
+            savepoint: One of this arena that has not ended.
+            retire: Whether chunks with live blocks are left to their views, until the last one
+                dies, and go upstream then.
+
+        Returns:
+            Live blocks; 0 unless `retire`.
+
+        Raises:
+            InvalidArgument: Blocks made after the savepoint are alive and `retire` is false; the
+                message says how many. Or the savepoint has ended or is another arena's.
+        """
+    def reset(self, *, retire: bool = False) -> int:
+        """Start over, with the chunks warm; the blocks that had to be left to their views.
+
+        As a rollback to the beginning; every savepoint ends.
+        """
+
+@disjoint_base
+class ThreadLocalArena(Arena):
+    """An arena for each thread, made on first use and given back when the thread ends."""
+
+    def __new__(cls, upstream: Resource, *, chunk_bytes: int) -> Self: ...
+    @property
+    def arena_count(self) -> int:
+        """Arenas made so far: the most threads that had one at once."""
+    def savepoint(self) -> Savepoint:
+        """Remember this moment of the calling thread's arena."""
+    def rollback(self, savepoint: Savepoint, *, retire: bool = False) -> int:
+        """Go back to a savepoint of the calling thread; the blocks left to their views."""
+    def reset(self, *, retire: bool = False) -> int:
+        """Start the calling thread's arena over; the blocks left to their views."""
+
+@final
+class TransactionStore:
+    """What transactions have in common: chunks, counts, and the recorder."""
+
+    def __new__(cls, upstream: Resource, *, keep_bytes: int, record_every: int) -> Self: ...
+    @property
+    def upstream(self) -> Resource:
+        """The resource chunks come from."""
+    def counts(self) -> dict[str, int]:
+        """Every count by name."""
+    def compare_with_malloc(self) -> tuple[int, int, int, int] | None:
+        """(events, bytes asked for, held, given by malloc) of the last recording, or None."""
+    def trim(self, target_bytes: int) -> int:
+        """Give unused chunks back until at most `target_bytes` are kept, upstream's included."""
+
+@disjoint_base
+class TransactionArena(Arena):
+    """The memory of one transaction."""
+
+    def __new__(
+        cls,
+        store: TransactionStore,
+        *,
+        initial_bytes: int,
+        limit_bytes: int,
+        label: str,
+        parent: TransactionArena | None = None,
+    ) -> Self: ...
+    @property
+    def active(self) -> bool:
+        """Whether it was neither committed nor rolled back."""
+    @property
+    def used_bytes(self) -> int:
+        """Bytes it uses, those of transactions inside it included."""
+    @property
+    def wanted_bytes(self) -> int:
+        """Most bytes it used, or would have used had nothing been refused."""
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the chunks it holds."""
+    def _commit(self) -> int:
+        """End it and keep what it made; the blocks that are alive."""
+    def _rollback(self) -> int:
+        """End it and what it made; the blocks that are left to their views."""
 
 @disjoint_base
 class StatisticsAdaptor(Resource):

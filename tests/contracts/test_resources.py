@@ -59,6 +59,12 @@ CACHING: dict[str, Make] = {
     "limit over pool": lambda: memory.LimitAdaptor(
         memory.PoolResource(decay_seconds=None), limit_bytes="1 GiB"
     ),
+    "arena": lambda: memory.ArenaResource(memory.PoolResource(decay_seconds=None)),
+    "thread-local arena": lambda: memory.ThreadLocalArena(memory.PoolResource(decay_seconds=None)),
+    "limit over statistics over arena": lambda: memory.LimitAdaptor(
+        memory.StatisticsAdaptor(memory.ArenaResource(memory.PoolResource(decay_seconds=None))),
+        limit_bytes="1 GiB",
+    ),
 }
 RESOURCES: dict[str, Make] = {
     **CACHING,
@@ -84,6 +90,21 @@ RESOURCES: dict[str, Make] = {
             allow_unlocked=True,
         ),
         limit_bytes="1 GiB",
+    ),
+    "arena, small chunks": lambda: memory.ArenaResource(chunk_bytes="4 KiB"),
+    "arena, odd chunks": lambda: memory.ArenaResource(chunk_bytes=300_001),
+    "arena, large chunks": lambda: memory.ArenaResource(chunk_bytes="64 MiB"),
+    "arena over system": lambda: memory.ArenaResource(memory.SystemResource()),
+    "arena over limit over arena": lambda: memory.ArenaResource(
+        memory.LimitAdaptor(memory.ArenaResource(chunk_bytes="256 KiB"), limit_bytes="1 GiB"),
+        chunk_bytes="32 KiB",
+    ),
+    "slab over arena": lambda: memory.SlabResource(memory.ArenaResource()),
+    "transaction": lambda: memory.TransactionArenas(
+        profiles={"one": ("64 KiB", "1 GiB")}, record_every=1
+    ).begin("contract"),
+    "statistics over thread-local arena": lambda: memory.StatisticsAdaptor(
+        memory.ThreadLocalArena()
     ),
     "slab over limit over large": lambda: memory.SlabResource(
         memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 GiB")
@@ -745,8 +766,11 @@ def test_base_class_cannot_be_constructed() -> None:
         memory.SlabResource,
         memory.StatisticsAdaptor,
         lambda upstream: memory.LimitAdaptor(upstream, limit_bytes="1 MiB"),
+        memory.ArenaResource,
+        memory.ThreadLocalArena,
+        lambda upstream: memory.TransactionArenas(upstream).begin("contract"),
     ],
-    ids=["slab", "statistics", "limit"],
+    ids=["slab", "statistics", "limit", "arena", "thread-local arena", "transaction"],
 )
 def test_upstream_is_what_was_given_and_nothing_else(
     wrap: Callable[[object], memory.Resource],

@@ -27,6 +27,11 @@ pub enum Error {
         /// What cannot be done, why, and what would help.
         message: String,
     },
+    /// The object was ended by its owner.
+    Closed {
+        /// What was ended, and how.
+        message: String,
+    },
 }
 
 impl Error {
@@ -52,6 +57,13 @@ impl Error {
             message: message.into(),
         }
     }
+
+    /// An [`Error::Closed`].
+    pub fn closed(message: impl Into<String>) -> Self {
+        Error::Closed {
+            message: message.into(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -70,6 +82,7 @@ impl fmt::Display for Error {
                     "cannot allocate {requested_bytes} bytes: {message}"
                 )
             }
+            Error::Closed { message } => formatter.write_str(message),
         }
     }
 }

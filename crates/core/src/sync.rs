@@ -4,15 +4,17 @@
 //! its own, because locks with a table shared by all (as in `parking_lot`) cannot be made whole in a
 //! child that was forked while another thread was inside that table.
 
+pub mod front;
+
 #[cfg(loom)]
 pub use loom::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 #[cfg(loom)]
 pub use loom::sync::{Condvar, Mutex};
 #[cfg(not(loom))]
 pub use std::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 #[cfg(not(loom))]
 pub use std::sync::{Condvar, Mutex};
@@ -111,6 +113,143 @@ impl Budget {
     pub fn release(&self, bytes: usize) {
         let before = self.used.fetch_sub(bytes, Ordering::AcqRel);
         debug_assert!(before >= bytes);
+    }
+}
+
+/// Bytes charged to an account and to every account above it, until the account is closed.
+///
+/// Closing gives back at once, to the accounts above, all that is charged here; what is released
+/// later counts here alone. Invariant while an account is open: its `used` is at least the sum of
+/// what its open children use, and never above its `limit`.
+pub struct Quota {
+    limit: usize,
+    parent: Option<std::sync::Arc<Quota>>,
+    /// Bytes charged; the top bit is set once closed. One word, so that a release goes up or stops
+    /// by what it found when it subtracted. `AcqRel` as in [`Budget`].
+    used: AtomicUsize,
+    /// Most bytes charged at once. Read by reports only, so `Relaxed` suffices.
+    peak: AtomicUsize,
+}
+
+const QUOTA_CLOSED: usize = 1 << (usize::BITS - 1);
+
+/// Why a [`Quota`] charged nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuotaRefusal {
+    /// The account, or one above it, is closed.
+    Closed,
+    /// An account has `used` bytes charged of `limit`; `levels_up` says which: 0 is the one asked.
+    Full {
+        /// Bytes charged to it already.
+        used: usize,
+        /// Its limit.
+        limit: usize,
+        /// How far above the account that was asked.
+        levels_up: usize,
+    },
+}
+
+impl Quota {
+    /// An account of at most `limit` bytes under `parent`; nothing is charged yet.
+    pub fn new(limit: usize, parent: Option<std::sync::Arc<Quota>>) -> Self {
+        Quota {
+            limit: limit.min(QUOTA_CLOSED - 1),
+            parent,
+            used: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
+        }
+    }
+
+    /// The limit given at construction.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Bytes charged now, children's included.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Acquire) & !QUOTA_CLOSED
+    }
+
+    /// Most bytes charged at once.
+    pub fn peak(&self) -> usize {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Charge `bytes` here and above, or change nothing and say why not.
+    pub fn reserve(&self, bytes: usize) -> Result<(), QuotaRefusal> {
+        // From the top down: an account that is closed meanwhile gives back what it has, and not
+        // what is only being charged; that is undone below.
+        if let Some(parent) = &self.parent {
+            parent.reserve(bytes).map_err(|refusal| match refusal {
+                QuotaRefusal::Closed => QuotaRefusal::Closed,
+                QuotaRefusal::Full {
+                    used,
+                    limit,
+                    levels_up,
+                } => QuotaRefusal::Full {
+                    used,
+                    limit,
+                    levels_up: levels_up + 1,
+                },
+            })?;
+        }
+        self.charge(bytes).inspect_err(|_| {
+            if let Some(parent) = &self.parent {
+                parent.release(bytes);
+            }
+        })
+    }
+
+    fn charge(&self, bytes: usize) -> Result<(), QuotaRefusal> {
+        let mut used = self.used.load(Ordering::Acquire);
+        loop {
+            if used & QUOTA_CLOSED != 0 {
+                return Err(QuotaRefusal::Closed);
+            }
+            let after = match used.checked_add(bytes) {
+                Some(after) if after <= self.limit => after,
+                _ => {
+                    return Err(QuotaRefusal::Full {
+                        used,
+                        limit: self.limit,
+                        levels_up: 0,
+                    });
+                }
+            };
+            match self
+                .used
+                .compare_exchange_weak(used, after, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    if after > self.peak.load(Ordering::Relaxed) {
+                        self.peak.fetch_max(after, Ordering::Relaxed);
+                    }
+                    return Ok(());
+                }
+                Err(seen) => used = seen,
+            }
+        }
+    }
+
+    /// Give back `bytes` that [`Quota::reserve`] charged.
+    pub fn release(&self, bytes: usize) {
+        let before = self.used.fetch_sub(bytes, Ordering::AcqRel);
+        debug_assert!(before & !QUOTA_CLOSED >= bytes);
+        if before & QUOTA_CLOSED == 0 {
+            if let Some(parent) = &self.parent {
+                parent.release(bytes);
+            }
+        }
+    }
+
+    /// Charge nothing here any more, and give back what is charged to the accounts above.
+    pub fn close(&self) {
+        let before = self.used.fetch_or(QUOTA_CLOSED, Ordering::AcqRel);
+        if before & QUOTA_CLOSED == 0 {
+            if let Some(parent) = &self.parent {
+                parent.release(before);
+            }
+        }
     }
 }
 

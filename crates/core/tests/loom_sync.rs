@@ -4,7 +4,8 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
-use moirai_core::sync::{Bell, Budget, Published};
+use moirai_core::sync::front::{Claim, Front, Word};
+use moirai_core::sync::{Bell, Budget, Published, Quota, QuotaRefusal};
 
 #[test]
 fn a_budget_never_exceeds_its_limit_and_loses_nothing() {
@@ -31,6 +32,114 @@ fn a_budget_never_exceeds_its_limit_and_loses_nothing() {
         }
         assert_eq!(budget.used(), 0);
         assert!(budget.reserve(10).is_ok(), "everything came back");
+    });
+}
+
+/// One owner lets go of a chunk in which nothing is alive and goes on with another, through the
+/// same front, while two threads cut: what they cut is disjoint, and lies in a chunk that stays.
+#[test]
+fn a_front_is_never_taken_from_under_a_claim() {
+    loom::model(|| {
+        let front = Arc::new(Front::new());
+        front.bind(1000, Word::open(1, 3, false));
+        let cutters: Vec<_> = (0..2)
+            .map(|_| {
+                let front = Arc::clone(&front);
+                thread::spawn(move || front.claim(1))
+            })
+            .collect();
+        let seen = front.shut();
+        if seen.count() == 0 {
+            front.bind(2000, Word::open(1, 3, true));
+        } else {
+            front.open(seen.counted());
+        }
+        let claims: Vec<Claim> = cutters
+            .into_iter()
+            .filter_map(|cutter| cutter.join().unwrap())
+            .collect();
+        let late = front.look().count();
+        assert_eq!(claims.len() as u64, seen.count() + late);
+        let base = if seen.count() == 0 { 2000 } else { 1000 };
+        assert!(claims.iter().all(|claim| claim.base == base));
+        assert!(claims.iter().all(|claim| claim.reused == (base == 2000)));
+        assert!(claims.len() < 2 || claims[0].granule != claims[1].granule);
+    });
+}
+
+/// Going back to the start of a chunk whose blocks are all dead, while another thread cuts.
+#[test]
+fn a_front_goes_back_only_if_nothing_was_cut_meanwhile() {
+    loom::model(|| {
+        let front = Arc::new(Front::new());
+        front.bind(1000, Word::open(1, 4, false));
+        let first = front.claim(2).unwrap();
+        assert_eq!(first.granule, 1);
+        let cutter = {
+            let front = Arc::clone(&front);
+            thread::spawn(move || front.claim(1))
+        };
+        // The first block dies here: nothing else is alive, unless the other thread was quicker.
+        let word = front.look();
+        let back = word.count() == 1 && front.replace(word, Word::open(1, 3, true));
+        let claim = cutter.join().unwrap().unwrap();
+        assert_eq!(claim.granule, if back { 1 } else { 3 });
+        assert_eq!(claim.reused, back);
+    });
+}
+
+#[test]
+fn a_quota_closed_at_any_moment_leaves_nothing_charged_above() {
+    loom::model(|| {
+        let above = std::sync::Arc::new(Quota::new(100, None));
+        let account = std::sync::Arc::new(Quota::new(100, Some(above.clone())));
+        account.reserve(8).unwrap();
+        let spender = {
+            let account = account.clone();
+            thread::spawn(move || {
+                if account.reserve(4).is_ok() {
+                    account.release(4);
+                }
+                account.release(8);
+            })
+        };
+        account.close();
+        spender.join().unwrap();
+        assert_eq!((account.used(), above.used()), (0, 0));
+        assert_eq!(account.reserve(1), Err(QuotaRefusal::Closed));
+        assert_eq!(above.used(), 0);
+    });
+}
+
+#[test]
+fn what_two_accounts_charge_never_exceeds_the_one_above() {
+    loom::model(|| {
+        let above = std::sync::Arc::new(Quota::new(10, None));
+        let threads: Vec<_> = [6, 5]
+            .into_iter()
+            .map(|bytes| {
+                let account = Quota::new(100, Some(above.clone()));
+                thread::spawn(move || match account.reserve(bytes) {
+                    Ok(()) => {
+                        assert_eq!(account.used(), bytes);
+                        account.release(bytes);
+                    }
+                    Err(refusal) => {
+                        let QuotaRefusal::Full {
+                            used, levels_up, ..
+                        } = refusal
+                        else {
+                            panic!("nothing was closed");
+                        };
+                        assert!(levels_up == 1 && used <= 10 && account.used() == 0);
+                    }
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(above.used(), 0);
     });
 }
 

@@ -6,6 +6,7 @@ mod model;
 
 use model::{Failures, healthy, run, step};
 use moirai_core::os::HugePages;
+use moirai_core::resource::arena::{ArenaResource, ThreadLocalArena};
 use moirai_core::resource::large_object::{Fit, LargeObjectResource, Options};
 use moirai_core::resource::limit::LimitAdaptor;
 use moirai_core::resource::pool::PoolResource;
@@ -27,6 +28,10 @@ fn large(fit: Fit, cap: Option<usize>) -> Arc<dyn Resource> {
     Arc::new(LargeObjectResource::new(options).unwrap())
 }
 
+fn arena(chunk_bytes: usize) -> Arc<dyn Resource> {
+    Arc::new(ArenaResource::new(large(Fit::Best, None), chunk_bytes).unwrap())
+}
+
 fn resources() -> Vec<Arc<dyn Resource>> {
     let system: Arc<dyn Resource> = Arc::new(SystemResource::new());
     let pool: Arc<dyn Resource> = Arc::new(PoolResource::new(Options::default()).unwrap());
@@ -39,7 +44,16 @@ fn resources() -> Vec<Arc<dyn Resource>> {
         Arc::new(SlabResource::new(system).unwrap()),
         Arc::new(SlabResource::new(large(Fit::Best, None)).unwrap()),
         Arc::new(StatisticsAdaptor::new(Arc::clone(&pool))),
-        Arc::new(LimitAdaptor::new(pool, 1 << 30, Box::new(|| ()))),
+        Arc::new(LimitAdaptor::new(
+            Arc::clone(&pool),
+            1 << 30,
+            Box::new(|| ()),
+        )),
+        Arc::new(ArenaResource::new(Arc::clone(&pool), 1 << 20).unwrap()),
+        Arc::new(ArenaResource::new(Arc::new(SystemResource::new()), 4096).unwrap()),
+        Arc::new(ThreadLocalArena::new(pool, 100_000).unwrap()),
+        Arc::new(ArenaResource::new(arena(1 << 16), 1 << 13).unwrap()),
+        Arc::new(SlabResource::new(arena(1 << 20)).unwrap()),
     ]
 }
 

@@ -8,11 +8,15 @@ use pyo3::types::{PyBool, PyInt};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+/// An `int` that is a size, which nearly every one is.
+#[inline]
+fn plain(value: &Bound<'_, PyAny>) -> Option<usize> {
+    value.cast_exact::<PyInt>().ok()?.extract().ok()
+}
+
 /// A count of bytes from any Python integer (or object with `__index__`).
 pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
-    if value.is_exact_instance_of::<PyInt>()
-        && let Ok(size) = value.extract()
-    {
+    if let Some(size) = plain(value) {
         return Ok(size);
     }
     let index = integer(name, value)?;

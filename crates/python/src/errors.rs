@@ -15,5 +15,6 @@ pub(crate) fn to_py(error: Error) -> PyErr {
         Error::InvalidArgument { .. } => InvalidArgument::new_err(message),
         Error::OutOfMemory { .. } => OutOfMemory::new_err(message),
         Error::Unsupported { .. } => Unsupported::new_err(message),
+        Error::Closed { .. } => Closed::new_err(message),
     }
 }

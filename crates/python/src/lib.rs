@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod arena;
 mod argument;
 mod buffer;
 mod errors;
@@ -12,6 +13,7 @@ mod pools;
 mod priority;
 mod resource;
 mod site;
+mod transaction;
 
 use pyo3::prelude::*;
 
@@ -21,7 +23,9 @@ mod _native {
     use super::*;
 
     #[pymodule_export]
-    use super::buffer::Buffer;
+    use super::arena::{Arena, ArenaResource, Savepoint, ThreadLocalArena};
+    #[pymodule_export]
+    use super::buffer::{Batch, Buffer};
     #[pymodule_export]
     use super::lane::current_lane;
     #[pymodule_export]
@@ -33,8 +37,6 @@ mod _native {
     #[pymodule_export]
     use super::numpy::scope::{Use, handler_of};
     #[pymodule_export]
-    use super::priority::{PriorityResource, RealtimeResource};
-    #[pymodule_export]
     use super::pools::buffer::{BufferPool, PooledBuffer};
     #[pymodule_export]
     use super::pools::lease::Lease;
@@ -45,10 +47,14 @@ mod _native {
     #[pymodule_export]
     use super::pools::vector::{Vector, VectorPool};
     #[pymodule_export]
+    use super::priority::{PriorityResource, RealtimeResource};
+    #[pymodule_export]
     use super::resource::{
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
         Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
+    #[pymodule_export]
+    use super::transaction::{TransactionArena, TransactionStore};
 
     /// End the background thread that lets kept memory age; it starts again when needed.
     #[pyfunction]

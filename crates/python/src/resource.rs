@@ -48,7 +48,11 @@ impl Resource {
     }
 
     /// The lane of a request: the argument, or else the context's. None if there are no lanes.
-    fn lane(&self, py: Python<'_>, priority: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Lane>> {
+    pub(crate) fn lane(
+        &self,
+        py: Python<'_>,
+        priority: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<Lane>> {
         match priority {
             None if self.has_lanes => lane::current(py).map(Some),
             None => Ok(None),
@@ -58,6 +62,11 @@ impl Resource {
                 self.core().name()
             ))),
         }
+    }
+
+    /// A resource that draws from `upstream`.
+    pub(crate) fn above(core: Arc<dyn core::Resource>, upstream: &Bound<'_, Resource>) -> Self {
+        Resource::new(core, Some(upstream.clone().unbind()))
     }
 
     fn over(core: impl core::Resource + 'static) -> Self {
@@ -72,28 +81,16 @@ impl Resource {
         signature = (size_bytes, *, alignment_bytes=Alignment(core::DEFAULT_ALIGNMENT), zeroed=false, priority=None),
         text_signature = "($self, size_bytes, *, alignment_bytes=64, zeroed=False, priority=None)"
     )]
-    fn allocate(
-        slf: &Bound<'_, Self>,
-        size_bytes: &Bound<'_, PyAny>,
+    fn allocate<'py>(
+        slf: &Bound<'py, Self>,
+        size_bytes: &Bound<'py, PyAny>,
         alignment_bytes: Alignment,
         zeroed: bool,
-        priority: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Buffer> {
+        priority: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, Buffer>> {
         let size = bytes("size_bytes", size_bytes)?;
-        let alignment = alignment_bytes.0;
         let lane = slf.get().lane(slf.py(), priority)?;
-        let resource = Arc::clone(slf.get().core());
-        let draw = || moirai_core::buffer::Buffer::new(resource, size, alignment, zeroed);
-        let draw = || lane::within(lane, draw);
-        let block = if size > DETACH_BYTES {
-            slf.py().detach(draw)
-        } else {
-            draw()
-        };
-        Ok(Buffer::new(
-            block.map_err(to_py)?,
-            slf.clone().into_any().unbind(),
-        ))
+        Buffer::draw(slf, size, alignment_bytes.0, zeroed, lane)?.into_object(slf.py())
     }
 
     /// A Buffer for each of `sizes`, or OutOfMemory with none taken.
@@ -111,11 +108,7 @@ impl Resource {
         let sizes = byte_counts("sizes", sizes)?;
         let alignment = alignment_bytes.0;
         let lane = slf.get().lane(slf.py(), priority)?;
-        let resource = Arc::clone(slf.get().core());
-        let draw = || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment, zeroed);
-        let blocks = slf.py().detach(|| lane::within(lane, draw));
-        let buffer = |block| Buffer::new(block, slf.clone().into_any().unbind());
-        Ok(blocks.map_err(to_py)?.into_iter().map(buffer).collect())
+        Buffer::draw_group(slf, &sizes, alignment, zeroed, lane)
     }
 
     /// What happened so far.
@@ -273,7 +266,7 @@ impl SlabResource {
 }
 
 fn adaptor(upstream: &Bound<'_, Resource>, core: impl core::Resource + 'static) -> Resource {
-    Resource::new(Arc::new(core), Some(upstream.clone().unbind()))
+    Resource::above(Arc::new(core), upstream)
 }
 
 /// Counts what passes through it on the way to `upstream`.
@@ -306,7 +299,7 @@ impl StatisticsAdaptor {
     fn new(upstream: &Bound<'_, Resource>) -> PyClassInitializer<Self> {
         let core = core::statistics::StatisticsAdaptor::new(Arc::clone(upstream.get().core()));
         let core = Arc::new(core);
-        let base = Resource::new(core.clone(), Some(upstream.clone().unbind()));
+        let base = Resource::above(core.clone(), upstream);
         with_base(StatisticsAdaptor(core), base)
     }
 

@@ -11,9 +11,12 @@ import warnings
 
 from moirai import _native
 from moirai._native import (
+    Arena,
+    Batch,
     Buffer,
     HealthReport,
     Resource,
+    Savepoint,
     Statistics,
     SystemResource,
     handler_of,
@@ -21,6 +24,7 @@ from moirai._native import (
     stop_background,
     uninstall,
 )
+from moirai.memory.arenas import ArenaResource, ThreadLocalArena
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.health import Finding, Health, ResourceHealth, health
 from moirai.memory.libc_heap import keep_libc_heap
@@ -35,10 +39,23 @@ from moirai.memory.priority import (
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
+from moirai.memory.transactions import (
+    PROFILES,
+    Fragmentation,
+    Profile,
+    TransactionArena,
+    TransactionArenas,
+    TransactionStatistics,
+)
 
 __all__ = [
+    "PROFILES",
+    "Arena",
+    "ArenaResource",
+    "Batch",
     "Buffer",
     "Finding",
+    "Fragmentation",
     "Health",
     "HealthReport",
     "LargeArray",
@@ -49,16 +66,22 @@ __all__ = [
     "PoolResource",
     "Priority",
     "PriorityResource",
+    "Profile",
     "RealtimeResource",
     "Resource",
     "ResourceHealth",
+    "Savepoint",
     "Scope",
     "ScopeRecord",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
+    "ThreadLocalArena",
     "Topology",
+    "TransactionArena",
+    "TransactionArenas",
+    "TransactionStatistics",
     "current_priority",
     "handler_of",
     "health",

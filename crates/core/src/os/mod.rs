@@ -18,6 +18,9 @@ pub const UNIT_BYTES: usize = 64 * 1024;
 /// Size of a transparent huge page on x86-64 and on arm64 with 4 KiB pages.
 pub const HUGE_PAGE_BYTES: usize = 2 * 1024 * 1024;
 
+/// Alignment of what malloc gives unasked.
+pub const MALLOC_ALIGNMENT: usize = 16;
+
 /// Whether this kernel's page size is the one the code is built for.
 pub fn supported() -> bool {
     // SAFETY: `sysconf` reads a constant of the system and has no preconditions.

@@ -5,7 +5,7 @@
 //! only what is used takes memory.
 
 use crate::os;
-use crate::sync::{AtomicU64, Ordering, Published};
+use crate::sync::{AtomicU64, Lock, Ordering, Published};
 use std::ptr::NonNull;
 
 const ADDRESS_BITS: u32 = 48;
@@ -14,6 +14,8 @@ const ADDRESS_BITS: u32 = 48;
 pub(crate) struct AddressMap<const SHIFT: u32> {
     /// `1 << root_bits` entries; each leaf has `1 << leaf_bits` words and lives as long as the map.
     root: NonNull<Published<AtomicU64>>,
+    /// Every leaf, so that dropping the map need not read the root's untouched pages.
+    leaves: Lock<Vec<NonNull<u8>>>,
 }
 
 // SAFETY: all access is through atomics; the tables are freed only in `drop`.
@@ -31,6 +33,7 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
     pub(crate) fn new() -> Option<Self> {
         Some(AddressMap {
             root: os::map_zeroed(Self::ROOT_BYTES)?.cast(),
+            leaves: Lock::new(Vec::new()),
         })
     }
 
@@ -75,7 +78,10 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
                 return false;
             };
             leaf = match entry.publish(fresh.as_ptr().cast()) {
-                Ok(()) => fresh.as_ptr().cast(),
+                Ok(()) => {
+                    self.leaves.lock().push(fresh);
+                    fresh.as_ptr().cast()
+                }
                 Err(first) => {
                     // SAFETY: the mapping made above was not published.
                     unsafe { os::release(fresh, Self::LEAF_BYTES) };
@@ -93,14 +99,9 @@ impl<const SHIFT: u32> AddressMap<SHIFT> {
 
 impl<const SHIFT: u32> Drop for AddressMap<SHIFT> {
     fn drop(&mut self) {
-        for index in 0..1usize << Self::ROOT_BITS {
-            // SAFETY: `index` is below the root's length.
-            let entry = unsafe { self.root.add(index) };
-            // SAFETY: see `slot`.
-            if let Some(leaf) = NonNull::new(unsafe { entry.as_ref() }.get()) {
-                // SAFETY: the leaf was mapped by `set`, and `&mut self` excludes readers.
-                unsafe { os::release(leaf.cast(), Self::LEAF_BYTES) };
-            }
+        for leaf in std::mem::take(self.leaves.get_mut()) {
+            // SAFETY: the leaf was mapped by `set`, and `&mut self` excludes readers.
+            unsafe { os::release(leaf, Self::LEAF_BYTES) };
         }
         // SAFETY: mapped by `new`; nothing reads it any more.
         unsafe { os::release(self.root.cast(), Self::ROOT_BYTES) };

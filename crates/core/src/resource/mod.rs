@@ -4,6 +4,7 @@
 
 pub mod adaptor;
 mod address_map;
+pub mod arena;
 mod background;
 pub mod composite;
 pub(crate) mod fork;
@@ -19,6 +20,7 @@ pub mod registry;
 pub mod slab;
 pub mod statistics;
 pub mod system;
+pub mod transaction;
 
 use crate::error::{Error, Result};
 use std::ptr::NonNull;

@@ -46,15 +46,123 @@ struct ArrayFields {
     handler: *mut ffi::PyObject,
 }
 
+const NEW_FROM_DESCR: usize = 94;
+const DESCR_CONVERTER: usize = 174;
+const SET_BASE_OBJECT: usize = 282;
 const SET_HANDLER: usize = 304;
 const DEFAULT_HANDLER: usize = 306;
 const FEATURE_VERSION: usize = 211;
 /// The feature version of NumPy 1.22, which brought handlers.
 const MINIMUM_FEATURE: u32 = 0x0f;
+/// The feature version of NumPy 2.0.
+const NUMPY_TWO_FEATURE: u32 = 0x12;
+
+/// Where a `PyArray_Descr` has the bytes of an item and its flags; NumPy 2 moved them.
+#[derive(Clone, Copy)]
+pub(super) enum DescrLayout {
+    One,
+    Two,
+    /// Neither: its attributes are asked.
+    Unknown,
+}
+
+/// The head of `PyArray_Descr`, the same in NumPy 1 and 2.
+#[repr(C)]
+struct DescrHead {
+    head: ffi::PyObject,
+    typeobj: *mut c_void,
+    letters: [u8; 3],
+    flags: u8,
+    type_num: c_int,
+}
+
+/// NumPy 1 has the size right behind the head.
+#[repr(C)]
+struct DescrOne {
+    head: DescrHead,
+    elsize: c_int,
+}
+
+/// NumPy 2 has wider flags and a wider size.
+#[repr(C)]
+struct DescrTwo {
+    head: DescrHead,
+    flags: u64,
+    elsize: ffi::Py_ssize_t,
+}
+
+/// `NPY_ITEM_HASOBJECT`.
+const HAS_OBJECT: u64 = 1;
+
+impl DescrLayout {
+    /// Bytes of an item, and whether items refer to objects; `None` if only the attributes say it.
+    ///
+    /// # Safety
+    /// `descr` is a `numpy.dtype`.
+    pub(super) unsafe fn read(self, descr: *mut ffi::PyObject) -> Option<(usize, bool)> {
+        match self {
+            DescrLayout::One => {
+                // SAFETY: the caller's promise, and the layout was found to be this one.
+                let descr = unsafe { &*descr.cast::<DescrOne>() };
+                let has_object = u64::from(descr.head.flags) & HAS_OBJECT != 0;
+                Some((descr.elsize as usize, has_object))
+            }
+            DescrLayout::Two => {
+                // SAFETY: as above.
+                let descr = unsafe { &*descr.cast::<DescrTwo>() };
+                Some((descr.elsize as usize, descr.flags & HAS_OBJECT != 0))
+            }
+            DescrLayout::Unknown => None,
+        }
+    }
+
+    /// The layout of the NumPy that is running, tried on dtypes of known size.
+    fn find(module: &Bound<'_, PyModule>, feature: u32) -> PyResult<Self> {
+        let layout = if feature < NUMPY_TWO_FEATURE {
+            DescrLayout::One
+        } else {
+            DescrLayout::Two
+        };
+        for name in ["float64", "O", "V12345"] {
+            let descr = module.call_method1("dtype", (name,))?;
+            let told: (usize, bool) = (
+                descr.getattr("itemsize")?.extract()?,
+                descr.getattr("hasobject")?.extract()?,
+            );
+            // SAFETY: a dtype; its struct is larger than what either layout reads.
+            if unsafe { layout.read(descr.as_ptr()) } != Some(told) {
+                return Ok(DescrLayout::Unknown);
+            }
+        }
+        Ok(layout)
+    }
+}
+
+/// `PyArray_NewFromDescr`.
+pub(super) type NewFromDescr = unsafe extern "C" fn(
+    subtype: *mut ffi::PyTypeObject,
+    descr: *mut ffi::PyObject,
+    nd: c_int,
+    dims: *const ffi::Py_ssize_t,
+    strides: *const ffi::Py_ssize_t,
+    data: *mut c_void,
+    flags: c_int,
+    object: *mut ffi::PyObject,
+) -> *mut ffi::PyObject;
+/// `PyArray_DescrConverter`.
+pub(super) type DescrConverter =
+    unsafe extern "C" fn(object: *mut ffi::PyObject, descr: *mut *mut ffi::PyObject) -> c_int;
+/// `PyArray_SetBaseObject`.
+pub(super) type SetBaseObject =
+    unsafe extern "C" fn(array: *mut ffi::PyObject, base: *mut ffi::PyObject) -> c_int;
 
 /// NumPy as this process has it.
 pub(super) struct NumPy {
-    ndarray: Py<PyAny>,
+    pub ndarray: Py<PyAny>,
+    pub new_from_descr: NewFromDescr,
+    pub descr_converter: DescrConverter,
+    pub set_base_object: SetBaseObject,
+    pub descr_layout: DescrLayout,
     default_capsule: Py<PyAny>,
     /// The context variable that holds the handler of each context.
     pub current: Py<PyAny>,
@@ -108,7 +216,8 @@ impl NumPy {
         let feature: unsafe extern "C" fn() -> u32 =
             unsafe { std::mem::transmute(entry(FEATURE_VERSION)) };
         // SAFETY: a function without preconditions.
-        if unsafe { feature() } < MINIMUM_FEATURE {
+        let feature = unsafe { feature() };
+        if feature < MINIMUM_FEATURE {
             let version = module.getattr("__version__")?;
             return Err(Unsupported::new_err(format!(
                 "numpy: must be at least 1.22 to have memory handlers, got {version}"
@@ -122,7 +231,18 @@ impl NumPy {
         // SAFETY: `PyDataMem_SetHandler`, of this type since NumPy 1.22.
         let set: unsafe extern "C" fn(*mut ffi::PyObject) -> *mut ffi::PyObject =
             unsafe { std::mem::transmute(entry(SET_HANDLER)) };
+        // SAFETY: `PyArray_NewFromDescr`, of this type in every NumPy.
+        let new_from_descr: NewFromDescr = unsafe { std::mem::transmute(entry(NEW_FROM_DESCR)) };
+        // SAFETY: `PyArray_DescrConverter`, of this type in every NumPy.
+        let descr_converter: DescrConverter =
+            unsafe { std::mem::transmute(entry(DESCR_CONVERTER)) };
+        // SAFETY: `PyArray_SetBaseObject`, of this type since NumPy 1.7.
+        let set_base_object: SetBaseObject = unsafe { std::mem::transmute(entry(SET_BASE_OBJECT)) };
         Ok(NumPy {
+            new_from_descr,
+            descr_converter,
+            set_base_object,
+            descr_layout: DescrLayout::find(&module, feature)?,
             ndarray: module.getattr("ndarray")?.unbind(),
             current: find_variable(py, set, &default)?.unbind(),
             default_capsule: default.unbind(),
