@@ -25,21 +25,27 @@ use std::sync::Arc;
 pub(in crate::resource) enum Growth {
     /// All the same.
     Even(usize),
-    /// The first of this size, later ones a sixteenth of what is held.
+    /// The first of this size. Later ones are a small share of what is held, so that what the last
+    /// one leaves unused is small too; but larger for larger blocks, of which half a one is left
+    /// over at the end of each: their geometric mean with what is held keeps both wastes equal.
     From(usize),
 }
 
 /// Largest chunk that an arena grows by.
 const LARGEST_STEP: usize = 1 << 20;
+/// The share of what is held that an arena grows by.
+const SHARE: usize = 32;
 
 impl Growth {
-    fn next(self, held_bytes: usize) -> usize {
+    fn next(self, held_bytes: usize, block_bytes: usize) -> usize {
         match self {
             Growth::Even(bytes) => bytes,
             Growth::From(first) if held_bytes == 0 => first,
             Growth::From(_) => {
-                let share = (held_bytes / 16).clamp(PAGE_BYTES, LARGEST_STEP);
-                1 << share.ilog2()
+                let mean = held_bytes.saturating_mul(block_bytes).isqrt();
+                let wanted = mean.max(held_bytes / SHARE);
+                let most = held_bytes.clamp(PAGE_BYTES, LARGEST_STEP);
+                1 << wanted.clamp(PAGE_BYTES, most).ilog2()
             }
         }
     }
@@ -145,7 +151,9 @@ impl Arena {
                 self.keep(drawn);
                 return Ok((block, false));
             }
-            let bytes = drawn.map_or_else(|| self.growth.next(state.held_bytes), |raw| raw.bytes);
+            let block_bytes = granules * GRANULE;
+            let next = || self.growth.next(state.held_bytes, block_bytes);
+            let bytes = drawn.map_or_else(next, |raw| raw.bytes);
             if deserves_own(granules, request.alignment(), bytes) {
                 drop(state);
                 self.keep(drawn);
