@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -630,6 +631,14 @@ def test_buffer_may_refer_to_its_arena_in_a_cycle_of_attributes() -> None:
 # --- threads ------------------------------------------------------------------------------------
 
 
+def wait_until_gone(thread: threading.Thread) -> None:
+    """Wait for the end of the system's thread, which comes after `join`."""
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        assert time.monotonic() < deadline, "the thread does not end"
+        os.sched_yield()
+
+
 def run_threads(*bodies: Callable[[], None]) -> None:
     failures: list[BaseException] = []
 
@@ -644,6 +653,7 @@ def run_threads(*bodies: Callable[[], None]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+        wait_until_gone(thread)
     assert failures == []
 
 

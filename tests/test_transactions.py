@@ -219,15 +219,16 @@ def test_limit_bounds_what_is_held_whatever_is_freed_in_between() -> None:
     transaction.rollback()
 
 
-def test_estimate_chooses_the_smallest_profile_that_allows_it() -> None:
+def test_estimate_chooses_the_smallest_profile_that_allows_a_quarter_more() -> None:
     arenas = memory.TransactionArenas()
     for estimate, name in [
         (0, "tiny"),
-        (64 * KIB, "tiny"),
-        ("64.1 KiB", "small"),
-        ("512 KiB", "small"),
-        ("1 MiB", "medium"),
-        ("32 MiB", "large"),
+        (64 * KIB * 4 // 5, "tiny"),
+        (64 * KIB * 4 // 5 + 1, "small"),
+        ("400 KiB", "small"),
+        ("512 KiB", "medium"),
+        ("20 MiB", "large"),
+        ("30 MiB", "huge"),
         ("256 MiB", "huge"),
     ]:
         with arenas.begin("t", estimate) as transaction:

@@ -33,10 +33,11 @@ PROFILES: Mapping[str, tuple[int | str, int | str]] = {
     "huge": ("16 MiB", "256 MiB"),
 }
 
-# How many finished transactions a profile is learned from, and how much larger than the largest of
-# them the next one may be.
+# How many finished transactions a profile is learned from.
 _OBSERVED_COUNT = 64
-_HEADROOM = 2
+# Room in the limit: over the largest of those, for growth; over an estimate, for rounding.
+_OBSERVED_ROOM = 2
+_ESTIMATE_ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,8 @@ class TransactionArenas:
 
         Args:
             transaction_id: A name that no active transaction has.
-            estimate_bytes: How much it will use; chooses the smallest profile that allows it. None
-                learns the profile: twice the most that any of the last 64 finished transactions
+            estimate_bytes: How much it will use; chooses the smallest profile that allows a quarter
+                more, since blocks are rounded up. None learns the profile: twice the most that any of the last 64 finished transactions
                 used or was refused, and the middle profile before there is one.
             profile: The profile's name, instead of an estimate.
             parent: The transaction it lies in: what it uses counts for that one too, a commit hands
@@ -347,9 +348,11 @@ class TransactionArenas:
             return self.learned_profile()
         estimate = parse_bytes(estimate_bytes, argument="estimate_bytes")
         for known in self.profiles:
-            if estimate <= known.limit_bytes:
+            if estimate * _ESTIMATE_ROOM <= known.limit_bytes:
                 return known
         largest = self.profiles[-1]
+        if estimate <= largest.limit_bytes:
+            return largest
         raise InvalidArgument(
             f"estimate_bytes: must be at most {largest.limit_bytes} (the limit of profile "
             f"{largest.name!r}), got {estimate}"
@@ -361,7 +364,7 @@ class TransactionArenas:
         if observed is None:
             return self.profiles[len(self.profiles) // 2]
         for known in self.profiles:
-            if observed * _HEADROOM <= known.limit_bytes:
+            if observed * _OBSERVED_ROOM <= known.limit_bytes:
                 return known
         return self.profiles[-1]
 

@@ -25,21 +25,27 @@ use std::sync::Arc;
 pub(in crate::resource) enum Growth {
     /// All the same.
     Even(usize),
-    /// The first of this size, later ones a sixteenth of what is held.
+    /// The first of this size. Later ones are a small share of what is held, so that what the last
+    /// one leaves unused is small too; but larger for larger blocks, of which half a one is left
+    /// over at the end of each: their geometric mean with what is held keeps both wastes equal.
     From(usize),
 }
 
 /// Largest chunk that an arena grows by.
 const LARGEST_STEP: usize = 1 << 20;
+/// The share of what is held that an arena grows by.
+const SHARE: usize = 32;
 
 impl Growth {
-    fn next(self, held_bytes: usize) -> usize {
+    fn next(self, held_bytes: usize, block_bytes: usize) -> usize {
         match self {
             Growth::Even(bytes) => bytes,
             Growth::From(first) if held_bytes == 0 => first,
             Growth::From(_) => {
-                let share = (held_bytes / 16).clamp(PAGE_BYTES, LARGEST_STEP);
-                1 << share.ilog2()
+                let mean = held_bytes.saturating_mul(block_bytes).isqrt();
+                let wanted = mean.max(held_bytes / SHARE);
+                let most = held_bytes.clamp(PAGE_BYTES, LARGEST_STEP);
+                1 << wanted.clamp(PAGE_BYTES, most).ilog2()
             }
         }
     }
@@ -56,6 +62,9 @@ pub(in crate::resource) struct Arena {
     /// Its place in the store's list; guarded by that list's lock.
     pub(super) member: AtomicUsize,
 }
+
+/// Granules that blocks are cut on for before the arena goes back to the start of what is empty.
+const NEARBY: usize = PAGE_BYTES / GRANULE;
 
 /// Stands for the current chunk when there is none: nothing can be cut from it.
 static SHUT_SLOT: Slot = Slot::new();
@@ -145,7 +154,9 @@ impl Arena {
                 self.keep(drawn);
                 return Ok((block, false));
             }
-            let bytes = drawn.map_or_else(|| self.growth.next(state.held_bytes), |raw| raw.bytes);
+            let block_bytes = granules * GRANULE;
+            let next = || self.growth.next(state.held_bytes, block_bytes);
+            let bytes = drawn.map_or_else(next, |raw| raw.bytes);
             if deserves_own(granules, request.alignment(), bytes) {
                 drop(state);
                 self.keep(drawn);
@@ -215,7 +226,15 @@ impl Arena {
     /// border between used and unused memory, or came when the word's count was full.
     fn cut_locked(&self, state: &mut State, granules: usize, alignment: usize) -> Option<Block> {
         let index = state.current?;
-        let word = self.shut(state, index);
+        let mut word = self.shut(state, index);
+        if let Some((floor, kept_bytes)) = state.floor(index, 0) {
+            if self.quota.is_none() && word.offset() - floor >= NEARBY {
+                state.chunks[index].note_used(word.offset());
+                word = state.chunks[index].room_from(floor);
+                state.counted_granule = floor;
+                state.uncut(index, kept_bytes);
+            }
+        }
         let chunk = &mut state.chunks[index];
         let start = chunk.base + word.offset() * GRANULE;
         let offset = (start.next_multiple_of(alignment) - chunk.base) / GRANULE;
@@ -412,8 +431,14 @@ impl Arena {
     /// Take a block back; `None` if `address` is no live block of this arena.
     #[inline]
     pub(in crate::resource) fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
+        let slot = self.slot_of(address.as_ptr() as usize)?;
+        self.take_back_in(slot, address)
+    }
+
+    /// The same, if the slot that `address` is about is known to be this arena's.
+    #[inline]
+    pub(super) fn take_back_in(&self, slot: SlotRef, address: NonNull<u8>) -> Option<usize> {
         let address = address.as_ptr() as usize;
-        let slot = self.slot_of(address)?;
         // Filled in place: it is empty nearly always, and moving it would cost more than the rest.
         let mut aftermath = Aftermath::default();
         let mut state = self.state.lock();
@@ -474,36 +499,29 @@ impl Arena {
         Some(size)
     }
 
-    /// Cut again from where nothing is alive behind: the chunk's start, or the last savepoint.
+    /// Cut again from where nothing behind is alive.
+    ///
+    /// Not at every free: within [`NEARBY`] granules the next blocks are as warm as the last ones.
+    /// But what is charged comes back at once, and memory that was never used before is used no
+    /// further than it must.
     #[inline]
     fn sink(&self, state: &mut State, index: usize, aftermath: &mut Aftermath) {
-        let chunk = &mut state.chunks[index];
-        let word = chunk.slot.front.look();
-        let top = state.timeline.top();
-        let since_here = chunk.turn() == Some(top.place.position.turn);
-        let nothing_here = chunk.cut_count + word.count() == chunk.freed_count;
-        let nothing_since = top.live + word.count() as i64 == 0;
-        if !(nothing_here || since_here && nothing_since) {
+        let word = state.chunks[index].slot.front.look();
+        let Some((floor, kept_bytes)) = state.floor(index, word.count()) else {
             return;
-        }
-        let (floor, kept_bytes) = if since_here {
-            (top.place.position.granule, top.place.cut_bytes)
-        } else {
-            (0, 0)
         };
-        let floor = floor.max(chunk.first_granule());
-        if word.offset() == floor {
+        let above = word.offset() - floor;
+        if above == 0 || above < NEARBY && word.reused() && self.quota.is_none() {
             return;
         }
+        let chunk = &mut state.chunks[index];
         chunk.note_used(word.offset());
-        let room = chunk.room_from(floor);
         // A block cut meanwhile is alive: then the word is another, and it stays.
-        if !chunk.slot.front.replace(word, room) {
-            return;
+        if chunk.slot.front.replace(word, chunk.room_from(floor)) {
+            state.count(index, word);
+            state.counted_granule = floor;
+            aftermath.uncharged = state.uncut(index, kept_bytes);
         }
-        state.count(index, word);
-        state.counted_granule = floor;
-        aftermath.uncharged = state.uncut(index, kept_bytes);
     }
 
     /// Usable size of the block at `address`; 0 if it is none.

@@ -184,6 +184,26 @@ impl State {
         (word.count(), bytes as u64)
     }
 
+    /// From where nothing in the current chunk is alive, and the bytes cut before: its start, or the
+    /// last savepoint. `None` if something is. `uncounted` blocks were cut since the last count.
+    #[inline]
+    pub(super) fn floor(&mut self, index: usize, uncounted: u64) -> Option<(usize, usize)> {
+        let chunk = &self.chunks[index];
+        let top = self.timeline.top();
+        let since_here = chunk.turn() == Some(top.place.position.turn);
+        let nothing_here = chunk.cut_count + uncounted == chunk.freed_count;
+        let nothing_since = since_here && top.live + uncounted as i64 == 0;
+        if !nothing_here && !nothing_since {
+            return None;
+        }
+        let (granule, cut_bytes) = if since_here {
+            (top.place.position.granule, top.place.cut_bytes)
+        } else {
+            (0, 0)
+        };
+        Some((granule.max(chunk.first_granule()), cut_bytes))
+    }
+
     /// Called before blocks are freed: a peak is what was alive before a free, or is now.
     #[inline]
     pub(super) fn note_peak(&mut self) {

@@ -4,6 +4,7 @@
 //! of a thread that ended serves the next new thread, so there are never more than threads were
 //! there at once; blocks that outlive their thread keep their chunks.
 
+use super::store::SlotRef;
 use super::{Arena, Growth, Savepoint, Store, check_store, chunk_bytes, with_upstream};
 use crate::error::{Error, Result};
 use crate::resource::fork::{self, ForkLocks};
@@ -159,11 +160,17 @@ impl ThreadLocalArena {
 
     /// The arena that the page of `address` was last cut for.
     #[inline]
-    fn arena_at(&self, address: NonNull<u8>) -> Option<&Arena> {
+    fn arena_at(&self, address: NonNull<u8>) -> Option<(&Arena, SlotRef)> {
         let slot = self.shared.store.slot_at(address.as_ptr() as usize)?;
         let arena = slot.owner.load(Relaxed);
         // SAFETY: the store is this resource's alone, and its arenas live as long; or null.
-        unsafe { arena.as_ref() }
+        Some((unsafe { arena.as_ref() }?, slot))
+    }
+
+    #[inline]
+    fn take(&self, address: NonNull<u8>) -> Option<usize> {
+        let (arena, slot) = self.arena_at(address)?;
+        arena.take_back_in(slot, address)
     }
 
     fn arenas(&self) -> Vec<Arc<Arena>> {
@@ -189,10 +196,7 @@ unsafe impl Resource for ThreadLocalArena {
 
     #[inline]
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        let freed = self
-            .arena_at(address)
-            .and_then(|arena| arena.take_back(address));
-        freed.unwrap_or_else(|| {
+        self.take(address).unwrap_or_else(|| {
             self.shared.arenas.lock().invalid_frees += 1;
             0
         })
@@ -200,16 +204,16 @@ unsafe impl Resource for ThreadLocalArena {
 
     unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
         let arena = self.arena_at(address);
-        arena.map_or(0, |arena| arena.block_bytes(address))
+        arena.map_or(0, |(arena, _)| arena.block_bytes(address))
     }
 
     fn owns(&self, address: NonNull<u8>) -> Ownership {
         let arena = self.arena_at(address);
-        arena.map_or(Ownership::No, |arena| arena.owns(address))
+        arena.map_or(Ownership::No, |(arena, _)| arena.owns(address))
     }
 
     unsafe fn take_back(&self, address: NonNull<u8>) -> Option<usize> {
-        self.arena_at(address)?.take_back(address)
+        self.take(address)
     }
 
     fn statistics(&self) -> Statistics {

@@ -939,7 +939,7 @@ impl Heap {
 
     /// What was freed at or before `until`; lets the peak fade.
     pub(super) fn aged(&mut self, map: &AddressMap<12>, until: u64) -> Vec<Victim> {
-        self.recent_peak_bytes -= (self.recent_peak_bytes - self.used_bytes) / 16;
+        self.recent_peak_bytes -= (self.recent_peak_bytes - self.used_bytes) / 128;
         self.merge_quick(map, until.saturating_add(1));
         let mut victims = Vec::new();
         while let Some(&(stamp, id)) = self.by_age.first() {
