@@ -6,8 +6,18 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
 
+/// The value of an int that is a count; `None` if it is anything else, which needs a closer look.
+#[inline]
+fn plain_count(value: &Bound<'_, PyAny>) -> Option<usize> {
+    let int = value.is_exact_instance_of::<PyInt>();
+    int.then(|| value.extract().ok()).flatten()
+}
+
 /// A count of bytes from any Python integer (or object with `__index__`).
 pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    if let Some(count) = plain_count(value) {
+        return Ok(count);
+    }
     let index = value.call_method0("__index__").ok();
     let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
         let kind = value.get_type().name()?;
@@ -38,9 +48,9 @@ pub(crate) fn byte_counts(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec
     };
     let read = |(index, value): (usize, PyResult<Bound<'_, PyAny>>)| {
         let value = value?;
-        match value.extract::<usize>() {
-            Ok(count) if value.is_exact_instance_of::<PyInt>() => Ok(count),
-            _ => bytes(&format!("{name}[{index}]"), &value),
+        match plain_count(&value) {
+            Some(count) => Ok(count),
+            None => bytes(&format!("{name}[{index}]"), &value),
         }
     };
     values.enumerate().map(read).collect()

@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 /// Requests above this leave the interpreter's lock, since the kernel may take its time.
 const DETACH_BYTES: usize = 64 * 1024;
+/// So do groups of more blocks than this.
+const DETACH_COUNT: usize = 16;
 
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]
@@ -113,7 +115,13 @@ impl Resource {
         let lane = slf.get().lane(slf.py(), priority)?;
         let resource = Arc::clone(slf.get().core());
         let draw = || moirai_core::buffer::Buffer::group(&resource, &sizes, alignment, zeroed);
-        let blocks = slf.py().detach(|| lane::within(lane, draw));
+        let draw = || lane::within(lane, draw);
+        let blocks = if sizes.iter().any(|size| *size > DETACH_BYTES) || sizes.len() > DETACH_COUNT
+        {
+            slf.py().detach(draw)
+        } else {
+            draw()
+        };
         let buffer = |block| Buffer::new(block, slf.clone().into_any().unbind());
         Ok(blocks.map_err(to_py)?.into_iter().map(buffer).collect())
     }

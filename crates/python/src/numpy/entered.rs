@@ -8,34 +8,33 @@ use pyo3::prelude::*;
 /// A context variable, and the token that sets it back.
 type Token = (&'static Py<PyAny>, Py<PyAny>);
 
-/// The tokens of each context that is inside, the newest last.
+/// What one context set: a variable, and perhaps a second one after it.
+type Entry = (Token, Option<Token>);
+
+/// What each context that is inside has set, the newest last.
 #[derive(Default)]
-pub(super) struct Entered(Lock<Vec<Vec<Token>>>);
+pub(super) struct Entered(Lock<Vec<Entry>>);
+
+/// A context variable, and a value for it.
+pub(super) type Setting<'a> = (&'static Py<PyAny>, &'a Py<PyAny>);
 
 impl Entered {
-    /// Set the variables in the current context until it leaves.
+    /// Set one variable or two in the current context until it leaves.
     pub(super) fn set(
         &self,
         py: Python<'_>,
-        values: &[(&'static Py<PyAny>, &Py<PyAny>)],
+        first: Setting<'_>,
+        second: Option<Setting<'_>>,
     ) -> PyResult<()> {
-        let mut tokens: Vec<Token> = Vec::with_capacity(values.len());
-        for (variable, value) in values {
-            // SAFETY: a context variable and a live object.
-            let token = unsafe { ffi::PyContextVar_Set(variable.as_ptr(), value.as_ptr()) };
-            // SAFETY: a new reference, or null with an exception set.
-            match unsafe { Bound::from_owned_ptr_or_err(py, token) } {
-                Ok(token) => tokens.push((variable, token.unbind())),
-                Err(error) => {
-                    // Set in this context a moment ago, so each can be set back.
-                    for token in tokens.iter().rev() {
-                        reset(py, token);
-                    }
-                    return Err(error);
-                }
+        let first = set(py, first)?;
+        let second = match second.map(|second| set(py, second)).transpose() {
+            Ok(second) => second,
+            Err(error) => {
+                reset(py, &first);
+                return Err(error);
             }
-        }
-        self.0.lock().push(tokens);
+        };
+        self.0.lock().push((first, second));
         Ok(())
     }
 
@@ -43,24 +42,40 @@ impl Entered {
     pub(super) fn leave(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         // Usually the newest; another thread or task may have entered since.
         let mut foreign = Vec::new();
-        let mut outcome = Err(PyRuntimeError::new_err(format!(
-            "{name}: left more often than entered"
-        )));
-        while let Some(tokens) = { self.0.lock().pop() } {
-            if tokens.iter().rev().all(|token| reset(py, token)) {
-                outcome = Ok(());
+        let mut left = false;
+        while let Some(entry) = { self.0.lock().pop() } {
+            let (first, second) = &entry;
+            let second_is_back = second.as_ref().is_none_or(|second| reset(py, second));
+            if second_is_back && reset(py, first) {
+                left = true;
                 break;
             }
-            foreign.push(tokens);
+            foreign.push(entry);
         }
-        if outcome.is_err() && !foreign.is_empty() {
-            outcome = Err(PyRuntimeError::new_err(format!(
-                "{name}: must be left in the context (thread, task) in which it was entered"
-            )));
+        if left && foreign.is_empty() {
+            return Ok(());
         }
+        let entered_elsewhere = !foreign.is_empty();
         self.0.lock().extend(foreign.into_iter().rev());
-        outcome
+        match (left, entered_elsewhere) {
+            (true, _) => Ok(()),
+            (false, true) => Err(PyRuntimeError::new_err(format!(
+                "{name}: must be left in the context (thread, task) in which it was entered"
+            ))),
+            (false, false) => Err(PyRuntimeError::new_err(format!(
+                "{name}: left more often than entered"
+            ))),
+        }
     }
+}
+
+/// Set a variable in the current context.
+fn set(py: Python<'_>, (variable, value): Setting<'_>) -> PyResult<Token> {
+    // SAFETY: a context variable and a live object.
+    let token = unsafe { ffi::PyContextVar_Set(variable.as_ptr(), value.as_ptr()) };
+    // SAFETY: a new reference, or null with an exception set.
+    let token = unsafe { Bound::from_owned_ptr_or_err(py, token) }?;
+    Ok((variable, token.unbind()))
 }
 
 /// Set a variable back; false if its token is of another context, which is then unchanged.
