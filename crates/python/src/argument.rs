@@ -42,9 +42,9 @@ pub(crate) fn byte_counts(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec
     };
     let read = |(index, value): (usize, PyResult<Bound<'_, PyAny>>)| {
         let value = value?;
-        match value.extract::<usize>() {
-            Ok(count) if value.is_exact_instance_of::<PyInt>() => Ok(count),
-            _ => bytes(&format!("{name}[{index}]"), &value),
+        match plain(&value) {
+            Some(count) => Ok(count),
+            None => bytes(&format!("{name}[{index}]"), &value),
         }
     };
     values.enumerate().map(read).collect()

@@ -4,7 +4,7 @@
 use crate::errors::{InvalidArgument, to_py};
 use crate::lane;
 use crate::numpy::array::{self, Items, Shape};
-use crate::resource::{DETACH_BYTES, Resource};
+use crate::resource::{DETACH_BYTES, DETACH_COUNT, Resource};
 use moirai_core::resource as core;
 use moirai_core::resource::priority::Lane;
 use moirai_core::resource::{Request, arena};
@@ -89,10 +89,16 @@ impl Buffer {
         let request = |size: &usize| Request::new(*size, alignment, zeroed).map_err(to_py);
         let requests = sizes.iter().map(request).collect::<PyResult<Vec<_>>>()?;
         let core = resource.get().core();
-        let drawn = resource.py().detach(|| {
+        let draw = || {
             let blocks = lane::within(lane, || core.allocate_group(&requests))?;
             Ok(blocks.into_iter().map(Drawn).collect::<Vec<_>>())
-        });
+        };
+        let is_long = sizes.len() > DETACH_COUNT || sizes.iter().any(|size| *size > DETACH_BYTES);
+        let drawn = if is_long {
+            resource.py().detach(draw)
+        } else {
+            draw()
+        };
         let buffer = |(Drawn(block), size): (Drawn, &usize)| Buffer {
             block: Block::Whole(block.address, *size, block.size),
             resource: resource.clone().unbind(),

@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 /// Requests above this leave the interpreter's lock, since the kernel may take its time.
 pub(crate) const DETACH_BYTES: usize = 64 * 1024;
+/// So do groups of more blocks than this.
+pub(crate) const DETACH_COUNT: usize = 16;
 
 /// A source of memory; the base of every resource and adaptor.
 #[pyclass(frozen, subclass, weakref, module = "moirai.memory")]

@@ -72,6 +72,7 @@ unsafe impl<A: Adaptor> Resource for A {
         self.title()
     }
 
+    #[inline]
     fn allocate(&self, request: Request) -> Result<Block> {
         self.pass(request)
     }
@@ -80,6 +81,7 @@ unsafe impl<A: Adaptor> Resource for A {
         self.pass_group(requests)
     }
 
+    #[inline]
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
         if self.leaving(address) == Ownership::No {
             return 0;

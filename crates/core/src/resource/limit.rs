@@ -62,6 +62,7 @@ impl LimitAdaptor {
     }
 
     /// Admit requests of `bytes` together, draw their blocks, and count them; or change nothing.
+    #[inline]
     fn admit<B: AsRef<[Block]>>(&self, bytes: usize, draw: impl Fn() -> Result<B>) -> Result<B> {
         self.reserve(bytes)
             .map_err(|used| self.refuse(bytes, used))?;
@@ -104,6 +105,7 @@ impl Adaptor for LimitAdaptor {
         &self.upstream
     }
 
+    #[inline]
     fn pass(&self, request: Request) -> Result<Block> {
         let draw = || self.upstream.allocate(request).map(|block| [block]);
         self.admit(request.size(), draw).map(|[block]| block)
@@ -118,6 +120,7 @@ impl Adaptor for LimitAdaptor {
         self.admit(bytes, || self.upstream.allocate_group(requests))
     }
 
+    #[inline]
     fn came_back(&self, size: usize) {
         self.counters.freed(size);
         self.budget.release(size);

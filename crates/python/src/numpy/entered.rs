@@ -4,39 +4,37 @@ use moirai_core::sync::Lock;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use std::sync::Arc;
 
 /// A context variable, and the token that sets it back.
 type Token = (&'static Py<PyAny>, Py<PyAny>);
 
-/// The tokens of each context that is inside, the newest last.
+/// What one context set: a variable, and perhaps a second one after it.
+type Entry = (Token, Option<Token>);
+
+/// What each context that is inside has set, the newest last.
 #[derive(Default)]
-pub(super) struct Entered(Lock<Vec<Arc<[Token]>>>);
+pub(super) struct Entered(Lock<Vec<Entry>>);
+
+/// A context variable, and a value for it.
+pub(super) type Setting<'a> = (&'static Py<PyAny>, &'a Py<PyAny>);
 
 impl Entered {
-    /// Set the variables in the current context until it leaves.
+    /// Set one variable or two in the current context until it leaves.
     pub(super) fn set(
         &self,
         py: Python<'_>,
-        values: &[(&'static Py<PyAny>, &Py<PyAny>)],
+        first: Setting<'_>,
+        second: Option<Setting<'_>>,
     ) -> PyResult<()> {
-        let mut tokens: Vec<Token> = Vec::with_capacity(values.len());
-        for (variable, value) in values {
-            // SAFETY: a context variable and a live object.
-            let token = unsafe { ffi::PyContextVar_Set(variable.as_ptr(), value.as_ptr()) };
-            // SAFETY: a new reference, or null with an exception set.
-            match unsafe { Bound::from_owned_ptr_or_err(py, token) } {
-                Ok(token) => tokens.push((variable, token.unbind())),
-                Err(error) => {
-                    // Set in this context a moment ago, so each can be set back.
-                    for token in tokens.iter().rev() {
-                        reset(py, token);
-                    }
-                    return Err(error);
-                }
+        let first = set(py, first)?;
+        let second = match second.map(|second| set(py, second)).transpose() {
+            Ok(second) => second,
+            Err(error) => {
+                reset(py, &first);
+                return Err(error);
             }
-        }
-        self.0.lock().push(tokens.into());
+        };
+        self.0.lock().push((first, second));
         Ok(())
     }
 
@@ -44,26 +42,29 @@ impl Entered {
     pub(super) fn leave(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         // Usually the newest; other threads and tasks may have entered since, and their tokens only
         // serve them. An entry leaves the list when it has served.
-        let mut foreign: Vec<Arc<[Token]>> = Vec::new();
-        let untried = |foreign: &[Arc<[Token]>]| {
+        let mut foreign: Vec<Entry> = Vec::new();
+        let untried = |foreign: &[Entry]| {
             let entries = self.0.lock();
             let mut newest_first = entries.iter().rev();
             newest_first
-                .find(|entry| !foreign.iter().any(|other| Arc::ptr_eq(other, entry)))
-                .cloned()
+                .find(|entry| !foreign.iter().any(|other| is_same(other, entry)))
+                .map(|(first, second)| {
+                    let second = second.as_ref().map(|second| copy(py, second));
+                    (copy(py, first), second)
+                })
         };
-        while let Some(tokens) = untried(&foreign) {
-            if tokens.iter().rev().all(|token| reset(py, token)) {
+        while let Some(entry) = untried(&foreign) {
+            let (first, second) = &entry;
+            let second_is_back = second.as_ref().is_none_or(|second| reset(py, second));
+            if second_is_back && reset(py, first) {
                 let mut entries = self.0.lock();
-                let place = entries
-                    .iter()
-                    .rposition(|other| Arc::ptr_eq(other, &tokens));
+                let place = entries.iter().rposition(|other| is_same(other, &entry));
                 let served = place.map(|place| entries.remove(place));
                 drop(entries);
                 drop(served);
                 return Ok(());
             }
-            foreign.push(tokens);
+            foreign.push(entry);
         }
         Err(PyRuntimeError::new_err(if foreign.is_empty() {
             format!("{name}: left more often than entered")
@@ -71,6 +72,24 @@ impl Entered {
             format!("{name}: must be left in the context (thread, task) in which it was entered")
         }))
     }
+}
+
+/// Set a variable in the current context.
+fn set(py: Python<'_>, (variable, value): Setting<'_>) -> PyResult<Token> {
+    // SAFETY: a context variable and a live object.
+    let token = unsafe { ffi::PyContextVar_Set(variable.as_ptr(), value.as_ptr()) };
+    // SAFETY: a new reference, or null with an exception set.
+    let token = unsafe { Bound::from_owned_ptr_or_err(py, token) }?;
+    Ok((variable, token.unbind()))
+}
+
+/// Whether two entries are one: a token is an object of its own.
+fn is_same((one, _): &Entry, (other, _): &Entry) -> bool {
+    one.1.is(&other.1)
+}
+
+fn copy(py: Python<'_>, (variable, token): &Token) -> Token {
+    (variable, token.clone_ref(py))
 }
 
 /// Set a variable back; false if its token is of another context, which is then unchanged.

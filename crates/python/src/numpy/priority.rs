@@ -33,14 +33,12 @@ impl Priority {
     fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         let (py, this) = (slf.py(), slf.get());
         let number = (this.lane as u8).into_pyobject(py)?.into_any().unbind();
-        let mut values = vec![(lane::variable(py)?, &number)];
         let handler = steered(py, this.lane)?;
-        values.extend(
-            handler
-                .as_ref()
-                .map(|(variable, capsule)| (*variable, capsule)),
-        );
-        this.entered.set(py, &values)?;
+        let handler = handler
+            .as_ref()
+            .map(|(variable, capsule)| (*variable, capsule));
+        this.entered
+            .set(py, (lane::variable(py)?, &number), handler)?;
         Ok(slf.clone())
     }
 

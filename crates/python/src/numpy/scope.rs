@@ -166,7 +166,7 @@ impl Use {
         let lane = lane.transpose()?;
         let place = &this.capsules[lane.map_or(0, |lane| lane as usize)];
         let capsule = place.get_or_try_init(py, || new_capsule(resource, lane))?;
-        this.entered.set(py, &[(this.variable, capsule)])?;
+        this.entered.set(py, (this.variable, capsule), None)?;
         Ok(slf.clone())
     }
 
