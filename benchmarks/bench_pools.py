@@ -5,8 +5,8 @@ and the empty loop too, which is taken off. Three questions:
 
 - one thread, a small object of Python, or 1 KiB or 64 KiB to write to: CPU time of a turn;
 - 1, 2 and 8 threads, each with an object at hand: wall time over all turns of all threads;
-- 8 threads that share 2 objects, so that most have to wait: the same, and how evenly the threads
-  got their turns when all were stopped at the same time.
+- 8 threads that share 2 objects, so that who is interrupted with one makes the others wait: the
+  same.
 
 A pool package is used as its page shows, with the options that do least.
 """
@@ -21,7 +21,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,33 +274,6 @@ def many_threads(
     return dict(found)
 
 
-def evenness(
-    subjects: Mapping[str, Subject], thread_count: int, seconds: float
-) -> dict[str, float]:
-    """Turns of the thread that got fewest over those of the one that got most, by subject."""
-    found = {}
-    for name, subject in subjects.items():
-        pool = subject.make(Small, SHARED)
-        namespace: dict[str, Any] = {}
-        source = (
-            "def loop(pool, stop):\n"
-            "    count = 0\n"
-            "    while not stop.is_set():\n"
-            f"        {subject.turn}\n"
-            "        count += 1\n"
-            "    return count\n"
-        )
-        exec(source, namespace)
-        stop = threading.Event()
-        with ThreadPoolExecutor(thread_count) as executor:
-            running = [executor.submit(namespace["loop"], pool, stop) for _ in range(thread_count)]
-            time.sleep(seconds)
-            stop.set()
-        counts = [future.result() for future in running]
-        found[name] = min(counts) / max(counts)
-    return found
-
-
 # === report =====================================================================================
 
 
@@ -337,8 +309,7 @@ def render(results: Mapping[str, Any]) -> str:
     kept_buffers = {k: v for k, v in buffers.items() if k in results["buffers"]["1024"]}
     shared = results["shared"]
     shared_rows = [
-        [labels[name], f"{harness.median(values) / 1000:.2f}", f"{results['even'][name]:.2f}"]
-        for name, values in shared.items()
+        [labels[name], f"{harness.median(values):.0f}"] for name, values in shared.items()
     ]
     sizes = [harness.size_label(int(size)) for size in results["buffers"]]
     tables = [
@@ -354,9 +325,8 @@ def render(results: Mapping[str, Any]) -> str:
             ["", *(f"{count} threads" for count in results["threads"])],
             _rows(kept, list(results["threads"].values())),
         ),
-        f"**{THREADS[-1]} threads share {SHARED} objects: wall µs over all turns; turns of the"
-        " thread that got fewest over those of the one that got most**",
-        harness.markdown_table(["", "µs", "fewest / most"], shared_rows),
+        f"**{THREADS[-1]} threads share {SHARED} objects: wall ns over all turns**",
+        harness.markdown_table(["", "ns"], shared_rows),
     ]
     return "\n\n".join(tables)
 
@@ -418,7 +388,6 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
         results["threads"][str(count)] = many_threads(subjects, count, count, rounds, turns)
     harness.progress(f"{THREADS[-1]} threads, {SHARED} objects")
     results["shared"] = many_threads(bounded, THREADS[-1], SHARED, max(2, rounds // 3), turns // 10)
-    results["even"] = evenness(bounded, THREADS[-1], 0.01 if arguments.quick else 1.0)
     parameters = {
         "rounds": rounds,
         "sample_seconds": seconds,
@@ -433,9 +402,9 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
 
 def main() -> int:
     parser = harness.argument_parser(QUESTION)
-    parser.add_argument("--rounds", type=int, help="samples of each subject (15; 2 when quick)")
+    parser.add_argument("--rounds", type=int, help="samples of each subject (11; 2 when quick)")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (2 if arguments.quick else 15)
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else 11)
     harness.publish(
         measure(arguments),
         write_docs=arguments.write_docs,

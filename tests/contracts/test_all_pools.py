@@ -298,7 +298,8 @@ def test_who_gave_up_waiting_is_passed_over(make: Make) -> None:
         item = subject.acquire()
         first = executor.submit(subject.acquire, timeout_seconds=0.2)
         wait_until(lambda: subject.now().waits == 1)
-        second = queued(executor, subject)
+        second = executor.submit(subject.acquire)
+        wait_until(lambda: subject.now().waits == 2)
         with pytest.raises(Timeout):
             first.result(60)
         subject.release(item)
