@@ -307,8 +307,9 @@ class TransactionArenas:
         Args:
             transaction_id: A name that no active transaction has.
             estimate_bytes: How much it will use; chooses the smallest profile that allows a quarter
-                more, since blocks are rounded up. None learns the profile: twice the most that any of the last 64 finished transactions
-                used or was refused, and the middle profile before there is one.
+                more, since blocks are rounded up. None learns the profile: twice the most that any
+                of the last 64 finished transactions used or was refused, and the middle profile
+                before there is one.
             profile: The profile's name, instead of an estimate.
             parent: The transaction it lies in: what it uses counts for that one too, a commit hands
                 it over, a rollback leaves that one's memory alone.

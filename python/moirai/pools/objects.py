@@ -46,7 +46,8 @@ class ObjectPool(_native.ObjectPool[_Item]):
             ("raise"), or make an object that is destroyed at its release ("create").
         idle_seconds: Objects idle for at least so long are destroyed at the next acquire or
             release, or by `trim`; None keeps them.
-        track_sites: Whether to note which line acquires, for `leaks`; costs one to two microseconds.
+        track_sites: Whether to note which line acquires, for `leaks`; costs one to two
+            microseconds.
 
     Raises:
         InvalidArgument: An argument is outside its range.
