@@ -7,6 +7,7 @@ import enum
 from moirai import _native
 from moirai._native import Resource
 from moirai.errors import InvalidArgument
+from moirai.memory.arenas import ArenaResource
 from moirai.memory.resources import PoolResource
 from moirai.memory.sizes import parse_bytes
 
@@ -59,7 +60,7 @@ class RealtimeResource(_native.RealtimeResource):
 
 def _default_background() -> Resource:
     """What the background lane draws from unless it is told: little is kept, and not for long."""
-    return PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.1)
+    return ArenaResource(PoolResource(cache_cap_bytes="1 MiB", decay_seconds=0.1))
 
 
 class PriorityResource(_native.PriorityResource):
@@ -75,8 +76,8 @@ class PriorityResource(_native.PriorityResource):
         realtime_bytes: Size of the real-time lane; see `RealtimeResource`.
         high: Where `Priority.HIGH` draws from; None makes a `PoolResource`.
         normal: Where `Priority.NORMAL` draws from; None makes a `SystemResource`.
-        background: Where `Priority.BACKGROUND` draws from; None makes a `PoolResource` that keeps
-            at most 1 MiB, for a tenth of a second.
+        background: Where `Priority.BACKGROUND` draws from; None makes an arena over a pool that
+            keeps at most 1 MiB, for a tenth of a second.
         allow_unlocked: As for `RealtimeResource`.
 
     Raises:
