@@ -45,4 +45,5 @@ rm -rf "build/wheel-$kind"
     --interpreter "$PYO3_PYTHON" --target-dir "target/$kind" --out "build/wheel-$kind"
 "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "build/wheel-$kind"/*.whl
 "$venv/bin/python" -c 'import numpy, sys; print("Python", sys.version.split()[0], "NumPy", numpy.__version__)'
-exec "$venv/bin/python" -m pytest -m 'not slow' tests/contracts tests/test_memory.py tests/test_numpy*.py
+exec "$venv/bin/python" -m pytest -m 'not slow' tests/contracts tests/test_memory.py \
+    tests/test_numpy*.py tests/test_priority.py tests/test_health.py
