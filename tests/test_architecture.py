@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a module imports only from layers below its own, or from its own package.
 LAYERS = [
-    {"errors"},
+    {"errors", "_waiting"},
     {"_native"},
     {"memory"},
     {"pools"},

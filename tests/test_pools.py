@@ -171,6 +171,7 @@ def test_any_object_can_be_pooled() -> None:
 
 def test_generic_aliases_exist_at_run_time() -> None:
     pool = pools.ObjectPool[Thing](Thing)
+    assert isinstance(pool, pools.ObjectPool)
     assert isinstance(pool.acquire(), Thing)
     assert str(pools.Lease[int]) == "moirai.pools.Lease[int]"
     assert pools.AsyncLease[int] is not None
@@ -184,6 +185,20 @@ def test_pool_can_be_subclassed() -> None:
     pool = Connections(Thing, max_size=3)
     assert pool.broken() == 0
     assert repr(pool) == "Connections(in_use=0, idle=0, max_size=3)"
+
+
+def test_statistics_are_data() -> None:
+    pool = pools.ObjectPool(Thing, track_sites=True)
+    before = pool.statistics()
+    assert before == pool.statistics()
+    assert before != pools.ObjectPool(Thing, min_size=1).statistics()
+    with pool.lease():
+        assert pool.statistics() != before
+        assert pool.statistics().as_dict()["in_use"] == 1
+        assert "in_use=1, peak_in_use=1" in repr(pool.statistics())
+        (leak,) = pool.leaks()
+        assert repr(leak).startswith("Acquisition(kind='Thing', site='")
+    assert repr(pools.VectorPool().statistics()) == repr(before)
 
 
 def test_idle_objects_live_as_long_as_the_pool() -> None:

@@ -1,7 +1,7 @@
 """The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from types import GenericAlias, TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, final, overload
 
@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import disjoint_base
 
+from moirai._waiting import AsyncLease
+
 __all__ = [
+    "Acquisition",
     "Buffer",
     "BufferPool",
     "HealthReport",
@@ -18,6 +21,7 @@ __all__ = [
     "LimitAdaptor",
     "ObjectPool",
     "PoolResource",
+    "PoolStatistics",
     "PooledBuffer",
     "Resource",
     "SlabResource",
@@ -278,21 +282,47 @@ _Item = TypeVar("_Item")
 
 @disjoint_base
 class ObjectPool(Generic[_Item]):
-    """A bounded pool of objects."""
+    """A bounded pool of objects that are worth keeping: connections, parsers, large structures.
+
+    Idle objects are handed out last in, first out. Who finds none, and no permit to make one,
+    waits in order of arrival. Any number of threads and event loops may use a pool at once; the
+    four functions run in the thread that calls, with no lock held, and may use the pool
+    themselves. In a forked child the pool is empty and has all its permits: inherited objects are
+    dropped without `destroy`, and a release of one that was out does nothing.
+
+    Args:
+        factory: Makes an object, a new one at each call. What it raises reaches who acquires.
+        reset: Makes an object ready for its next user, at its release. If it raises, the object is
+            destroyed and counted, the error logged, and the release succeeds.
+        destroy: Takes leave of an object that the pool gives up. What it raises is logged.
+        validate: Says, before an idle object is handed out, whether it is fit. If it says no or
+            raises, the object is destroyed and a new one made.
+        min_size: Objects made at once, and left alive by age and by `trim`; >= 0.
+        max_size: Permits: the most objects alive or being made; >= 1.
+        overflow: What an acquire does when all permits are taken: wait ("block"), raise Timeout
+            ("raise"), or make an object that is destroyed at its release ("create").
+        idle_seconds: Objects idle for at least so long are destroyed at the next acquire or
+            release, or by `trim`; None keeps them.
+        track_sites: Whether to note which line acquires, for `leaks`; costs one to two
+            microseconds.
+
+    Raises:
+        InvalidArgument: An argument is outside its range.
+        TypeError: A function is not callable.
+    """
 
     def __new__(
         cls,
         factory: Callable[[], _Item],
-        reset: Callable[[_Item], Any] | None,
-        destroy: Callable[[_Item], Any] | None,
-        validate: Callable[[_Item], Any] | None,
+        reset: Callable[[_Item], Any] | None = None,
+        destroy: Callable[[_Item], Any] | None = None,
+        validate: Callable[[_Item], Any] | None = None,
+        min_size: int = 0,
+        max_size: int = 64,
+        overflow: Literal["block", "raise", "create"] = "block",
+        idle_seconds: float | None = None,
         *,
-        report: Callable[[str, BaseException], Any],
-        min_size: int,
-        max_size: int,
-        overflow: str,
-        idle_seconds: float | None,
-        track_sites: bool,
+        track_sites: bool = False,
     ) -> Self: ...
     def __class_getitem__(cls, item: Any) -> GenericAlias:
         """For annotations: ObjectPool[Connection]."""
@@ -351,10 +381,28 @@ class ObjectPool(Generic[_Item]):
     @property
     def closed(self) -> bool:
         """Whether the pool was closed."""
-    def _statistics(self) -> dict[str, int]:
-        """Every counter by name."""
-    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
-        """(type, site, seconds) of each object in use; oldest first."""
+    def acquire_async(self, timeout_seconds: float | None = None) -> Coroutine[Any, Any, _Item]:
+        """As `acquire`, but wait without blocking the event loop.
+
+        Works from any number of event loops. A cancelled wait gives its place, and what was granted
+        to it, to the next one. `factory` and `validate` run in the event loop's thread.
+
+        Args:
+            timeout_seconds: As for `acquire`.
+
+        Raises:
+            Timeout, Closed: As for `acquire`.
+        """
+    def lease_async(self, timeout_seconds: float | None = None) -> AsyncLease[_Item]:
+        """As `lease`, for `async with`."""
+    def statistics(self) -> PoolStatistics:
+        """What happened so far."""
+    def leaks(self) -> list[Acquisition]:
+        """Every object that is out, the longest held first.
+
+        Called when nothing should be out, it names what was forgotten and, with
+        ``track_sites=True``, where.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -398,6 +446,98 @@ class Lease(Generic[_Item]):
         _traceback: TracebackType | None,
         /,
     ) -> None: ...
+
+@final
+class PoolStatistics:
+    """A snapshot of a pool's counters, taken at one moment.
+
+    ``acquires == hits + misses``, always. When nothing is being made, reset or handed over at the
+    moment, ``created - destroyed - leaked - detached == idle + in_use == permits``.
+    """
+
+    @property
+    def acquires(self) -> int:
+        """Items handed out."""
+    @property
+    def hits(self) -> int:
+        """Of those, items that were idle or came back just then."""
+    @property
+    def misses(self) -> int:
+        """Of those, items made for the caller."""
+    @property
+    def created(self) -> int:
+        """Items made, those of `prefill` included."""
+    @property
+    def destroyed(self) -> int:
+        """Items the pool gave up: trimmed, too old, unfit, or in surplus."""
+    @property
+    def factory_failures(self) -> int:
+        """Items that could not be made."""
+    @property
+    def reset_failures(self) -> int:
+        """Items given up because they could not be reset."""
+    @property
+    def validation_failures(self) -> int:
+        """Items given up because they were found unfit for another turn."""
+    @property
+    def destroy_failures(self) -> int:
+        """Items given up whose destruction raised; they are gone all the same."""
+    @property
+    def leaked(self) -> int:
+        """Items collected without having been released; their permits came back."""
+    @property
+    def detached(self) -> int:
+        """Items taken out for good by their users."""
+    @property
+    def exported(self) -> int:
+        """Buffers and vectors given up because they came back with views of them alive."""
+    @property
+    def oversize(self) -> int:
+        """Vectors given up because they had grown beyond their cap."""
+    @property
+    def waits(self) -> int:
+        """Acquires that had to wait."""
+    @property
+    def timeouts(self) -> int:
+        """Acquires that gave up, after a wait or at once."""
+    @property
+    def idle(self) -> int:
+        """Items at rest now."""
+    @property
+    def in_use(self) -> int:
+        """Items out now."""
+    @property
+    def peak_in_use(self) -> int:
+        """Most items out at once; of several size classes, the sum of their peaks."""
+    @property
+    def waiting(self) -> int:
+        """Callers that wait now."""
+    @property
+    def permits(self) -> int:
+        """Permits taken now."""
+    def as_dict(self) -> dict[str, int]:
+        """Every count by name."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class Acquisition:
+    """One item that is out."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the object's type; for a buffer, its size class."""
+    @property
+    def site(self) -> str | None:
+        """ "file:line" that acquired it; None unless the pool tracks sites.
+
+        It is the innermost line outside installed packages, where there is such a line.
+        """
+    @property
+    def held_seconds(self) -> float | None:
+        """How long it is out; None as for `site`."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
 
 @final
 class Ticket:
@@ -449,9 +589,9 @@ class BufferPool:
     def _acquire_or_queue(
         self,
         wake: Callable[[], Any],
+        timeout_seconds: float | None,
         size_bytes: int,
         zeroed: bool,
-        timeout_seconds: float | None,
     ) -> tuple[PooledBuffer | None, Ticket | None]:
         """(buffer, None), or (None, Ticket) with `wake` to be called once something was granted."""
     def release(self, buffer: PooledBuffer) -> None:
@@ -478,10 +618,26 @@ class BufferPool:
     @property
     def closed(self) -> bool:
         """Whether the pool was closed."""
-    def _statistics(self) -> list[tuple[int, dict[str, int]]]:
-        """(size class, every counter by name) of each class."""
-    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
-        """(size class, site, seconds) of each buffer in use."""
+    def acquire_async(
+        self, size_bytes: int, *, zeroed: bool = False, timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, PooledBuffer]:
+        """As `acquire`, but wait without blocking the event loop.
+
+        Works from any number of event loops. A cancelled wait gives its place, and what was granted
+        to it, to the next one.
+
+        Args:
+            size_bytes: As for `acquire`, as all others.
+
+        Raises:
+            Timeout, Closed, InvalidArgument, OutOfMemory: As for `acquire`.
+        """
+    def statistics(self) -> PoolStatistics:
+        """What happened so far, in all classes."""
+    def class_statistics(self) -> dict[int, PoolStatistics]:
+        """What happened so far, by size class."""
+    def leaks(self) -> list[Acquisition]:
+        """Every buffer that is out; in each class the longest held first."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -602,10 +758,22 @@ class VectorPool:
     @property
     def closed(self) -> bool:
         """Whether the pool was closed."""
-    def _statistics(self) -> dict[str, int]:
-        """Every counter by name."""
-    def _outstanding(self) -> list[tuple[str, str | None, float | None]]:
-        """(kind, site, seconds) of each vector in use."""
+    def acquire_async(self, timeout_seconds: float | None = None) -> Coroutine[Any, Any, Vector]:
+        """As `acquire`, but wait without blocking the event loop.
+
+        Works from any number of event loops. A cancelled wait gives its place, and what was granted
+        to it, to the next one.
+
+        Args:
+            timeout_seconds: As for `acquire`.
+
+        Raises:
+            Timeout, Closed: As for `acquire`.
+        """
+    def statistics(self) -> PoolStatistics:
+        """What happened so far."""
+    def leaks(self) -> list[Acquisition]:
+        """Every vector that is out, the longest held first."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self,

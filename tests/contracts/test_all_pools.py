@@ -698,7 +698,7 @@ def test_dropped_ticket_gives_its_grant_to_the_next_one(make: Make) -> None:
         item = subject.acquire()
         woken = threading.Event()
         arguments = (*subject.arguments, False) if subject.arguments else ()
-        _, ticket = subject.pool._acquire_or_queue(woken.set, *arguments, None)
+        _, ticket = subject.pool._acquire_or_queue(woken.set, None, *arguments)
         behind = queued(executor, subject)
         subject.release(item)
         assert woken.is_set()

@@ -30,6 +30,8 @@ mod _native {
     #[pymodule_export]
     use super::pools::object::ObjectPool;
     #[pymodule_export]
+    use super::pools::records::{Acquisition, PoolStatistics};
+    #[pymodule_export]
     use super::pools::ticket::Ticket;
     #[pymodule_export]
     use super::pools::vector::{Vector, VectorPool};

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from moirai import _native
-from moirai._native import PooledBuffer
 from moirai.memory import PoolResource, Resource, parse_bytes
-from moirai.pools.objects import Overflow
-from moirai.pools.records import Acquisition, PoolStatistics, total
-from moirai.pools.waiting import acquire_async
 
-__all__ = ["LARGE_BYTES", "SMALL_BYTES", "BufferPool"]
+__all__ = ["LARGE_BYTES", "SMALL_BYTES", "BufferPool", "Overflow"]
+
+Overflow = Literal["block", "raise", "create"]
+"""What an acquire does when all permits are taken."""
 
 SMALL_BYTES = 1 << 10
 """The smaller preset size class: a line, a header, a message."""
@@ -62,24 +62,3 @@ class BufferPool(_native.BufferPool):
         )
 
     lease = _native.BufferPool.acquire
-
-    async def acquire_async(
-        self, size_bytes: int, *, zeroed: bool = False, timeout_seconds: float | None = None
-    ) -> PooledBuffer:
-        """As `acquire`, but wait without blocking the event loop."""
-        return await acquire_async(
-            lambda wake: self._acquire_or_queue(wake, size_bytes, zeroed, timeout_seconds),
-            timeout_seconds,
-        )
-
-    def statistics(self) -> PoolStatistics:
-        """What happened so far, in all classes."""
-        return total(self.class_statistics().values())
-
-    def class_statistics(self) -> dict[int, PoolStatistics]:
-        """What happened so far, by size class."""
-        return {size: PoolStatistics(**counts) for size, counts in self._statistics()}
-
-    def leaks(self) -> list[Acquisition]:
-        """Every buffer that is out; in each class the longest held first."""
-        return [Acquisition(*found) for found in self._outstanding()]

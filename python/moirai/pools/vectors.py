@@ -10,12 +10,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from moirai import _native
-from moirai._native import Vector
 from moirai.errors import InvalidArgument
 from moirai.memory import PoolResource, Resource, parse_bytes
-from moirai.pools.objects import Overflow
-from moirai.pools.records import Acquisition, PoolStatistics
-from moirai.pools.waiting import acquire_async
+from moirai.pools.buffers import Overflow
 
 __all__ = ["VectorPool"]
 
@@ -156,17 +153,3 @@ class VectorPool(_native.VectorPool):
         )
 
     lease = _native.VectorPool.acquire
-
-    async def acquire_async(self, timeout_seconds: float | None = None) -> Vector:
-        """As `acquire`, but wait without blocking the event loop."""
-        return await acquire_async(
-            lambda wake: self._acquire_or_queue(wake, timeout_seconds), timeout_seconds
-        )
-
-    def statistics(self) -> PoolStatistics:
-        """What happened so far."""
-        return PoolStatistics(**self._statistics())
-
-    def leaks(self) -> list[Acquisition]:
-        """Every vector that is out, the longest held first."""
-        return [Acquisition(*found) for found in self._outstanding()]

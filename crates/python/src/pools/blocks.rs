@@ -1,6 +1,7 @@
 //! Blocks of a resource as the items of a pool, and one of them in the hands of a user.
 
-use super::object::{Note, Outstanding};
+use super::object::Note;
+use super::records::Acquisition;
 use super::wait::{self, Waker, closed, settle, timed_out};
 use crate::argument::{choice, count, milliseconds};
 use crate::errors::{Closed, InvalidArgument, to_py};
@@ -297,11 +298,11 @@ impl BlockPool {
         self.pool.statistics()
     }
 
-    pub(super) fn outstanding(&self, kind: &str) -> Vec<Outstanding> {
-        self.pool.outstanding(|_, _, note| {
-            let seconds = note.map(|note| note.since.elapsed().as_secs_f64());
-            let site = note.and_then(|note| note.site.clone());
-            (kind.to_owned(), site, seconds)
+    pub(super) fn outstanding(&self, kind: &str) -> Vec<Acquisition> {
+        self.pool.outstanding(|_, _, note| Acquisition {
+            kind: kind.to_owned(),
+            site: note.and_then(|note| note.site.clone()),
+            held_seconds: note.map(|note| note.since.elapsed().as_secs_f64()),
         })
     }
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::blocks::{Begun, BlockPool, Bounds, Loan};
-use super::object::{Outstanding, statistics};
+use super::records::{Acquisition, PoolStatistics};
 use super::ticket::{Queue, Ticket};
 use super::view;
 use crate::argument::{bytes, count, milliseconds, timeout};
@@ -240,13 +240,13 @@ impl BufferPool {
     }
 
     /// (buffer, None), or (None, Ticket) with `wake` to be called once something was granted.
-    #[pyo3(signature = (wake, size_bytes, zeroed, timeout_seconds))]
+    #[pyo3(signature = (wake, timeout_seconds, size_bytes, zeroed))]
     fn _acquire_or_queue(
         slf: &Bound<'_, Self>,
         wake: Py<PyAny>,
+        timeout_seconds: Option<f64>,
         size_bytes: &Bound<'_, PyAny>,
         zeroed: bool,
-        timeout_seconds: Option<f64>,
     ) -> PyResult<(Option<PooledBuffer>, Option<Ticket>)> {
         let (py, this) = (slf.py(), slf.get());
         let size = bytes("size_bytes", size_bytes)?;
@@ -325,15 +325,36 @@ impl BufferPool {
         PyTuple::new(py, self.classes.iter().map(|it| it.block_bytes()))
     }
 
-    /// (size class, every counter by name) of each class.
-    fn _statistics<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyDict>)>> {
-        let each = self.classes.iter();
-        each.map(|it| Ok((it.block_bytes(), statistics(py, &it.statistics())?)))
-            .collect()
+    /// As `acquire`, but wait without blocking the event loop.
+    #[pyo3(signature = (size_bytes, *, zeroed=false, timeout_seconds=None))]
+    fn acquire_async<'py>(
+        slf: &Bound<'py, Self>,
+        size_bytes: &Bound<'py, PyAny>,
+        zeroed: bool,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let waiting = slf.py().import("moirai._waiting")?;
+        let queue = slf.getattr("_acquire_or_queue")?;
+        let arguments = (queue, timeout_seconds, size_bytes, zeroed);
+        waiting.call_method1("acquire_async", arguments)
     }
 
-    /// (size class, site, seconds) of each buffer in use.
-    fn _outstanding(&self) -> Vec<Outstanding> {
+    /// What happened so far, in all classes.
+    fn statistics(&self) -> PoolStatistics {
+        PoolStatistics::total(self.classes.iter().map(|it| it.statistics()))
+    }
+
+    /// What happened so far, by size class.
+    fn class_statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for blocks in &self.classes {
+            dict.set_item(blocks.block_bytes(), PoolStatistics(blocks.statistics()))?;
+        }
+        Ok(dict)
+    }
+
+    /// Every buffer that is out; in each class the longest held first.
+    fn leaks(&self) -> Vec<Acquisition> {
         let each = self.classes.iter();
         each.flat_map(|it| it.outstanding(&format!("{}-byte buffer", it.block_bytes())))
             .collect()

@@ -4,6 +4,7 @@ mod blocks;
 pub(crate) mod buffer;
 pub(crate) mod lease;
 pub(crate) mod object;
+pub(crate) mod records;
 pub(crate) mod ticket;
 pub(crate) mod vector;
 mod view;

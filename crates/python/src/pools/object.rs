@@ -5,6 +5,7 @@
 //! meets a pool half changed, and a finaliser may call the pool that it is collected for.
 
 use super::lease::Lease;
+use super::records::{Acquisition, PoolStatistics};
 use super::ticket::{Queue, Ticket};
 use super::wait::{self, Waker, closed, is_ordinary, settle, timed_out};
 use crate::argument::{choice, count, milliseconds, timeout};
@@ -12,8 +13,7 @@ use crate::errors::{Closed, InvalidArgument};
 use crate::site;
 use moirai_core::os::now_milliseconds;
 use moirai_core::pools::{
-    Effects, Found, Hold, Kind, Loss, NotHeld, Options, Permit, Pool, Refused, Statistics, Turn,
-    Waited,
+    Effects, Found, Hold, Kind, Loss, NotHeld, Options, Permit, Pool, Refused, Turn, Waited,
 };
 use moirai_core::sync::{AtomicU64, Ordering};
 use pyo3::exceptions::PyTypeError;
@@ -47,9 +47,6 @@ impl Note {
         })
     }
 }
-
-/// (kind, site, seconds) of a turn that is going on.
-pub(super) type Outstanding = (String, Option<String>, Option<f64>);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Overflow {
@@ -93,12 +90,14 @@ pub struct ObjectPool {
     reset: Option<Py<PyAny>>,
     destroy: Option<Py<PyAny>>,
     validate: Option<Py<PyAny>>,
-    report: Py<PyAny>,
     overflow: Overflow,
     track_sites: bool,
     /// Neither looked at, nor aged, nor tracked: an idle object is handed out as it is.
     plain: bool,
 }
+
+/// Permits of a pool whose maker did not say how many: enough for most, and a bound.
+const MAX_SIZE: usize = 64;
 
 fn share<'a>(py: Python<'a>) -> impl Fn(&Py<PyAny>) -> Py<PyAny> + Copy + 'a {
     move |item| item.clone_ref(py)
@@ -147,7 +146,7 @@ impl ObjectPool {
         if !is_ordinary(py, &error) {
             return Called::Stopped(error);
         }
-        if let Err(error) = self.report.call1(py, (stage, error.value(py))) {
+        if let Err(error) = log(py, stage, error) {
             error.write_unraisable(py, None);
         }
         Called::Failed
@@ -484,6 +483,18 @@ impl ObjectPool {
     }
 }
 
+/// Tell the logger `moirai.pools` that an object is given up because a function raised.
+fn log(py: Python<'_>, stage: &str, error: PyErr) -> PyResult<()> {
+    let logger = py
+        .import("logging")?
+        .call_method1("getLogger", ("moirai.pools",))?;
+    let options = PyDict::new(py);
+    options.set_item("exc_info", error.into_value(py))?;
+    let message = "%s raised; the object is given up";
+    logger.call_method("warning", (message, stage), Some(&options))?;
+    Ok(())
+}
+
 /// How a call of one of the four functions ended.
 enum Called {
     Returned(Py<PyAny>),
@@ -502,10 +513,14 @@ struct Made {
 #[pymethods]
 impl ObjectPool {
     #[new]
-    #[pyo3(signature = (
-        factory, reset, destroy, validate, *, report, min_size, max_size, overflow, idle_seconds,
-        track_sites
-    ))]
+    #[pyo3(
+        signature = (
+            factory, reset=None, destroy=None, validate=None, min_size=None, max_size=None,
+            overflow="block", idle_seconds=None, *, track_sites=false
+        ),
+        text_signature = "(factory, reset=None, destroy=None, validate=None, min_size=0, \
+                          max_size=64, overflow='block', idle_seconds=None, *, track_sites=False)"
+    )]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -513,9 +528,8 @@ impl ObjectPool {
         reset: Option<Py<PyAny>>,
         destroy: Option<Py<PyAny>>,
         validate: Option<Py<PyAny>>,
-        report: Py<PyAny>,
-        min_size: &Bound<'_, PyAny>,
-        max_size: &Bound<'_, PyAny>,
+        min_size: Option<&Bound<'_, PyAny>>,
+        max_size: Option<&Bound<'_, PyAny>>,
         overflow: &str,
         idle_seconds: Option<f64>,
         track_sites: bool,
@@ -530,8 +544,9 @@ impl ObjectPool {
                 .as_ref()
                 .map_or(Ok(()), |it| callable(name, it, py))?;
         }
-        let max_count = count("max_size", max_size, 1..=u32::MAX as usize)?;
-        let min_count = count("min_size", min_size, 0..=max_count)?;
+        let largest = u32::MAX as usize;
+        let max_count = max_size.map_or(Ok(MAX_SIZE), |it| count("max_size", it, 1..=largest))?;
+        let min_count = min_size.map_or(Ok(0), |it| count("min_size", it, 0..=max_count))?;
         let overflow = choice(
             "overflow",
             overflow,
@@ -542,7 +557,7 @@ impl ObjectPool {
             ],
         )?;
         let idle_milliseconds = milliseconds("idle_seconds", idle_seconds)?;
-        Ok(ObjectPool {
+        let pool = ObjectPool {
             plain: validate.is_none() && idle_milliseconds.is_none() && !track_sites,
             pool: Pool::new(Options {
                 min_count,
@@ -554,10 +569,11 @@ impl ObjectPool {
             reset,
             destroy,
             validate,
-            report,
             overflow,
             track_sites,
-        })
+        };
+        pool.fill(py, min_count)?;
+        Ok(pool)
     }
 
     /// For annotations: ObjectPool[Connection].
@@ -640,16 +656,7 @@ impl ObjectPool {
     /// Make objects until `count` are idle, as far as `max_size` allows; returns how many.
     fn prefill(&self, py: Python<'_>, count: &Bound<'_, PyAny>) -> PyResult<usize> {
         let max_count = self.pool.options().max_count;
-        let idle_count = crate::argument::count("count", count, 0..=max_count)?;
-        let mut made = 0;
-        loop {
-            match self.pool.permit_to_stock(idle_count) {
-                Ok(Some(permit)) => self.stock(py, permit)?,
-                Ok(None) => return Ok(made),
-                Err(_) => return Err(closed("prefill")),
-            }
-            made += 1;
-        }
+        self.fill(py, crate::argument::count("count", count, 0..=max_count)?)
     }
 
     /// Destroy every idle object; returns how many.
@@ -682,13 +689,34 @@ impl ObjectPool {
         self.pool.is_closed()
     }
 
-    /// Every counter by name.
-    fn _statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        statistics(py, &self.pool.statistics())
+    /// As `acquire`, but wait without blocking the event loop.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn acquire_async<'py>(
+        slf: &Bound<'py, Self>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let waiting = slf.py().import("moirai._waiting")?;
+        let queue = slf.getattr("_acquire_or_queue")?;
+        waiting.call_method1("acquire_async", (queue, timeout_seconds))
     }
 
-    /// (type, site, seconds) of each object in use; oldest first.
-    fn _outstanding(&self, py: Python<'_>) -> PyResult<Vec<Outstanding>> {
+    /// As `lease`, for `async with`.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn lease_async<'py>(
+        slf: &Bound<'py, Self>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let waiting = slf.py().import("moirai._waiting")?;
+        waiting.call_method1("AsyncLease", (slf, timeout_seconds))
+    }
+
+    /// What happened so far.
+    fn statistics(&self) -> PoolStatistics {
+        PoolStatistics(self.pool.statistics())
+    }
+
+    /// Every object that is out, the longest held first.
+    fn leaks(&self, py: Python<'_>) -> PyResult<Vec<Acquisition>> {
         let found = self.pool.outstanding(|item, tag, note| {
             (
                 item.map(|item| item.clone_ref(py)),
@@ -705,8 +733,11 @@ impl ObjectPool {
             };
             let kind = item.bind(py).get_type().name()?.extract()?;
             let (site, since) = note.unzip();
-            let seconds = since.map(|since| since.elapsed().as_secs_f64());
-            outstanding.push((kind, site.flatten(), seconds));
+            outstanding.push(Acquisition {
+                kind,
+                site: site.flatten(),
+                held_seconds: since.map(|since| since.elapsed().as_secs_f64()),
+            });
         }
         Ok(outstanding)
     }
@@ -745,7 +776,6 @@ impl ObjectPool {
         visit.call(&self.reset)?;
         visit.call(&self.destroy)?;
         visit.call(&self.validate)?;
-        visit.call(&self.report)?;
         self.pool.visit(
             |item| visit.call(item),
             |tag| visit.call(tag),
@@ -762,6 +792,18 @@ impl ObjectPool {
 }
 
 impl ObjectPool {
+    fn fill(&self, py: Python<'_>, idle_count: usize) -> PyResult<usize> {
+        let mut made = 0;
+        loop {
+            match self.pool.permit_to_stock(idle_count) {
+                Ok(Some(permit)) => self.stock(py, permit)?,
+                Ok(None) => return Ok(made),
+                Err(_) => return Err(closed("prefill")),
+            }
+            made += 1;
+        }
+    }
+
     fn trim_to(&self, py: Python<'_>, min_count: usize, since: u64) -> PyResult<usize> {
         let mut outcome = Ok(());
         let mut destroyed = 0;
@@ -812,16 +854,4 @@ pub(super) fn generic_alias<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let alias = class.py().import("types")?.getattr("GenericAlias")?;
     alias.call1((class, item))
-}
-
-/// The counters of a pool as a dictionary.
-pub(super) fn statistics<'py>(py: Python<'py>, found: &Statistics) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    macro_rules! put {
-        ($($field:ident)*) => { $(dict.set_item(stringify!($field), found.$field)?;)* };
-    }
-    put!(acquires hits misses created destroyed factory_failures reset_failures);
-    put!(validation_failures destroy_failures leaked detached exported oversize waits timeouts);
-    put!(idle in_use peak_in_use waiting permits);
-    Ok(dict)
 }

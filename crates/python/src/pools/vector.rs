@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::blocks::{Begun, BlockPool, Bounds, Loan};
-use super::object::{Outstanding, statistics};
+use super::records::{Acquisition, PoolStatistics};
 use super::ticket::{Queue, Ticket};
 use super::view;
 use crate::argument::{count, milliseconds, timeout};
@@ -14,7 +14,7 @@ use pyo3::exceptions::{PyBufferError, PyOverflowError, PyTypeError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyMemoryView, PyTuple};
+use pyo3::types::{PyMemoryView, PyTuple};
 use std::ffi::{CString, c_int};
 use std::sync::Arc;
 use std::time::Duration;
@@ -435,13 +435,24 @@ impl VectorPool {
         self.kind.dtype.clone_ref(py)
     }
 
-    /// Every counter by name.
-    fn _statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        statistics(py, &self.blocks.statistics())
+    /// As `acquire`, but wait without blocking the event loop.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn acquire_async<'py>(
+        slf: &Bound<'py, Self>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let waiting = slf.py().import("moirai._waiting")?;
+        let queue = slf.getattr("_acquire_or_queue")?;
+        waiting.call_method1("acquire_async", (queue, timeout_seconds))
     }
 
-    /// (kind, site, seconds) of each vector in use.
-    fn _outstanding(&self) -> Vec<Outstanding> {
+    /// What happened so far.
+    fn statistics(&self) -> PoolStatistics {
+        PoolStatistics(self.blocks.statistics())
+    }
+
+    /// Every vector that is out, the longest held first.
+    fn leaks(&self) -> Vec<Acquisition> {
         self.blocks.outstanding("Vector")
     }
 
