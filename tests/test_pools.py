@@ -197,7 +197,7 @@ def test_statistics_are_data() -> None:
         assert pool.statistics().as_dict()["in_use"] == 1
         assert "in_use=1, peak_in_use=1" in repr(pool.statistics())
         (leak,) = pool.leaks()
-        assert repr(leak).startswith('Acquisition(kind="Thing", site=\'')
+        assert repr(leak).startswith("Acquisition(kind='Thing', site='")
     assert repr(pools.VectorPool().statistics()) == repr(before)
 
 
