@@ -4,16 +4,20 @@ use moirai_core::sync::Lock;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use std::sync::Arc;
 
 /// A context variable, and the token that sets it back.
 type Token = (&'static Py<PyAny>, Py<PyAny>);
 
 /// What one context set: a variable, and perhaps a second one after it.
-type Entry = (Token, Option<Token>);
+struct Entry {
+    first: Token,
+    second: Option<Token>,
+}
 
 /// What each context that is inside has set, the newest last.
 #[derive(Default)]
-pub(super) struct Entered(Lock<Vec<Entry>>);
+pub(super) struct Entered(Lock<Vec<Arc<Entry>>>);
 
 /// A context variable, and a value for it.
 pub(super) type Setting<'a> = (&'static Py<PyAny>, &'a Py<PyAny>);
@@ -34,38 +38,39 @@ impl Entered {
                 return Err(error);
             }
         };
-        self.0.lock().push((first, second));
+        self.0.lock().push(Arc::new(Entry { first, second }));
         Ok(())
     }
 
     /// Set back what the current context set last; `name` is what an error calls the scope.
     pub(super) fn leave(&self, py: Python<'_>, name: &str) -> PyResult<()> {
-        // Usually the newest; another thread or task may have entered since.
-        let mut foreign = Vec::new();
-        let mut left = false;
-        while let Some(entry) = { self.0.lock().pop() } {
-            let (first, second) = &entry;
-            let second_is_back = second.as_ref().is_none_or(|second| reset(py, second));
-            if second_is_back && reset(py, first) {
-                left = true;
-                break;
+        // Usually the newest; other threads and tasks may have entered since, and what they set only
+        // they can set back. An entry leaves the list when it has served.
+        let mut foreign: Vec<Arc<Entry>> = Vec::new();
+        let tried = |foreign: &[Arc<Entry>], entry: &Arc<Entry>| {
+            foreign.iter().any(|other| Arc::ptr_eq(other, entry))
+        };
+        let untried = |foreign: &[Arc<Entry>]| {
+            let entries = self.0.lock();
+            let mut newest_first = entries.iter().rev();
+            newest_first
+                .find(|entry| !tried(foreign, entry))
+                .map(Arc::clone)
+        };
+        while let Some(entry) = untried(&foreign) {
+            let second = entry.second.as_ref();
+            if second.is_none_or(|second| reset(py, second)) && reset(py, &entry.first) {
+                // What the entry holds goes after the lock does.
+                self.0.lock().retain(|other| !Arc::ptr_eq(other, &entry));
+                return Ok(());
             }
             foreign.push(entry);
         }
-        if left && foreign.is_empty() {
-            return Ok(());
-        }
-        let entered_elsewhere = !foreign.is_empty();
-        self.0.lock().extend(foreign.into_iter().rev());
-        match (left, entered_elsewhere) {
-            (true, _) => Ok(()),
-            (false, true) => Err(PyRuntimeError::new_err(format!(
-                "{name}: must be left in the context (thread, task) in which it was entered"
-            ))),
-            (false, false) => Err(PyRuntimeError::new_err(format!(
-                "{name}: left more often than entered"
-            ))),
-        }
+        Err(PyRuntimeError::new_err(if foreign.is_empty() {
+            format!("{name}: left more often than entered")
+        } else {
+            format!("{name}: must be left in the context (thread, task) in which it was entered")
+        }))
     }
 }
 
