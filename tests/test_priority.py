@@ -493,6 +493,23 @@ def test_a_scope_is_left_in_the_context_that_entered_it() -> None:
         scope.__exit__(None, None, None)
 
 
+def test_threads_may_share_a_scope_and_leave_it_at_the_same_time(
+    lanes: memory.PriorityResource,
+) -> None:
+    scope, serve = priority(Priority.HIGH), memory.use(lanes)
+
+    def work() -> None:
+        for _ in range(300):
+            with serve, scope:
+                np.empty(100)
+            assert memory.current_priority() is Priority.NORMAL
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+    assert lanes.lane(Priority.HIGH).statistics().total_count == 1200
+
+
 def test_a_lane_ends_with_its_scope_also_by_an_exception() -> None:
     with pytest.raises(KeyError), priority(Priority.REALTIME):
         raise KeyError

@@ -4,16 +4,20 @@ use moirai_core::sync::Lock;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use std::sync::Arc;
 
 /// A context variable, and the token that sets it back.
 type Token = (&'static Py<PyAny>, Py<PyAny>);
 
 /// What one context set: a variable, and perhaps a second one after it.
-type Entry = (Token, Option<Token>);
+struct Entry {
+    first: Token,
+    second: Option<Token>,
+}
 
 /// What each context that is inside has set, the newest last.
 #[derive(Default)]
-pub(super) struct Entered(Lock<Vec<Entry>>);
+pub(super) struct Entered(Lock<Vec<Arc<Entry>>>);
 
 /// A context variable, and a value for it.
 pub(super) type Setting<'a> = (&'static Py<PyAny>, &'a Py<PyAny>);
@@ -34,34 +38,30 @@ impl Entered {
                 return Err(error);
             }
         };
-        self.0.lock().push((first, second));
+        self.0.lock().push(Arc::new(Entry { first, second }));
         Ok(())
     }
 
     /// Set back what the current context set last; `name` is what an error calls the scope.
     pub(super) fn leave(&self, py: Python<'_>, name: &str) -> PyResult<()> {
-        // Usually the newest; other threads and tasks may have entered since, and their tokens only
-        // serve them. An entry leaves the list when it has served.
-        let mut foreign: Vec<Entry> = Vec::new();
-        let untried = |foreign: &[Entry]| {
+        // Usually the newest; other threads and tasks may have entered since, and what they set only
+        // they can set back. An entry leaves the list when it has served.
+        let mut foreign: Vec<Arc<Entry>> = Vec::new();
+        let tried = |foreign: &[Arc<Entry>], entry: &Arc<Entry>| {
+            foreign.iter().any(|other| Arc::ptr_eq(other, entry))
+        };
+        let untried = |foreign: &[Arc<Entry>]| {
             let entries = self.0.lock();
             let mut newest_first = entries.iter().rev();
             newest_first
-                .find(|entry| !foreign.iter().any(|other| is_same(other, entry)))
-                .map(|(first, second)| {
-                    let second = second.as_ref().map(|second| copy(py, second));
-                    (copy(py, first), second)
-                })
+                .find(|entry| !tried(foreign, entry))
+                .map(Arc::clone)
         };
         while let Some(entry) = untried(&foreign) {
-            let (first, second) = &entry;
-            let second_is_back = second.as_ref().is_none_or(|second| reset(py, second));
-            if second_is_back && reset(py, first) {
-                let mut entries = self.0.lock();
-                let place = entries.iter().rposition(|other| is_same(other, &entry));
-                let served = place.map(|place| entries.remove(place));
-                drop(entries);
-                drop(served);
+            let second = entry.second.as_ref();
+            if second.is_none_or(|second| reset(py, second)) && reset(py, &entry.first) {
+                // What the entry holds goes after the lock does.
+                self.0.lock().retain(|other| !Arc::ptr_eq(other, &entry));
                 return Ok(());
             }
             foreign.push(entry);
@@ -81,15 +81,6 @@ fn set(py: Python<'_>, (variable, value): Setting<'_>) -> PyResult<Token> {
     // SAFETY: a new reference, or null with an exception set.
     let token = unsafe { Bound::from_owned_ptr_or_err(py, token) }?;
     Ok((variable, token.unbind()))
-}
-
-/// Whether two entries are one: a token is an object of its own.
-fn is_same((one, _): &Entry, (other, _): &Entry) -> bool {
-    one.1.is(&other.1)
-}
-
-fn copy(py: Python<'_>, (variable, token): &Token) -> Token {
-    (variable, token.clone_ref(py))
 }
 
 /// Set a variable back; false if its token is of another context, which is then unchanged.
