@@ -38,8 +38,9 @@ _OBSERVED_COUNT = 64
 # Room in the limit: over the largest of those, for growth; over an estimate, for rounding.
 _OBSERVED_ROOM = 2
 _ESTIMATE_ROOM = 1.25
-# A chunk spends one byte of this many on its table, and is at most so large.
-_TABLE_SHARE = 64
+# What the first chunk has beyond an estimate: one byte in this many, for its table (one in 64) and
+# for the rounding of blocks.
+_CHUNK_SHARE = 40
 _LARGEST_CHUNK_BYTES = 512 << 20
 
 
@@ -369,7 +370,7 @@ class TransactionArenas:
             if needed_bytes <= known.limit_bytes:
                 chosen = known
                 break
-        chunk_bytes = estimate + estimate // _TABLE_SHARE + _TABLE_SHARE
+        chunk_bytes = estimate + estimate // _CHUNK_SHARE + 2 * 64
         return chosen, max(chosen.initial_bytes, min(chunk_bytes, _LARGEST_CHUNK_BYTES))
 
     def learned_profile(self) -> Profile:
