@@ -244,6 +244,17 @@ def test_estimate_chooses_the_smallest_profile_that_allows_a_quarter_more() -> N
     assert arenas.statistics().active == 0
 
 
+def test_estimate_is_the_size_of_the_first_chunk() -> None:
+    arenas = memory.TransactionArenas()
+    with arenas.begin("t", 500_000) as transaction:
+        blocks = [transaction.allocate(1000) for _ in range(480)]
+        assert transaction.held_bytes == 4096 * 126
+    with arenas.begin("t", 1000) as transaction:
+        blocks = [transaction.allocate(1000)]
+        assert transaction.held_bytes == 4096
+    del blocks
+
+
 def test_profile_is_learned_from_finished_transactions() -> None:
     arenas = memory.TransactionArenas(profiles=SMALL_PROFILES)
     assert arenas.learned_profile().name == "b", "the middle, before anything is known"
@@ -267,8 +278,9 @@ def test_profile_is_learned_from_finished_transactions() -> None:
     ("profiles", "message"),
     [
         ({}, "profiles: must have at least one"),
-        ({"a": (0, 100)}, r"profiles\['a'\]: must begin with at least 1 byte"),
-        ({"a": (200, 100)}, r"profiles\['a'\]: .* limit of 100, got 200"),
+        ({"a": (0, 100)}, r"profiles\['a'\]: must begin with 1 to 100 bytes .* got 0"),
+        ({"a": (200, 100)}, r"profiles\['a'\]: must begin with 1 to 100 bytes .* got 200"),
+        ({"a": ("1 GiB", "2 GiB")}, r"profiles\['a'\]: must begin with 1 to 536870912 bytes"),
         ({"a": (1, 100), "b": (1, 100)}, r"profiles\['b'\]: must have a larger limit"),
         ({"a": (1, "much")}, r"profiles\['a'\]: must be a number of bytes"),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,6 +38,10 @@ _OBSERVED_COUNT = 64
 # Room in the limit: over the largest of those, for growth; over an estimate, for rounding.
 _OBSERVED_ROOM = 2
 _ESTIMATE_ROOM = 1.25
+# What the first chunk has beyond an estimate: one byte in this many, for its table (one in 64) and
+# for the rounding of blocks.
+_CHUNK_SHARE = 40
+_LARGEST_CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class TransactionArena(_native.TransactionArena):
         parent: The transaction it lies in, or None.
     """
 
+    __slots__ = ("_arenas", "_begun", "_children", "parent", "profile", "transaction_id")
+
     transaction_id: Hashable
     profile: Profile
     parent: TransactionArena | None
@@ -138,12 +144,13 @@ class TransactionArena(_native.TransactionArena):
         arenas: TransactionArenas,
         transaction_id: Hashable,
         profile: Profile,
+        initial_bytes: int,
         parent: TransactionArena | None,
     ) -> TransactionArena:
         self = super().__new__(
             cls,
             arenas._store,
-            initial_bytes=profile.initial_bytes,
+            initial_bytes=initial_bytes,
             limit_bytes=profile.limit_bytes,
             label=f"transaction {transaction_id!r} (profile {profile.name})",
             parent=parent,
@@ -222,7 +229,7 @@ class TransactionArena(_native.TransactionArena):
         """Take an ended transaction off the lists."""
         arenas, transaction_id = self._arenas, self.transaction_id
         arenas._active.pop(transaction_id, None)
-        arenas._observed.append(self.wanted_bytes)
+        arenas._observed[next(arenas._finished) % _OBSERVED_COUNT] = self.wanted_bytes
         if self.parent is not None:
             self.parent._children.pop(transaction_id, None)
 
@@ -287,7 +294,8 @@ class TransactionArenas:
         )
         # Single operations on these are atomic; there is no lock that a fork could leave taken.
         self._active: dict[Hashable, object] = {}
-        self._observed: deque[int] = deque(maxlen=_OBSERVED_COUNT)
+        self._observed = [0] * _OBSERVED_COUNT
+        self._finished = itertools.count()
 
     @property
     def upstream(self) -> Resource:
@@ -307,9 +315,9 @@ class TransactionArenas:
         Args:
             transaction_id: A name that no active transaction has.
             estimate_bytes: How much it will use; chooses the smallest profile that allows a quarter
-                more, since blocks are rounded up. None learns the profile: twice the most that any
-                of the last 64 finished transactions used or was refused, and the middle profile
-                before there is one.
+                more, since blocks are rounded up, and makes the first chunk as large. None learns
+                the profile: twice the most that any of the last 64 finished transactions
+                used or was refused, and the middle profile before there is one.
             profile: The profile's name, instead of an estimate.
             parent: The transaction it lies in: what it uses counts for that one too, a commit hands
                 it over, a rollback leaves that one's memory alone.
@@ -318,7 +326,7 @@ class TransactionArenas:
             InvalidArgument: The id is in use, or the profile or the estimate is none.
             Closed: `parent` has ended.
         """
-        chosen = self._choose(estimate_bytes, profile)
+        chosen, initial_bytes = self._choose(estimate_bytes, profile)
         if parent is not None and parent._arenas is not self:
             raise InvalidArgument("parent: must be a transaction of these arenas, got another's")
         claim = object()
@@ -327,7 +335,7 @@ class TransactionArenas:
                 f"transaction_id: must not be in use, got {transaction_id!r}: it is active"
             )
         try:
-            begun = TransactionArena(self, transaction_id, chosen, parent)
+            begun = TransactionArena(self, transaction_id, chosen, initial_bytes, parent)
         except BaseException:
             self._active.pop(transaction_id, None)
             raise
@@ -336,33 +344,39 @@ class TransactionArenas:
             parent._children[transaction_id] = begun
         return begun
 
-    def _choose(self, estimate_bytes: int | str | None, profile: str | None) -> Profile:
+    def _choose(self, estimate_bytes: int | str | None, profile: str | None) -> tuple[Profile, int]:
+        """The profile, and the bytes of the first chunk."""
         if profile is not None:
             if estimate_bytes is not None:
                 raise InvalidArgument("profile: must be left out if estimate_bytes is given")
             for known in self.profiles:
                 if known.name == profile:
-                    return known
+                    return known, known.initial_bytes
             names = ", ".join(repr(known.name) for known in self.profiles)
             raise InvalidArgument(f"profile: must be one of {names}, got {profile!r}")
         if estimate_bytes is None:
-            return self.learned_profile()
+            learned = self.learned_profile()
+            return learned, learned.initial_bytes
         estimate = parse_bytes(estimate_bytes, argument="estimate_bytes")
-        for known in self.profiles:
-            if estimate * _ESTIMATE_ROOM <= known.limit_bytes:
-                return known
         largest = self.profiles[-1]
-        if estimate <= largest.limit_bytes:
-            return largest
-        raise InvalidArgument(
-            f"estimate_bytes: must be at most {largest.limit_bytes} (the limit of profile "
-            f"{largest.name!r}), got {estimate}"
-        )
+        if estimate > largest.limit_bytes:
+            raise InvalidArgument(
+                f"estimate_bytes: must be at most {largest.limit_bytes} (the limit of profile "
+                f"{largest.name!r}), got {estimate}"
+            )
+        needed_bytes = estimate * _ESTIMATE_ROOM
+        chosen = largest
+        for known in self.profiles:
+            if needed_bytes <= known.limit_bytes:
+                chosen = known
+                break
+        chunk_bytes = estimate + estimate // _CHUNK_SHARE + 2 * 64
+        return chosen, max(chosen.initial_bytes, min(chunk_bytes, _LARGEST_CHUNK_BYTES))
 
     def learned_profile(self) -> Profile:
         """The profile that `begin` gives a transaction without an estimate now."""
-        observed = max(self._observed.copy(), default=None)
-        if observed is None:
+        observed = max(self._observed)
+        if observed == 0:
             return self.profiles[len(self.profiles) // 2]
         for known in self.profiles:
             if observed * _OBSERVED_ROOM <= known.limit_bytes:
@@ -459,10 +473,11 @@ def _parse_profiles(profiles: Mapping[str, tuple[int | str, int | str]]) -> tupl
         raise InvalidArgument("profiles: must have at least one, got none")
     before = 0
     for profile in parsed:
-        if not 0 < profile.initial_bytes <= profile.limit_bytes:
+        most = min(profile.limit_bytes, _LARGEST_CHUNK_BYTES)
+        if not 0 < profile.initial_bytes <= most:
             raise InvalidArgument(
-                f"profiles[{profile.name!r}]: must begin with at least 1 byte and at most the "
-                f"limit of {profile.limit_bytes}, got {profile.initial_bytes}"
+                f"profiles[{profile.name!r}]: must begin with 1 to {most} bytes (its limit, or the "
+                f"largest chunk), got {profile.initial_bytes}"
             )
         if profile.limit_bytes <= before:
             raise InvalidArgument(

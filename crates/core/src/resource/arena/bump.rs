@@ -163,19 +163,12 @@ impl Arena {
                 return self.allocate_own(granules, request);
             }
             if let Some(raw) = drawn.take() {
-                let aftermath = match self.change_chunk(&mut state, raw) {
-                    Ok(aftermath) => aftermath,
-                    Err(error) => {
-                        drop(state);
-                        self.keep(Some(raw));
-                        return Err(error);
-                    }
-                };
+                let aftermath = self.change_chunk(&mut state, raw);
                 let block = self.cut_locked(&mut state, granules, request.alignment());
                 drop(state);
                 self.settle(aftermath);
-                let block = block.expect("a new chunk holds what deserves no own one");
-                return Ok((block, false));
+                // A new chunk holds what deserves no own one; only the map may lack memory.
+                return Ok((block.ok_or_else(no_map)?, false));
             }
             drop(state);
             match self.take(bytes) {
@@ -212,12 +205,7 @@ impl Arena {
     }
 
     fn keep(&self, raw: Option<Raw>) {
-        if let Some(mut raw) = raw {
-            if !raw.wiped {
-                // SAFETY: drawn by this thread; nobody cuts from it.
-                unsafe { raw.table().wipe(raw.bytes) };
-                raw.wiped = true;
-            }
+        if let Some(raw) = raw {
             self.store.keep(raw);
         }
     }
@@ -243,6 +231,11 @@ impl Arena {
             chunk.slot.front.open(word);
             return None;
         };
+        let slot = chunk.slot;
+        if !chunk.ready_to(end, |start, bytes| self.store.map(start, bytes, slot)) {
+            chunk.slot.front.open(word);
+            return None;
+        }
         let reused = matches!(chunk.usage, Use::Bump { used_granules, .. } if end <= used_granules);
         chunk.table().set(offset, granules);
         let address = NonNull::new((chunk.base + offset * GRANULE) as *mut u8)?;
@@ -324,17 +317,10 @@ impl Arena {
     }
 
     /// Cut from `raw` from now on.
-    fn change_chunk(&self, state: &mut State, raw: Raw) -> Result<Aftermath> {
+    fn change_chunk(&self, state: &mut State, raw: Raw) -> Aftermath {
         let index = self.spare_chunk(state);
         let slot = state.chunks[index].slot;
         let base = raw.base.as_ptr() as usize;
-        if !self.store.map(base, raw.bytes, slot) {
-            return Err(no_map());
-        }
-        if !raw.wiped {
-            // SAFETY: nobody cuts from the chunk yet.
-            unsafe { raw.table().wipe(raw.bytes) };
-        }
         state.spare.pop();
         let shut = self.shut_current(state);
         let aftermath = self.leave(state, shut);
@@ -344,6 +330,8 @@ impl Arena {
         chunk.usage = Use::Bump {
             turn,
             used_granules: raw.used_granules,
+            wiped_granules: raw.wiped_granules,
+            ready_granules: 0,
         };
         (chunk.base, chunk.bytes) = (base, raw.bytes);
         (chunk.cut_count, chunk.freed_count, chunk.cut_bytes) = (0, 0, 0);
@@ -351,7 +339,7 @@ impl Arena {
         slot.front.bind(base, SHUT);
         state.hold(raw.bytes);
         self.open(state, index, first);
-        Ok(aftermath)
+        aftermath
     }
 
     /// Make the chunk at `index` the current one, to be cut from `granule` on.
@@ -766,27 +754,23 @@ impl Drop for Arena {
         }
         let mut left = Vec::new();
         let mut uncharged = 0;
-        for chunk in &mut state.chunks {
-            let Some(base) = NonNull::new(chunk.base as *mut u8) else {
+        for chunk in &state.chunks {
+            let Some(mut raw) = chunk.raw() else {
                 continue;
             };
-            let used_granules = match chunk.usage {
-                Use::Nothing => continue,
-                Use::Own { .. } => 0,
-                Use::Bump { .. } => chunk.end_granule(),
-            };
-            let bump = matches!(chunk.usage, Use::Bump { .. });
-            // Blocks that were never given back die here; then the table is not clean.
-            left.push(Raw {
-                base,
-                bytes: chunk.bytes,
-                used_granules,
-                wiped: bump && chunk.live_count() == 0,
-            });
+            // Blocks that were never given back die here; their entries do not.
+            if chunk.live_count() > 0 {
+                raw.wiped_granules = 0;
+            }
+            left.push((raw, chunk.turn().is_none()));
             uncharged += chunk.cut_bytes;
         }
-        for raw in left {
-            self.store.keep(raw);
+        for (raw, own) in left {
+            if own {
+                self.store.hand_back(raw.base);
+            } else {
+                self.store.keep(raw);
+            }
         }
         self.uncharge(uncharged);
         let slots = std::mem::take(&mut self.state.get_mut().chunks);

@@ -4,9 +4,13 @@ use super::GRANULE;
 use super::store::{Raw, SlotRef};
 use super::table::{Table, table_granules};
 use super::timeline::{Place, Position, Timeline};
+use crate::os::PAGE_BYTES;
 use crate::resource::HealthReport;
 use crate::sync::front::{SHUT, Word};
 use std::ptr::NonNull;
+
+/// Granules that are made ready at once: a page of the table.
+const READY_STEP: usize = PAGE_BYTES;
 
 /// What a slot is about.
 pub(super) enum Use {
@@ -17,6 +21,10 @@ pub(super) enum Use {
         turn: u64,
         /// Granules up to this one were used before this turn.
         used_granules: usize,
+        /// Granules up to this one are wiped in the table.
+        wiped_granules: usize,
+        /// Granules up to this one are wiped, and their pages mapped: blocks are cut there.
+        ready_granules: usize,
     },
     /// One block that has the chunk for itself, cut for the span of this serial.
     Own {
@@ -58,6 +66,25 @@ impl Chunk {
         }
     }
 
+    /// Its memory, as it is when nothing in it is alive; `None` if it is about nothing.
+    pub(super) fn raw(&self) -> Option<Raw> {
+        let (used_granules, wiped_granules) = match self.usage {
+            Use::Bump {
+                used_granules,
+                wiped_granules,
+                ..
+            } => (used_granules, wiped_granules),
+            Use::Own { .. } => (0, 0),
+            Use::Nothing => return None,
+        };
+        Some(Raw {
+            base: NonNull::new(self.base as *mut u8)?,
+            bytes: self.bytes,
+            used_granules,
+            wiped_granules,
+        })
+    }
+
     /// Live blocks, if all that were cut are counted.
     pub(super) fn live_count(&self) -> u64 {
         self.cut_count - self.freed_count
@@ -65,15 +92,56 @@ impl Chunk {
 
     /// The word to go on cutting at `offset` with.
     ///
-    /// Memory that was used before and memory that was not are two separate rooms, so that every
-    /// block is one or the other.
+    /// Memory that was used before and memory that was not are separate rooms, so that every block
+    /// is one or the other; and no room goes beyond what is ready.
     pub(super) fn room_from(&self, offset: usize) -> Word {
-        match self.usage {
-            Use::Bump { used_granules, .. } if offset < used_granules => {
-                Word::open(offset, used_granules.min(self.end_granule()), true)
-            }
-            _ => Word::open(offset, self.end_granule(), false),
+        let Use::Bump {
+            used_granules,
+            ready_granules,
+            ..
+        } = self.usage
+        else {
+            return SHUT;
+        };
+        let reused = offset < used_granules;
+        let end = if reused {
+            used_granules.min(ready_granules)
+        } else {
+            ready_granules
+        };
+        Word::open(offset, end.max(offset), reused)
+    }
+
+    /// Make ready the granules up to `end` at least; `map` maps so many bytes from an address, and
+    /// says whether it could.
+    pub(super) fn ready_to(&mut self, end: usize, map: impl FnOnce(usize, usize) -> bool) -> bool {
+        let (base, table, last) = (self.base, self.table(), self.end_granule());
+        let Use::Bump {
+            wiped_granules,
+            ready_granules,
+            ..
+        } = &mut self.usage
+        else {
+            return false;
+        };
+        if *ready_granules >= end {
+            return true;
         }
+        let pages = end.next_multiple_of(PAGE_BYTES / GRANULE);
+        let to = pages.max(*ready_granules + READY_STEP).min(last);
+        if !map(
+            base + *ready_granules * GRANULE,
+            (to - *ready_granules) * GRANULE,
+        ) {
+            return false;
+        }
+        if *wiped_granules < to {
+            // SAFETY: granules of the chunk that nothing was ever cut from.
+            unsafe { table.wipe(*wiped_granules, to) };
+            *wiped_granules = to;
+        }
+        *ready_granules = to;
+        true
     }
 
     /// Note that this turn used the granules up to `offset`.
@@ -86,9 +154,12 @@ impl Chunk {
     /// Live blocks and their bytes as the table has them. A thread that has just cut a block may
     /// not have entered it yet.
     fn walk(&self) -> (u64, u64) {
+        let Use::Bump { ready_granules, .. } = self.usage else {
+            return (0, 0);
+        };
         let mut patience = 10_000;
         loop {
-            let (count, granules) = self.table().walk(self.first_granule(), self.end_granule());
+            let (count, granules) = self.table().walk(self.first_granule(), ready_granules);
             if count >= self.live_count() || patience == 0 {
                 return (count, granules * GRANULE as u64);
             }
@@ -239,9 +310,9 @@ impl State {
         let inside = address.wrapping_sub(chunk.base);
         match chunk.usage {
             Use::Own { .. } if inside == 0 => Some((chunk.bytes, 0)),
-            Use::Bump { .. } if inside < chunk.bytes && inside % GRANULE == 0 => {
+            Use::Bump { ready_granules, .. } if inside < chunk.bytes && inside % GRANULE == 0 => {
                 let granule = inside / GRANULE;
-                if granule < chunk.first_granule() {
+                if granule < chunk.first_granule() || granule >= ready_granules {
                     return None;
                 }
                 let granules = chunk.table().get(granule);
@@ -254,16 +325,7 @@ impl State {
     /// Let go of a chunk in which nothing is alive, and that is not the current one.
     pub(super) fn unbind(&mut self, index: usize, upstream: bool) -> Aftermath {
         let chunk = &mut self.chunks[index];
-        let used_granules = match chunk.usage {
-            Use::Bump { used_granules, .. } => used_granules,
-            Use::Own { .. } | Use::Nothing => 0,
-        };
-        let raw = NonNull::new(chunk.base as *mut u8).map(|base| Raw {
-            base,
-            bytes: chunk.bytes,
-            used_granules,
-            wiped: true,
-        });
+        let raw = chunk.raw();
         chunk.usage = Use::Nothing;
         self.held_bytes -= chunk.bytes;
         self.spare.push(index);

@@ -4,7 +4,6 @@
 //! followed whatever became of the chunk; whether the slot still is about that address is decided
 //! under its arena's lock. Lock order: `arenas`, the arenas' own, `shelf`, upstream's.
 
-use super::table::Table;
 use super::{Arena, GRANULE};
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
@@ -13,6 +12,8 @@ use crate::resource::fork::{self, ForkLocks};
 use crate::resource::{Block, Request, Resource};
 use crate::sync::front::Front;
 use crate::sync::{AtomicPtr, AtomicUsize, Lock, Ordering::Relaxed};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
@@ -66,24 +67,17 @@ pub(super) struct Raw {
     pub bytes: usize,
     /// Its first granules, up to this one, were used before.
     pub used_granules: usize,
-    /// Its table says that no block starts in it.
-    pub wiped: bool,
+    /// Its table says that no block starts in its first granules, up to this one.
+    pub wiped_granules: usize,
 }
 
 // SAFETY: owned memory that nothing points into.
 unsafe impl Send for Raw {}
 
-impl Raw {
-    pub(super) fn table(&self) -> Table {
-        // SAFETY: a live chunk, whose first granules are its table.
-        unsafe { Table::at(self.base.as_ptr() as usize) }
-    }
-}
-
 #[derive(Default)]
 struct Shelf {
-    /// Chunks to use again, by size; sizes are few.
-    idle: Vec<(usize, Vec<Raw>)>,
+    /// Chunks to use again, by size; no list is empty.
+    idle: BTreeMap<usize, Vec<Raw>>,
     idle_bytes: usize,
     slots: Vec<NonNull<Slot>>,
     spare: Vec<SlotRef>,
@@ -91,6 +85,20 @@ struct Shelf {
 
 // SAFETY: the slots are owned by the shelf.
 unsafe impl Send for Shelf {}
+
+impl Shelf {
+    fn take_idle(&mut self, size: usize) -> Option<Raw> {
+        let Entry::Occupied(mut list) = self.idle.entry(size) else {
+            return None;
+        };
+        let raw = list.get_mut().pop();
+        if list.get().is_empty() {
+            list.remove();
+        }
+        self.idle_bytes -= raw.map_or(0, |raw| raw.bytes);
+        raw
+    }
+}
 
 /// An arena by its address; it takes itself off the list before it is freed.
 struct Member(*const Arena);
@@ -178,29 +186,24 @@ impl Store {
             base: block.address,
             bytes,
             used_granules: if block.reused { bytes / GRANULE } else { 0 },
-            wiped: false,
+            wiped_granules: 0,
         })
     }
 
-    /// A chunk of this size that is kept.
+    /// A chunk that is kept, of this size or at most an eighth more.
     pub(super) fn take_idle(&self, bytes: usize) -> Option<Raw> {
         let mut shelf = self.shelf.lock();
-        let of_size = shelf.idle.iter_mut().find(|(size, _)| *size == bytes);
-        let raw = of_size.and_then(|(_, list)| list.pop())?;
-        shelf.idle_bytes -= raw.bytes;
-        Some(raw)
+        let (&size, _) = shelf.idle.range(bytes..=bytes + bytes / 8).next()?;
+        shelf.take_idle(size)
     }
 
     /// Keep a chunk for the next one who needs it, if there is room.
     pub(super) fn keep(&self, raw: Raw) {
-        if raw.wiped {
+        {
             let mut shelf = self.shelf.lock();
             if shelf.idle_bytes.saturating_add(raw.bytes) <= self.keep_bytes {
                 shelf.idle_bytes += raw.bytes;
-                match shelf.idle.iter_mut().find(|(size, _)| *size == raw.bytes) {
-                    Some((_, list)) => list.push(raw),
-                    None => shelf.idle.push((raw.bytes, vec![raw])),
-                }
+                shelf.idle.entry(raw.bytes).or_default().push(raw);
                 return;
             }
         }
@@ -248,11 +251,10 @@ impl Store {
         {
             let mut shelf = self.shelf.lock();
             while shelf.idle_bytes > target {
-                let Some(raw) = shelf.idle.iter_mut().find_map(|(_, list)| list.pop()) else {
+                let Some((&size, _)) = shelf.idle.last_key_value() else {
                     break;
                 };
-                shelf.idle_bytes -= raw.bytes;
-                surplus.push(raw);
+                surplus.extend(shelf.take_idle(size));
             }
         }
         for raw in &surplus {
@@ -282,7 +284,7 @@ impl Store {
     /// Idle bytes as counted and as found.
     pub(super) fn idle_as_found(&self) -> (usize, usize) {
         let shelf = self.shelf.lock();
-        let lists = shelf.idle.iter().flat_map(|(_, list)| list);
+        let lists = shelf.idle.values().flatten();
         (shelf.idle_bytes, lists.map(|raw| raw.bytes).sum())
     }
 }
@@ -316,7 +318,7 @@ impl ForkLocks for Store {
 impl Drop for Store {
     fn drop(&mut self) {
         let shelf = std::mem::take(self.shelf.get_mut());
-        for raw in shelf.idle.into_iter().flat_map(|(_, list)| list) {
+        for raw in shelf.idle.into_values().flatten() {
             self.hand_back(raw.base);
         }
         for slot in shelf.slots {

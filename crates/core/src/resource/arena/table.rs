@@ -2,8 +2,10 @@
 //!
 //! A block's first granule holds its length: 1 to 126 granules as they are, longer ones as 127 with
 //! the length behind it in five digits of seven bits, whose top bit is set. So no byte inside a
-//! block can be taken for a start, and an address is judged exactly. Invariant: behind the bump
-//! pointer no byte says that a block starts.
+//! block can be taken for a start, and an address is judged exactly.
+//!
+//! A table is wiped as the front comes near, not at once: a large chunk costs only what is used of
+//! it. Invariant: among the bytes that are wiped, none behind the front says that a block starts.
 
 use super::GRANULE;
 use crate::sync::{AtomicU8, Ordering::Relaxed};
@@ -80,13 +82,15 @@ impl Table {
         self.byte(granule).store(0, Relaxed);
     }
 
-    /// Say that no block starts in a chunk of `bytes`.
+    /// Say that no block starts in granules `from..to`.
     ///
     /// # Safety
-    /// Nobody cuts from the chunk.
-    pub(super) unsafe fn wipe(&self, bytes: usize) {
+    /// They lie in the chunk, and nothing was cut from them since they were last wiped.
+    pub(super) unsafe fn wipe(&self, from: usize, to: usize) {
+        // SAFETY: the granule lies in the chunk, and the table has a byte for each.
+        let start = unsafe { self.0.add(from) };
         // SAFETY: the table's own bytes, which nobody else touches.
-        unsafe { self.0.write_bytes(0, bytes / GRANULE) };
+        unsafe { start.write_bytes(0, to - from) };
     }
 
     /// Live blocks that start in granules `from..to`, and their granules.
@@ -115,7 +119,7 @@ mod tests {
         // SAFETY: the vector has a byte for each granule of such a chunk.
         let table = unsafe { Table::at(memory.as_mut_ptr() as usize) };
         // SAFETY: nobody cuts from this chunk.
-        unsafe { table.wipe(BYTES) };
+        unsafe { table.wipe(0, BYTES / GRANULE) };
         (memory, table)
     }
 
