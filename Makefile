@@ -79,7 +79,7 @@ loom: ## every interleaving of the core's lock-free parts
 
 numpy-suite: $(BUILT) ## NumPy's own tests, plain and under Moirai; QUICK=1 for fft and ma only
 	$(PY) -m pip install --group numpy-suite
-	$(PY) scripts/numpy_suite.py $(if $(QUICK),--quick)
+	PATH=$(VENV)/bin:$$PATH $(PY) scripts/numpy_suite.py $(if $(QUICK),--quick)
 
 test-freethreaded: ## tests on a free-threaded interpreter: PYTHON=/path/to/python3.13t
 	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh freethreaded
