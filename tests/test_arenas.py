@@ -467,6 +467,79 @@ def test_arrays_resize_and_are_zeroed_inside_an_arena(make) -> None:
     assert arena.check().ok
 
 
+def test_arena_can_be_installed_for_the_whole_process(run_python: RunPython) -> None:
+    printed = run_python(
+        """
+        import threading
+        import numpy as np
+        from moirai import memory
+
+        before = [np.ones(size) for size in (10, 1000, 100_000)]
+        arena = memory.ArenaResource()
+        memory.install(arena)
+        during = [np.ones(size) for size in (10, 1000, 100_000)]
+        thread = threading.Thread(target=before.clear)
+        thread.start()
+        thread.join()
+        grown = np.zeros(10)
+        grown.resize(50_000, refcheck=False)
+        memory.uninstall()
+        assert all(memory.handler_of(array) is arena for array in during)
+        assert sum(float(array.sum()) for array in during) == 101_010
+        del during, grown
+        assert arena.statistics().current_count == 0
+        assert arena.statistics().invalid_frees == 0
+        assert arena.check().ok
+        print("ok")
+        """
+    )
+    assert printed == "ok\n"
+
+
+# --- stacks -------------------------------------------------------------------------------------
+
+WRAPS: dict[str, Callable[[memory.Resource], memory.Resource]] = {
+    "arena": lambda upstream: memory.ArenaResource(upstream, chunk_bytes="64 KiB"),
+    "small arena": lambda upstream: memory.ArenaResource(upstream, chunk_bytes="4 KiB"),
+    "local": lambda upstream: memory.ThreadLocalArena(upstream, chunk_bytes="128 KiB"),
+    "slab": memory.SlabResource,
+    "statistics": memory.StatisticsAdaptor,
+    "limit": lambda upstream: memory.LimitAdaptor(upstream, limit_bytes="1 GiB"),
+}
+
+
+@settings(max_examples=40)
+@given(
+    wraps=st.lists(st.sampled_from(sorted(WRAPS)), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(0, 100 * KIB), max_size=30),
+    order=st.randoms(use_true_random=False),
+)
+def test_arenas_stack_with_everything(wraps, sizes, order) -> None:
+    bottom = memory.StatisticsAdaptor(memory.LargeObjectResource())
+    stack: memory.Resource = bottom
+    for name in wraps:
+        stack = WRAPS[name](stack)
+    live = []
+    for index, size in enumerate(sizes):
+        content = np.frombuffer(stack.allocate(size, zeroed=True), dtype="uint8")
+        assert not content.any()
+        content[:] = index
+        live.append((index, content))
+        if order.random() < 0.4:
+            index, content = live.pop(order.randrange(len(live)))
+            assert (content == index).all()
+        del content
+    assert all((content == index).all() for index, content in live)
+    assert stack.statistics().current_count == len(live)
+    assert stack.check().ok, str(stack.check())
+    live.clear()
+    stack.trim()
+    assert stack.statistics().current_bytes == 0
+    assert stack.check().ok, str(stack.check())
+    del stack
+    assert bottom.statistics().current_count == 0
+
+
 # --- chunks -------------------------------------------------------------------------------------
 
 
