@@ -184,7 +184,8 @@ def measure_rollbacks(counts: Sequence[int], rounds: int) -> dict[str, Any]:
         harness.progress(f"rollback over {live_count} live blocks")
         rollbacks = Rollbacks(live_count)
         found: dict[str, list[float]] = defaultdict(list)
-        for _, name in harness.interleaved(("arena", "control"), rounds):
+        fewer = min(rounds, 15 if live_count > 10_000 else rounds)
+        for _, name in harness.interleaved(("arena", "control"), fewer):
             first, second = rollbacks.time(control=name == "control")
             # The second of one order is the other arena's.
             found[name].append(first)
@@ -330,7 +331,7 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     chosen = harness.select_configurations(known, arguments.configurations)
     counts = [10**power for power in range(1, 4 if arguments.quick else 7)]
     samples = measure_blocks(list(chosen), arguments.rounds, 200 if arguments.quick else 1000)
-    rollbacks = measure_rollbacks(counts, arguments.rounds if arguments.quick else 9)
+    rollbacks = measure_rollbacks(counts, arguments.rounds)
     document = {
         "blocks": summarise_blocks(samples),
         "rollbacks": summarise_rollbacks(rollbacks),
