@@ -313,3 +313,57 @@ def test_a_forked_child_goes_on_with_any_stack(stack: Stack, steps: list[tuple])
         assert verdict == b"ok"
         life.end()
         del life
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "memory.SlabResource(limit)",
+        "memory.SlabResource(memory.StatisticsAdaptor(limit))",
+        "memory.StatisticsAdaptor(limit)",
+        "memory.ArenaResource(limit, chunk_bytes='64 KiB')",
+        "memory.ThreadLocalArena(limit, chunk_bytes='64 KiB')",
+    ],
+)
+def test_a_limits_collection_may_free_blocks_of_the_layer_that_asks(
+    layer: str, run_python: Callable[..., str]
+) -> None:
+    # In a process of its own: what this guards against is a thread that waits for its own lock.
+    run_python(
+        f"""
+        import gc
+        import threading
+        from moirai import memory
+        from moirai.errors import OutOfMemory
+
+        def fill(held):
+            try:
+                while True:
+                    held.append(layer.allocate(512))
+            except OutOfMemory:
+                pass
+
+        class Node:
+            pass
+
+        gc.disable()
+        limit = memory.LimitAdaptor(memory.LargeObjectResource(), limit_bytes="1 MiB")
+        layer = {layer}
+        collected = []
+        gc.callbacks.append(lambda phase, _: collected.append(phase))
+        for _ in range(1500):
+            node = Node()
+            node.itself, node.array = node, layer.allocate(512).numpy()
+        del node
+        held = [[], []]
+        threads = [threading.Thread(target=fill, args=(mine,)) for mine in held]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "stop" in collected
+        assert layer.statistics().current_count == sum(map(len, held))
+        assert layer.check().ok
+        """,
+        timeout_seconds=60,
+    )

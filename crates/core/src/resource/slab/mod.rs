@@ -5,9 +5,10 @@
 //! Bonwick, "The Slab Allocator" (1994); Bonwick and Adams, "Magazines and Vmem" (2001). Left out:
 //! object construction (blocks are bytes).
 //!
-//! Lock order: a class, then upstream's. Threads touch only their own magazines; a thread's
-//! magazines go back when it ends. In a forked child the magazines of the parent's other threads
-//! stay unused.
+//! Lock order: a class, then upstream's to give back; nothing is drawn from upstream with a class
+//! locked, since a limit there may run code that frees blocks of this slab. Threads touch only
+//! their own magazines; a thread's magazines go back when it ends. In a forked child the magazines
+//! of the parent's other threads stay unused.
 
 mod classes;
 mod depot;
@@ -219,16 +220,14 @@ impl Shared {
         self.out_count.fetch_sub(blocks as u64, Relaxed);
     }
 
-    fn draw_run(&self, class: &mut Class) -> Result<*mut Run> {
+    /// A new run of `class`, in no list yet. No lock is held: upstream may be a limit that has the
+    /// interpreter collect garbage first, and with it blocks of this very class.
+    fn draw_run(&self, class: usize, colour: usize) -> Result<*mut Run> {
         let block = self
             .upstream
             .allocate(Request::new(RUN_BYTES, RUN_BYTES, false)?)?;
-        class.colour = class.colour.wrapping_add(1);
-        let mut run = Box::new(Run::new(block.address, class.index, class.colour));
-        run.index = class.runs.len();
-        run.partial_index = Some(class.partial.len());
-        let run = Box::into_raw(run);
-        let word = ((run as u64) << 8) | (class.index as u64 + 1);
+        let run = Box::into_raw(Box::new(Run::new(block.address, class, colour)));
+        let word = ((run as u64) << 8) | (class as u64 + 1);
         if !self.units.set(block.address.as_ptr() as usize, word) {
             // SAFETY: made above, seen by nobody.
             drop(unsafe { Box::from_raw(run) });
@@ -239,8 +238,6 @@ impl Shared {
                 "no address space for the slab's table",
             ));
         }
-        class.runs.push(run);
-        class.partial.push(run);
         Ok(run)
     }
 
@@ -264,16 +261,15 @@ impl Shared {
         unsafe { self.upstream.deallocate(base) };
     }
 
-    /// Fill an empty magazine from the depot or the runs.
-    fn refill(&self, class: &mut Class, magazine: &mut Magazine) -> Result<()> {
+    /// Fill an empty magazine from the depot or the runs; false if neither has a block.
+    fn refill(&self, class: &mut Class, magazine: &mut Magazine) -> bool {
         debug_assert_eq!(magazine.count, 0);
         if class.depot.fill(magazine) {
             self.went_out(class.index, magazine.count as usize);
-            return Ok(());
+            return true;
         }
-        let run = match fullest(class) {
-            Some(run) => run,
-            None => self.draw_run(class)?,
+        let Some(run) = fullest(class) else {
+            return false;
         };
         // SAFETY: a live run of this class, whose lock is held.
         let run_ref = unsafe { &mut *run };
@@ -289,7 +285,7 @@ impl Shared {
             unlist_partial(class, run);
         }
         self.went_out(class.index, magazine.count as usize);
-        Ok(())
+        true
     }
 
     /// Return every block of a magazine to its run.
@@ -330,24 +326,58 @@ impl Shared {
         cache: Option<*mut ThreadCache>,
         class: usize,
     ) -> Result<(*mut u8, bool)> {
+        let colour = {
+            let mut guard = self.classes[class].lock();
+            if let Some(taken) = self.take_locked(&mut guard, cache) {
+                return Ok(taken);
+            }
+            guard.colour = guard.colour.wrapping_add(1);
+            guard.colour
+        };
+        let drawn = self.draw_run(class, colour);
         let mut guard = self.classes[class].lock();
+        let refusal = match drawn {
+            Ok(run) => {
+                list_run(&mut guard, run);
+                None
+            }
+            Err(error) => Some(error),
+        };
+        // What other threads freed meanwhile, or the limit's collection did, serves as well.
+        let taken = self.take_locked(&mut guard, cache);
+        taken.ok_or_else(|| refusal.expect("a run was listed under this lock"))
+    }
+
+    /// A block of a class whose lock is held, by way of the calling thread's magazines if it has
+    /// some; `None` if depot and runs have none either.
+    fn take_locked(
+        &self,
+        class: &mut Class,
+        cache: Option<*mut ThreadCache>,
+    ) -> Option<(*mut u8, bool)> {
         if let Some(cache) = cache {
             // SAFETY: the calling thread's own cache.
-            let (pair, counts) = unsafe { own(cache, class) };
-            self.refill(&mut guard, &mut pair.loaded)?;
-            return Ok(pair.pop(counts).expect("just refilled"));
+            let (pair, counts) = unsafe { own(cache, class.index) };
+            // What was freed on this thread while a run was drawn lies in its magazines.
+            return pair.pop(counts).or_else(|| {
+                self.refill(class, &mut pair.loaded)
+                    .then(|| pair.pop(counts).expect("just refilled"))
+            });
         }
-        let mut magazine = Magazine::empty(class);
-        self.refill(&mut guard, &mut magazine)?;
+        let mut magazine = Magazine::empty(class.index);
+        if !self.refill(class, &mut magazine) {
+            return None;
+        }
         magazine.count -= 1;
         let address = magazine.rounds[magazine.count as usize];
         let reused = magazine.count >= magazine.fresh;
-        self.empty_magazine(&mut guard, &mut magazine);
-        self.retired[class].allocated.fetch_add(1, Relaxed);
+        let retired = &self.retired[class.index];
+        self.empty_magazine(class, &mut magazine);
+        retired.allocated.fetch_add(1, Relaxed);
         if !reused {
-            self.retired[class].misses.fetch_add(1, Relaxed);
+            retired.misses.fetch_add(1, Relaxed);
         }
-        Ok((address, reused))
+        Some((address, reused))
     }
 
     #[cold]
@@ -569,6 +599,14 @@ fn fullest(class: &Class) -> Option<*mut Run> {
         .take(RUNS_COMPARED)
         .min_by_key(free)
         .copied()
+}
+
+/// Add a run with all its blocks to its class, whose lock is held.
+fn list_run(class: &mut Class, run: *mut Run) {
+    // SAFETY: made by `draw_run`, in no list yet: the caller is its only user.
+    unsafe { (*run).index = class.runs.len() };
+    class.runs.push(run);
+    list_partial(class, run);
 }
 
 fn list_partial(class: &mut Class, run: *mut Run) {
