@@ -424,6 +424,52 @@ class PriorityResource(Resource):
     def lanes(self) -> list[Resource]:
         """The resource of each lane, the most urgent first."""
 
+@disjoint_base
+class PatternAdaptor(Resource):
+    """Notes the pattern of what passes through it on the way to `upstream`."""
+
+    def __new__(cls, upstream: Resource) -> Self: ...
+    def sizes(self) -> list[tuple[int, int]]:
+        """(bytes rounded up to a multiple of 64, requests) of all requests up to 16 KiB, by bytes."""
+    def class_patterns(self) -> list[dict[str, Any]]:
+        """What was noted of each size class."""
+
+@disjoint_base
+class AdaptiveResource(Resource):
+    """Routes each size class to the part that suits its workload."""
+
+    def __new__(
+        cls,
+        high_throughput: Resource,
+        low_latency: Resource,
+        long_running: Resource,
+        *,
+        initial: str,
+        window_seconds: float,
+        long_seconds: float,
+        long_share: float,
+        high_rate: float,
+        hysteresis: float,
+        confirmations: int,
+        tolerance: float,
+        avoid_seconds: float,
+        is_counterfactual: bool,
+    ) -> Self: ...
+    @property
+    def parts(self) -> list[Resource]:
+        """The resource for each workload, in the order of the arguments."""
+    @property
+    def is_counterfactual(self) -> bool:
+        """Whether it only says what it would do."""
+    def sizes(self) -> list[tuple[int, int]]:
+        """(bytes rounded up to a multiple of 64, requests) of all requests up to 16 KiB, by bytes."""
+    def class_patterns(self) -> list[dict[str, Any]]:
+        """What was noted of each size class."""
+    def decisions(self) -> tuple[list[dict[str, Any]], int]:
+        """The latest decisions, the oldest first, and how many there were in all."""
+    def standings(self) -> list[dict[str, Any]]:
+        """What is known of each class now."""
+
 @final
 class Statistics:
     """Counts of a resource; bytes are block bytes, the request rounded up to its block.

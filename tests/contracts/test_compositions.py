@@ -32,6 +32,12 @@ def with_lanes(normal: memory.Resource) -> memory.Resource:
     return memory.PriorityResource(realtime_bytes=4096, normal=normal, allow_unlocked=True)
 
 
+def with_strategies(low_latency: memory.Resource) -> memory.Resource:
+    return memory.AdaptiveResource(
+        {memory.Workload.LOW_LATENCY: low_latency}, long_seconds=0.001, high_rate=1000
+    )
+
+
 SOURCES: dict[str, Source] = {
     "system": memory.SystemResource,
     "large, best fit": memory.LargeObjectResource,
@@ -49,6 +55,8 @@ LAYERS: dict[str, Layer] = {
     "statistics": memory.StatisticsAdaptor,
     "limit": lambda upstream: memory.LimitAdaptor(upstream, limit_bytes="1 GiB"),
     "normal lane": with_lanes,
+    "pattern": memory.PatternAdaptor,
+    "adaptive": with_strategies,
 }
 
 

@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod adaptive;
 mod arena;
 mod argument;
 mod buffer;
@@ -22,6 +23,8 @@ use pyo3::prelude::*;
 mod _native {
     use super::*;
 
+    #[pymodule_export]
+    use super::adaptive::{AdaptiveResource, PatternAdaptor};
     #[pymodule_export]
     use super::arena::{Arena, ArenaResource, Savepoint, ThreadLocalArena};
     #[pymodule_export]

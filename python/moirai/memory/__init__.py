@@ -24,11 +24,21 @@ from moirai._native import (
     stop_background,
     uninstall,
 )
+from moirai.memory.adaptive import (
+    AdaptiveResource,
+    Decision,
+    Effect,
+    Evidence,
+    Explanation,
+    Standing,
+    Workload,
+)
 from moirai.memory.arenas import ArenaResource, ThreadLocalArena
 from moirai.memory.arrays import LargeArray, install, largest_arrays, use
 from moirai.memory.health import Finding, Health, ResourceHealth, health
 from moirai.memory.libc_heap import keep_libc_heap
 from moirai.memory.numa import NumaNode, NumaResource, Topology, pages_by_node
+from moirai.memory.patterns import ClassPattern, PatternAdaptor
 from moirai.memory.priority import (
     Priority,
     PriorityResource,
@@ -50,10 +60,16 @@ from moirai.memory.transactions import (
 
 __all__ = [
     "PROFILES",
+    "AdaptiveResource",
     "Arena",
     "ArenaResource",
     "Batch",
     "Buffer",
+    "ClassPattern",
+    "Decision",
+    "Effect",
+    "Evidence",
+    "Explanation",
     "Finding",
     "Fragmentation",
     "Health",
@@ -63,6 +79,7 @@ __all__ = [
     "LimitAdaptor",
     "NumaNode",
     "NumaResource",
+    "PatternAdaptor",
     "PoolResource",
     "Priority",
     "PriorityResource",
@@ -74,6 +91,7 @@ __all__ = [
     "Scope",
     "ScopeRecord",
     "SlabResource",
+    "Standing",
     "Statistics",
     "StatisticsAdaptor",
     "SystemResource",
@@ -82,6 +100,7 @@ __all__ = [
     "TransactionArena",
     "TransactionArenas",
     "TransactionStatistics",
+    "Workload",
     "current_priority",
     "handler_of",
     "health",

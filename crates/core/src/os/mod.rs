@@ -176,6 +176,17 @@ pub fn address_space_limit() -> Option<usize> {
     (status == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur as usize)
 }
 
+/// Nanoseconds of the monotonic clock; never goes back.
+pub fn now_nanoseconds() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a valid place for the answer, and the clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// Milliseconds since an arbitrary point; coarse (some milliseconds), never goes back.
 pub fn now_milliseconds() -> u64 {
     let mut time = libc::timespec {

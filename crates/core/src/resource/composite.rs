@@ -5,7 +5,7 @@
 //! all but one get a ledger.
 
 use super::ledger::LedgerAdaptor;
-use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use super::{Block, Group, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ pub trait Choose: Send + Sync {
     /// Whether the choice goes by the call's lane; see [`super::priority`].
     const HAS_LANES: bool = false;
 
-    /// Index of the part that serves the calling thread's next request.
-    fn choose(&self) -> usize;
+    /// Index of the part that serves the calling thread's next request, of `size` bytes.
+    fn choose(&self, size: usize) -> usize;
 }
 
 /// Parts, and what chooses among them. Any thread may use it; it has no state of its own.
@@ -61,8 +61,8 @@ impl<C: Choose> Composite<C> {
     }
 
     #[inline]
-    fn chosen(&self) -> &dyn Resource {
-        &*self.parts[self.choice.choose()]
+    fn chosen(&self, size: usize) -> &dyn Resource {
+        &*self.parts[self.choice.choose(size)]
     }
 
     /// The part that `address` is a live block of, if any can tell.
@@ -113,16 +113,37 @@ unsafe impl<C: Choose> Resource for Composite<C> {
     }
 
     fn allocate(&self, request: Request) -> Result<Block> {
-        self.chosen().allocate(request)
+        self.chosen(request.size()).allocate(request)
     }
 
+    /// Each part serves its requests as a group.
     fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
-        self.chosen().allocate_group(requests)
+        let chosen: Vec<usize> = requests
+            .iter()
+            .map(|request| self.choice.choose(request.size()))
+            .collect();
+        let mut groups = Vec::with_capacity(self.parts.len());
+        for (index, part) in self.parts.iter().enumerate() {
+            let asked = requests.iter().zip(&chosen);
+            let asked = asked.filter(|(_, chosen)| **chosen == index);
+            let asked: Vec<Request> = asked.map(|(request, _)| *request).collect();
+            let mut group = Group::with_capacity(&**part, asked.len());
+            if !asked.is_empty() {
+                part.allocate_group(&asked)?
+                    .into_iter()
+                    .for_each(|block| group.add(block));
+            }
+            groups.push(group);
+        }
+        let kept = groups.into_iter().map(|group| group.keep().into_iter());
+        let mut kept: Vec<_> = kept.collect();
+        let next = |part: usize| kept[part].next().expect("a block for each request");
+        Ok(chosen.into_iter().map(next).collect())
     }
 
     #[inline]
     fn draw(&self, size: usize) -> Option<NonNull<u8>> {
-        self.chosen().draw(size)
+        self.chosen(size).draw(size)
     }
 
     unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
@@ -201,7 +222,7 @@ unsafe impl<C: Choose> Resource for Composite<C> {
 
     /// The block stays in its part.
     unsafe fn reallocate(&self, address: NonNull<u8>, size: usize) -> Result<Block> {
-        let part = self.owner(address).unwrap_or_else(|| self.chosen());
+        let part = self.owner(address).unwrap_or_else(|| self.chosen(size));
         // SAFETY: the caller's promise; it is a live block of this part.
         unsafe { part.reallocate(address, size) }
     }

@@ -2,6 +2,7 @@
 //!
 //! Resources compose: one that needs memory takes an `upstream`, an adaptor wraps one and is one.
 
+pub mod adaptive;
 pub mod adaptor;
 mod address_map;
 pub mod arena;
@@ -13,6 +14,7 @@ pub mod ledger;
 pub mod libc_heap;
 pub mod limit;
 pub mod numa;
+pub mod pattern;
 pub mod pool;
 pub mod priority;
 pub mod realtime;

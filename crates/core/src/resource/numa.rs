@@ -30,7 +30,7 @@ impl Choose for ByCpu {
     const NAME: &'static str = "NumaResource";
 
     #[inline]
-    fn choose(&self) -> usize {
+    fn choose(&self, _size: usize) -> usize {
         if self.heaps.len() == 1 {
             return 0;
         }

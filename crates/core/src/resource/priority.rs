@@ -58,7 +58,7 @@ impl Choose for ByLane {
     const HAS_LANES: bool = true;
 
     #[inline]
-    fn choose(&self) -> usize {
+    fn choose(&self, _size: usize) -> usize {
         CURRENT.get() as usize
     }
 }
