@@ -57,15 +57,21 @@ def test_lifetimes_are_those_of_the_sampled_blocks() -> None:
         tracker.allocate(500)
     kept = [tracker.allocate(5000) for _ in range(1000)]
     short, long = tracker.classes()
-    assert short.ended > 0 and short.open == 0 and short.ended_elsewhere == 0
+    assert short.ended > 0
+    assert short.open == 0
+    assert short.ended_elsewhere == 0
     assert sum(count for _, count in short.spans) == short.ended
-    assert short.median_lifetime_seconds is not None and short.median_lifetime_seconds > 0
-    assert long.ended == 0 and long.open > 0 and long.median_lifetime_seconds is None
+    assert short.median_lifetime_seconds is not None
+    assert short.median_lifetime_seconds > 0
+    assert long.ended == 0
+    assert long.open > 0
+    assert long.median_lifetime_seconds is None
     thread = threading.Thread(target=kept.clear)
     thread.start()
     thread.join()
     _, long = tracker.classes()
-    assert long.open == 0 and long.ended == long.ended_elsewhere > 0
+    assert long.open == 0
+    assert long.ended == long.ended_elsewhere > 0
     assert long.threads == 1
 
 
@@ -127,7 +133,8 @@ def test_classes_are_switched_by_what_is_done_with_them() -> None:
     first = explanation.decisions[0]
     assert (first.max_bytes, first.chosen) == (1024, Workload.HIGH_THROUGHPUT)
     assert first.outcome in ("switched", "taken back")
-    assert first.evidence.rate > 20_000 and first.evidence.long == 0
+    assert first.evidence.rate > 20_000
+    assert first.evidence.long == 0
     assert first.expected is None, "it never served this class"
     text = str(explanation)
     for word in (
@@ -197,7 +204,8 @@ def test_a_switch_for_the_worse_is_taken_back() -> None:
         what="a switch taken back",
     )
     taken_back = next(d for d in resource.explain().decisions if d.outcome == "taken back")
-    assert taken_back.before is not None and taken_back.observed is not None
+    assert taken_back.before is not None
+    assert taken_back.observed is not None
     assert taken_back.observed.median_nanoseconds > taken_back.before.median_nanoseconds
     assert strategy_of(resource, 1 << 20) == Workload.LOW_LATENCY
 

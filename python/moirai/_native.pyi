@@ -13,6 +13,7 @@ from moirai._waiting import AsyncLease
 
 __all__ = [
     "Acquisition",
+    "AdaptiveResource",
     "Arena",
     "ArenaResource",
     "Batch",
@@ -24,6 +25,7 @@ __all__ = [
     "LimitAdaptor",
     "NumaResource",
     "ObjectPool",
+    "PatternAdaptor",
     "PoolResource",
     "PoolStatistics",
     "PooledBuffer",
@@ -430,7 +432,7 @@ class PatternAdaptor(Resource):
 
     def __new__(cls, upstream: Resource) -> Self: ...
     def sizes(self) -> list[tuple[int, int]]:
-        """(bytes rounded up to a multiple of 64, requests) of all requests up to 16 KiB, by bytes."""
+        """(bytes rounded up to a multiple of 64, requests) of requests up to 16 KiB, by bytes."""
     def class_patterns(self) -> list[dict[str, Any]]:
         """What was noted of each size class."""
 
@@ -462,7 +464,7 @@ class AdaptiveResource(Resource):
     def is_counterfactual(self) -> bool:
         """Whether it only says what it would do."""
     def sizes(self) -> list[tuple[int, int]]:
-        """(bytes rounded up to a multiple of 64, requests) of all requests up to 16 KiB, by bytes."""
+        """(bytes rounded up to a multiple of 64, requests) of requests up to 16 KiB, by bytes."""
     def class_patterns(self) -> list[dict[str, Any]]:
         """What was noted of each size class."""
     def decisions(self) -> tuple[list[dict[str, Any]], int]:

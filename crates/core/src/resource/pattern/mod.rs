@@ -39,8 +39,9 @@ pub fn class_bytes(class: usize) -> usize {
 
 /// Marks by which a free is recognised as that of a sampled block, give or take.
 const MARKS: usize = 1 << 14;
-/// Samples aimed at in a window.
+/// Samples aimed at in a window, and those that make the window end early: traffic has picked up.
 const SAMPLES_WANTED: u64 = 128;
+const SAMPLES_TOO_MANY: u32 = 512;
 /// Longest mean gap between samples: a program that slows down is to be noticed.
 const LONGEST_GAP: u64 = 128;
 
@@ -70,6 +71,7 @@ pub struct Pattern {
     /// When somebody is to look next, in nanoseconds of the monotonic clock.
     look_at: AtomicU64,
     requests_at_look: AtomicU64,
+    samples_since_look: AtomicU32,
     window_nanoseconds: u64,
 }
 
@@ -100,6 +102,7 @@ impl Pattern {
             mean_gap: AtomicU32::new(1),
             look_at: AtomicU64::new(now + window_nanoseconds),
             requests_at_look: AtomicU64::new(0),
+            samples_since_look: AtomicU32::new(0),
             window_nanoseconds,
         }
     }
@@ -120,6 +123,7 @@ impl Pattern {
     /// Note a sampled request and the block that serves it, before anybody has the block.
     pub fn began(&self, address: NonNull<u8>, mut sample: Sample) {
         sample.thread = self.thread();
+        self.samples_since_look.fetch_add(1, Relaxed);
         let mut book = self.book.lock();
         let address = address.as_ptr() as usize;
         let mark = self.mark(address);
@@ -186,7 +190,8 @@ impl Pattern {
     pub fn is_look_due(&self, now: u64) -> bool {
         let due = self.look_at.load(Relaxed);
         let next = now + self.window_nanoseconds;
-        now >= due
+        let is_due = now >= due || self.samples_since_look.load(Relaxed) > SAMPLES_TOO_MANY;
+        is_due
             && self
                 .look_at
                 .compare_exchange(due, next, Relaxed, Relaxed)
@@ -205,6 +210,7 @@ impl Pattern {
             let requests: u64 = by_class.iter().flatten().sum();
             (requests, by_class)
         };
+        self.samples_since_look.store(0, Relaxed);
         let before = self.requests_at_look.swap(requests, Relaxed);
         let gap = requests.saturating_sub(before) / SAMPLES_WANTED;
         self.mean_gap

@@ -160,7 +160,7 @@ impl Tallies {
     }
 
     /// Run `body` with the calling thread's tally.
-    #[inline]
+    #[inline(always)]
     pub(super) fn own<R>(self: &Arc<Self>, body: impl FnOnce(&Tally) -> R) -> R {
         let (id, tally) = LAST.get();
         if id == self.id {
