@@ -38,6 +38,15 @@ from moirai.memory.priority import (
 )
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
+from moirai.memory.slabs import (
+    SLAB_PRESETS,
+    ClassChange,
+    MagazineChange,
+    SizeClass,
+    SizeCounts,
+    SlabPreset,
+    Tuning,
+)
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
 from moirai.memory.transactions import (
     PROFILES,
@@ -50,10 +59,12 @@ from moirai.memory.transactions import (
 
 __all__ = [
     "PROFILES",
+    "SLAB_PRESETS",
     "Arena",
     "ArenaResource",
     "Batch",
     "Buffer",
+    "ClassChange",
     "Finding",
     "Fragmentation",
     "Health",
@@ -61,6 +72,7 @@ __all__ = [
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
+    "MagazineChange",
     "NumaNode",
     "NumaResource",
     "PoolResource",
@@ -73,6 +85,9 @@ __all__ = [
     "Savepoint",
     "Scope",
     "ScopeRecord",
+    "SizeClass",
+    "SizeCounts",
+    "SlabPreset",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
@@ -82,6 +97,7 @@ __all__ = [
     "TransactionArena",
     "TransactionArenas",
     "TransactionStatistics",
+    "Tuning",
     "current_priority",
     "handler_of",
     "health",

@@ -16,6 +16,20 @@ pub(super) struct Class {
     pub purged_bytes: usize,
 }
 
+impl Class {
+    /// A class without runs.
+    pub(super) fn new(index: usize) -> Self {
+        Class {
+            index,
+            depot: Depot::new(),
+            runs: Vec::new(),
+            partial: Vec::new(),
+            colour: 0,
+            purged_bytes: 0,
+        }
+    }
+}
+
 // SAFETY: runs are boxes owned by the class; the pointers are only followed under its lock.
 unsafe impl Send for Class {}
 
@@ -30,6 +44,12 @@ pub(super) fn fullest(class: &Class) -> Option<*mut Run> {
         .take(RUNS_COMPARED)
         .min_by_key(free)
         .copied()
+}
+
+/// Whether one of its runs stays when it is empty.
+pub(super) fn keeps_a_run(class: &Class) -> bool {
+    // SAFETY: live runs of this class, whose lock is held.
+    class.runs.iter().any(|run| unsafe { (**run).kept })
 }
 
 /// Add a run with all its blocks to its class, whose lock is held.

@@ -18,82 +18,42 @@ mod depot;
 mod magazine;
 mod run;
 mod shared;
+mod tuning;
 
-use super::address_map::AddressMap;
-use super::background::{self, Ages};
-use super::fork::{self, ForkLocks};
 use super::{Block, Group, HealthReport, Ownership, Request, Resource, Statistics};
-use crate::error::{Error, Result};
-use crate::sync::Lock;
-use crate::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use caches::{Retired, own};
-use class::Class;
-use classes::{CLASS_COUNT, RUN_BYTES, alignment, block_bytes, class_of, magazine_rounds};
-use depot::Depot;
+use crate::error::Result;
+use crate::sync::{AtomicU64, Ordering::Relaxed};
+use caches::own;
+use classes::{RUN_BYTES, aligned_class};
 use shared::Shared;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-pub use classes::MAX_BLOCK_BYTES;
+pub use classes::{EXTRA_CLASSES, MAX_BLOCK_BYTES, MIN_ROUNDS, max_rounds};
+pub use tuning::{ClassInfo, HasSlab};
 
 /// The slab as a resource. Any thread may use it.
 pub struct SlabResource {
     shared: Arc<Shared>,
 }
 
-/// The class that serves a request, or `None`: it goes upstream.
-#[inline]
-fn class_for(request: &Request) -> Option<usize> {
-    if request.size() > MAX_BLOCK_BYTES {
-        return None;
-    }
-    let mut class = class_of(request.size());
-    if request.alignment() > super::DEFAULT_ALIGNMENT {
-        while class < CLASS_COUNT && alignment(class) < request.alignment() {
-            class += 1;
-        }
-    }
-    (class < CLASS_COUNT).then_some(class)
-}
-
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-
 impl SlabResource {
     /// A slab that draws its runs, and what is too large for it, from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Result<Self> {
-        let units = AddressMap::new()
-            .ok_or_else(|| Error::out_of_memory(1 << 19, "no address space for the slab's map"))?;
-        let shared = Arc::new(Shared {
-            id: NEXT_ID.fetch_add(1, Relaxed),
-            upstream,
-            units,
-            classes: std::array::from_fn(|index| {
-                Lock::new(Class {
-                    index,
-                    depot: Depot::new(),
-                    runs: Vec::new(),
-                    partial: Vec::new(),
-                    colour: 0,
-                    purged_bytes: 0,
-                })
-            }),
-            caches: Lock::new(Vec::new()),
-            retired: std::array::from_fn(|_| Retired::default()),
-            passed: Default::default(),
-            out_bytes: AtomicU64::new(0),
-            out_count: AtomicU64::new(0),
-            peak_bytes: AtomicU64::new(0),
-            peak_count: AtomicU64::new(0),
-            invalid_frees: AtomicU64::new(0),
-            purged_total: AtomicU64::new(0),
-            tick: AtomicU64::new(0),
-            dirty: AtomicBool::new(false),
-        });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
-        fork::register(locks);
-        let ages: Weak<dyn Ages> = Arc::downgrade(&shared) as Weak<dyn Ages>;
-        background::register(ages);
+        let shared = Shared::new(upstream)?;
         Ok(SlabResource { shared })
+    }
+
+    /// The class that serves a request, or `None`: it goes upstream.
+    #[inline]
+    fn class_for(&self, request: &Request) -> Option<usize> {
+        if request.size() > MAX_BLOCK_BYTES {
+            return None;
+        }
+        if request.alignment() > super::DEFAULT_ALIGNMENT {
+            return aligned_class(request.size(), request.alignment());
+        }
+        Some(self.shared.sizes.of(request.size()))
     }
 
     fn pass_upstream(&self, request: Request) -> Result<Block> {
@@ -166,7 +126,7 @@ impl SlabResource {
         if !pushed {
             self.shared.deallocate_slow(cache, class, address.as_ptr());
         }
-        block_bytes(class)
+        self.shared.sizes.block_bytes(class)
     }
 }
 
@@ -178,7 +138,7 @@ unsafe impl Resource for SlabResource {
 
     #[inline]
     fn allocate(&self, request: Request) -> Result<Block> {
-        let Some(class) = class_for(&request) else {
+        let Some(class) = self.class_for(&request) else {
             return self.pass_upstream(request);
         };
         let (address, reused) = self.take_out(class)?;
@@ -188,14 +148,14 @@ unsafe impl Resource for SlabResource {
         }
         Ok(Block {
             address,
-            size: block_bytes(class),
+            size: self.shared.sizes.block_bytes(class),
             reused,
         })
     }
 
     /// What goes upstream goes at once, and first: it is what a limit there may refuse.
     fn allocate_group(&self, requests: &[Request]) -> Result<Vec<Block>> {
-        let goes_up = |request: &&Request| class_for(request).is_none();
+        let goes_up = |request: &&Request| self.class_for(request).is_none();
         let passed: Vec<Request> = requests.iter().filter(goes_up).copied().collect();
         let mut large = Group::with_capacity(self, passed.len());
         if !passed.is_empty() {
@@ -224,7 +184,7 @@ unsafe impl Resource for SlabResource {
     fn draw(&self, size: usize) -> Option<NonNull<u8>> {
         if size.wrapping_sub(1) < MAX_BLOCK_BYTES {
             return self
-                .take_out(class_of(size))
+                .take_out(self.shared.sizes.of(size))
                 .ok()
                 .map(|(address, _)| address);
         }
@@ -258,7 +218,7 @@ unsafe impl Resource for SlabResource {
         match self.shared.units.get(address.as_ptr() as usize) {
             // SAFETY: the caller's promise; the address is in none of our runs.
             0 => unsafe { self.shared.upstream.block_bytes(address) },
-            word => block_bytes((word & 0xff) as usize - 1),
+            word => self.shared.sizes.block_bytes((word & 0xff) as usize - 1),
         }
     }
 
@@ -301,7 +261,7 @@ unsafe impl Resource for SlabResource {
         let (run_bytes, purged) = shared.run_bytes();
         let mut own = Statistics::default();
         for (class, (allocated, freed, misses)) in shared.class_counts().into_iter().enumerate() {
-            let bytes = block_bytes(class) as u64;
+            let bytes = shared.sizes.block_bytes(class) as u64;
             own.current_count += allocated.saturating_sub(freed);
             own.current_bytes += allocated.saturating_sub(freed) * bytes;
             own.total_count += allocated;
@@ -355,6 +315,9 @@ unsafe impl Resource for SlabResource {
         let shared = &*self.shared;
         let own = shared.own_cache();
         let counts = shared.class_counts();
+        report.expect(shared.sizes.is_sound(), || {
+            "slab: a request goes to a class that does not hold it, or two classes are equal".into()
+        });
         let mut out = 0;
         for (class, (allocated, freed, _)) in shared.classes.iter().zip(counts) {
             let class = class.lock();
@@ -364,7 +327,7 @@ unsafe impl Resource for SlabResource {
                     class.index
                 )
             });
-            out += shared.check_class(&class, own, report) * block_bytes(class.index);
+            out += shared.check_class(&class, own, report) * shared.sizes.block_bytes(class.index);
         }
         let passed = shared.passed.read().current_bytes;
         let counted = shared.out_bytes.load(Relaxed);
@@ -393,5 +356,3 @@ unsafe impl Resource for SlabResource {
         ))
     }
 }
-
-const _: () = assert!(magazine_rounds(CLASS_COUNT - 1) >= 2);

@@ -2,26 +2,32 @@
 
 use super::super::address_map::AddressMap;
 use super::super::background::{self, Ages};
-use super::super::fork::ForkLocks;
+use super::super::fork::{self, ForkLocks};
 use super::super::{Request, Resource, statistics};
 use super::caches::{Retired, own};
-use super::class::{Class, fullest, list_partial, list_run, unlist_partial};
-use super::classes::{CLASS_COUNT, RUN_BYTES, block_bytes};
+use super::class::{Class, fullest, keeps_a_run, list_partial, list_run, unlist_partial};
+use super::classes::{CLASS_COUNT, Classes, RUN_BYTES};
 use super::magazine::{Magazine, ThreadCache};
 use super::run::Run;
 use crate::error::{Error, Result};
 use crate::sync::{AtomicBool, AtomicU64, Lock, Ordering::Relaxed};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Ticks that a run with free blocks rests before its free pages are given back.
 const REST_TICKS: u64 = 4;
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 pub(super) struct Shared {
     pub id: u64,
     pub upstream: Arc<dyn Resource>,
     /// From an address to its `Run` (shifted left by 8) and class; 0: not in a run.
     pub units: AddressMap<16>,
+    /// Which class serves what.
+    pub sizes: Classes,
+    /// Keeps those apart who change `sizes`; taken before any class.
+    pub tuning: Lock<()>,
     pub classes: [Lock<Class>; CLASS_COUNT],
     /// Every thread's cache; boxes, so that they outlive the thread until they are retired.
     pub caches: Lock<Vec<NonNull<ThreadCache>>>,
@@ -47,8 +53,38 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
+    /// What a slab over `upstream` begins with, known to forks and to the background thread.
+    pub(super) fn new(upstream: Arc<dyn Resource>) -> Result<Arc<Self>> {
+        let units = AddressMap::new()
+            .ok_or_else(|| Error::out_of_memory(1 << 19, "no address space for the slab's map"))?;
+        let shared = Arc::new(Shared {
+            id: NEXT_ID.fetch_add(1, Relaxed),
+            upstream,
+            units,
+            sizes: Classes::new(),
+            tuning: Lock::new(()),
+            classes: std::array::from_fn(|index| Lock::new(Class::new(index))),
+            caches: Lock::new(Vec::new()),
+            retired: std::array::from_fn(|_| Retired::default()),
+            passed: Default::default(),
+            out_bytes: AtomicU64::new(0),
+            out_count: AtomicU64::new(0),
+            peak_bytes: AtomicU64::new(0),
+            peak_count: AtomicU64::new(0),
+            invalid_frees: AtomicU64::new(0),
+            purged_total: AtomicU64::new(0),
+            tick: AtomicU64::new(0),
+            dirty: AtomicBool::new(false),
+        });
+        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
+        fork::register(locks);
+        let ages: Weak<dyn Ages> = Arc::downgrade(&shared) as Weak<dyn Ages>;
+        background::register(ages);
+        Ok(shared)
+    }
+
     pub(super) fn went_out(&self, class: usize, blocks: usize) {
-        let bytes = (blocks * block_bytes(class)) as u64;
+        let bytes = (blocks * self.sizes.block_bytes(class)) as u64;
         let out = self.out_bytes.fetch_add(bytes, Relaxed) + bytes;
         self.peak_bytes.fetch_max(out, Relaxed);
         let count = self.out_count.fetch_add(blocks as u64, Relaxed) + blocks as u64;
@@ -57,7 +93,7 @@ impl Shared {
 
     pub(super) fn came_in(&self, class: usize, blocks: usize) {
         self.out_bytes
-            .fetch_sub((blocks * block_bytes(class)) as u64, Relaxed);
+            .fetch_sub((blocks * self.sizes.block_bytes(class)) as u64, Relaxed);
         self.out_count.fetch_sub(blocks as u64, Relaxed);
     }
 
@@ -67,7 +103,12 @@ impl Shared {
         let block = self
             .upstream
             .allocate(Request::new(RUN_BYTES, RUN_BYTES, false)?)?;
-        let run = Box::into_raw(Box::new(Run::new(block.address, class, colour)));
+        let run = Box::into_raw(Box::new(Run::new(
+            block.address,
+            class,
+            self.sizes.block_bytes(class),
+            colour,
+        )));
         let word = ((run as u64) << 8) | (class as u64 + 1);
         if !self.units.set(block.address.as_ptr() as usize, word) {
             // SAFETY: made above, seen by nobody.
@@ -105,7 +146,8 @@ impl Shared {
     /// Fill an empty magazine from the depot or the runs; false if neither has a block.
     pub(super) fn refill(&self, class: &mut Class, magazine: &mut Magazine) -> bool {
         debug_assert_eq!(magazine.count, 0);
-        if class.depot.fill(magazine) {
+        let rounds = self.sizes.rounds(class.index);
+        if class.depot.fill(magazine, rounds) {
             self.went_out(class.index, magazine.count as usize);
             return true;
         }
@@ -116,8 +158,9 @@ impl Shared {
         let run_ref = unsafe { &mut *run };
         let purged = run_ref.purged_bytes();
         let before = run_ref.free_count;
+        magazine.make_room(rounds);
         // Half a magazine: the other half is room for what comes back.
-        let wanted = (magazine.rounds.len() / 2).max(1);
+        let wanted = rounds / 2;
         magazine.fresh = run_ref.take(&mut magazine.rounds, wanted) as u32;
         run_ref.touched = self.tick.load(Relaxed);
         magazine.count = (before - run_ref.free_count) as u32;
@@ -155,7 +198,9 @@ impl Shared {
             if run_ref.partial_index.is_none() {
                 list_partial(class, run);
             }
-            self.return_run(class, run);
+            if !run_ref.kept {
+                self.return_run(class, run);
+            }
         } else if run_ref.partial_index.is_none() {
             list_partial(class, run);
         }
@@ -205,7 +250,7 @@ impl Shared {
                     .then(|| pair.pop(counts).expect("just refilled"))
             });
         }
-        let mut magazine = Magazine::empty(class.index);
+        let mut magazine = Magazine::empty(0);
         if !self.refill(class, &mut magazine) {
             return None;
         }
@@ -233,7 +278,10 @@ impl Shared {
             // SAFETY: the calling thread's own cache.
             let (pair, counts) = unsafe { own(cache, class) };
             self.came_in(class, pair.previous.count as usize);
-            if let Some(oldest) = guard.depot.unload(&mut pair.previous, class) {
+            if let Some(oldest) = guard
+                .depot
+                .unload(&mut pair.previous, self.sizes.rounds(class))
+            {
                 self.drain(&mut guard, oldest);
             }
             let taken = pair.push(counts, address);
@@ -251,12 +299,12 @@ impl Shared {
     pub(super) fn drain(&self, class: &mut Class, mut magazine: Magazine) {
         self.went_out_quietly(class.index, magazine.count as usize);
         self.empty_magazine(class, &mut magazine);
-        class.depot.keep(magazine);
+        class.depot.keep(magazine, self.sizes.rounds(class.index));
     }
 
     pub(super) fn went_out_quietly(&self, class: usize, blocks: usize) {
         self.out_bytes
-            .fetch_add((blocks * block_bytes(class)) as u64, Relaxed);
+            .fetch_add((blocks * self.sizes.block_bytes(class)) as u64, Relaxed);
         self.out_count.fetch_add(blocks as u64, Relaxed);
     }
 
@@ -275,11 +323,17 @@ impl Shared {
             for magazine in class.depot.unneeded(everything) {
                 self.drain(&mut class, magazine);
             }
+            if everything {
+                self.let_go(&mut class);
+            }
             waiting |= class.depot.has_blocks();
             let mut purged = 0;
             for &run in &class.partial {
                 // SAFETY: a live run of this class, whose lock is held.
                 let run = unsafe { &mut *run };
+                if run.kept {
+                    continue;
+                }
                 if everything || now.saturating_sub(run.touched) == REST_TICKS {
                     purged += run.purge();
                 }
@@ -293,6 +347,44 @@ impl Shared {
             self.dirty.store(false, Relaxed);
         }
         given
+    }
+
+    /// Have a run of `class` in memory that stays, also when it is empty, until the slab is trimmed.
+    pub(super) fn draw_ahead(&self, class: usize) -> Result<()> {
+        let colour = {
+            let mut guard = self.classes[class].lock();
+            if keeps_a_run(&guard) {
+                return Ok(());
+            }
+            guard.colour = guard.colour.wrapping_add(1);
+            guard.colour
+        };
+        let run = self.draw_run(class, colour)?;
+        {
+            // SAFETY: made by `draw_run`, in no list yet: the caller is its only user.
+            let run = unsafe { &mut *run };
+            run.warm();
+            run.kept = true;
+        }
+        list_run(&mut self.classes[class].lock(), run);
+        Ok(())
+    }
+
+    /// Keep no run of a class any longer than it is needed.
+    fn let_go(&self, class: &mut Class) {
+        let kept: Vec<*mut Run> = class
+            .runs
+            .iter()
+            .copied()
+            // SAFETY: a live run of this class, whose lock is held.
+            .filter(|run| std::mem::take(unsafe { &mut (**run).kept }))
+            .collect();
+        for run in kept {
+            // SAFETY: as above.
+            if unsafe { (*run).is_empty() } {
+                self.return_run(class, run);
+            }
+        }
     }
 
     /// Bytes of the runs, and of their pages that were given back.
@@ -340,6 +432,7 @@ impl Ages for Shared {
 
 impl ForkLocks for Shared {
     fn lock_all(&self) {
+        self.tuning.hold();
         self.caches.hold();
         for class in &self.classes {
             class.hold();
@@ -353,5 +446,7 @@ impl ForkLocks for Shared {
         }
         // SAFETY: as above.
         unsafe { self.caches.release() };
+        // SAFETY: as above.
+        unsafe { self.tuning.release() };
     }
 }
