@@ -55,7 +55,8 @@ def cost(counts: dict[int, int], extra: Iterable[int]) -> float:
         low = max(one for one in STANDARD if one < block)
         high = min(one for one in STANDARD if one > block)
         asked = sum(size * count for size, count in counts.items() if low < size <= high)
-        total += 0.05 * asked
+        everything = sum(size * count for size, count in counts.items())
+        total += max(0.05 * asked, 0.005 * everything)
     return total
 
 
@@ -108,6 +109,11 @@ def test_a_size_that_is_rare_among_its_neighbours_gets_no_class() -> None:
     assert choose_classes({1088: 1000, 1280: 10}, STANDARD, [], [], 16) == (1088,)
 
 
+def test_a_size_that_is_rare_among_all_gets_no_class() -> None:
+    assert choose_classes({1088: 1, 4096: 100}, STANDARD, [], [], 16) == ()
+    assert choose_classes({1088: 100, 4096: 100}, STANDARD, [], [], 16) == (1088,)
+
+
 def test_classes_stay_where_nothing_was_counted() -> None:
     assert choose_classes({2112: 5}, STANDARD, [1088], [1088, 4672], 4) == (1088, 2112)
     assert choose_classes({1280: 5}, STANDARD, [1088], [1088], 4) == ()
@@ -116,9 +122,7 @@ def test_classes_stay_where_nothing_was_counted() -> None:
 # --- how large magazines ------------------------------------------------------------------------
 
 
-@given(
-    requests=st.dictionaries(st.sampled_from(STANDARD), st.integers(1, 10**9), min_size=1)
-)
+@given(requests=st.dictionaries(st.sampled_from(STANDARD), st.integers(1, 10**9), min_size=1))
 def test_magazines_stay_within_their_bounds_and_together_within_the_budget(
     requests: dict[int, int],
 ) -> None:
@@ -130,7 +134,7 @@ def test_magazines_stay_within_their_bounds_and_together_within_the_budget(
 
 
 def test_the_more_a_class_is_asked_for_the_more_its_magazines_hold() -> None:
-    chosen = choose_rounds({size: 1 for size in STANDARD} | {2048: 10_000})
+    chosen = choose_rounds(dict.fromkeys(STANDARD, 1) | {2048: 10_000})
     assert chosen[2048] == 64
     assert chosen[1792] < chosen[2048]
     assert choose_rounds({16_384: 1}) == {16_384: 8}
@@ -347,7 +351,7 @@ def test_capacity_out_of_range_is_refused_by_name() -> None:
     slab = memory.SlabResource()
     with pytest.raises(InvalidArgument, match="rounds: must be from 2 to 8 for blocks of 16384"):
         slab.set_magazine(16 << 10, rounds=9)
-    with pytest.raises(InvalidArgument, match="block_bytes: must be .* one of the slab's classes"):
+    with pytest.raises(InvalidArgument, match=r"block_bytes: must be .* one of the slab's classes"):
         slab.set_magazine(1088, rounds=4)
     with pytest.raises(InvalidArgument, match="block_bytes"):
         slab.draw_ahead(1088)
@@ -385,9 +389,7 @@ def test_presets_go_together_and_with_tuning() -> None:
     slab = memory.SlabResource(preset=["rows", "index_nodes"])
     kept = {one.block_bytes for one in slab.classes() if one.run_count}
     assert kept == {256, 512, 1024, 2048, 4096}
-    assert not slab.tune(
-        Counts([(256, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1)])
-    ).changed
+    assert not slab.tune(Counts([(256, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1)])).changed
     other = memory.SlabResource()
     assert other.tune(memory.SLAB_PRESETS["rows"]).magazines
     slab.trim()
@@ -395,7 +397,7 @@ def test_presets_go_together_and_with_tuning() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_choices() -> None:
-    with pytest.raises(InvalidArgument, match="preset: must be of 'page_headers', .* got 'row'"):
+    with pytest.raises(InvalidArgument, match=r"preset: must be of 'page_headers', .* got 'row'"):
         memory.SlabResource(preset=["rows", "row"])
 
 

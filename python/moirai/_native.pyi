@@ -215,8 +215,8 @@ class LargeObjectResource(Resource):
 class Slab(Resource):
     """A resource with size classes; the base of SlabResource and PoolResource.
 
-    What these methods change holds for what is asked from now on. Blocks that are out stay what they
-    are.
+    What these methods change holds for what is asked from now on; blocks that are out stay as
+    they are.
     """
 
     def class_tuples(
@@ -238,7 +238,9 @@ class Slab(Resource):
                 over the slab's life; nothing was changed.
         """
     def set_magazine(self, block_bytes: int, *, rounds: int) -> None:
-        """Have the magazines of a class hold `rounds` blocks; a thread follows at its next exchange.
+        """Have the magazines of a class hold `rounds` blocks.
+
+        Each thread follows when it next exchanges a magazine.
 
         Args:
             block_bytes: The class, by the size of its blocks.

@@ -64,7 +64,7 @@ SOURCES: dict[str, Source] = {
     "large, worst fit": lambda: memory.LargeObjectResource(fit="worst", decay_seconds=0.01),
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool": memory.PoolResource,
-    "pool, tuned": lambda: tuned(memory.LargeObjectResource()),
+    "slab, tuned": lambda: tuned(memory.LargeObjectResource()),
     "pool, small cache": lambda: memory.PoolResource(cache_cap_bytes="1 MiB"),
     "numa": lambda: memory.NumaResource("local"),
     "realtime": lambda: memory.RealtimeResource("64 MiB", allow_unlocked=True),

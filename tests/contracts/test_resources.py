@@ -40,7 +40,6 @@ TWO_NODES = memory.Topology(
 )
 
 
-
 class Awkward:
     """Counts of sizes between the standard classes; a slab that is tuned to them has extra ones."""
 

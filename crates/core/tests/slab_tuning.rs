@@ -52,11 +52,8 @@ impl Live {
             // SAFETY: inside a live block.
             let place = unsafe { block.address.add(offset) };
             // SAFETY: as above, and it was written.
-            assert_eq!(
-                unsafe { place.read() },
-                fill,
-                "a live block was overwritten"
-            );
+            let found = unsafe { place.read() };
+            assert_eq!(found, fill, "a live block was overwritten");
         }
         // SAFETY: a live block, not used any more.
         assert_eq!(unsafe { slab.deallocate(block.address) }, block.size);

@@ -33,8 +33,10 @@ _LARGEST_BYTES = 16 << 10
 _EXTRA_COUNT = 16
 
 # An extra class must save this share of the bytes that are asked for between its two standard
-# neighbours. Each class costs a run that is partly free, half of 64 KiB on average, and magazines.
+# neighbours, and this share of all. Each class costs a run that is partly free, half of 64 KiB on
+# average, and magazines; and once given a size it has it for the slab's life.
 _SAVED_SHARE = 0.05
+_SAVED_SHARE_OF_ALL = 0.005
 # What the magazines of all counted classes hold together, one of each. An untuned slab's hold up to
 # 915 KiB, so that tuning moves room to where it is used and adds none.
 _MAGAZINES_BYTES = 512 << 10
@@ -51,7 +53,7 @@ class SizeCounts(Protocol):
     """A record of what was asked for: a tracker, a preset, or your own."""
 
     def sizes(self) -> Iterable[tuple[int, int]]:
-        """(bytes, number of requests) of each size; in any order, sizes above 16 KiB are ignored."""
+        """(bytes, number of requests) of each size, in any order; above 16 KiB is ignored."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,10 @@ def _checked(counts: SizeCounts) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
+def _bytes(counts: Mapping[int, int]) -> int:
+    return sum(size * count for size, count in counts.items())
+
+
 def run_share(block_bytes: int) -> float:
     """Bytes of a run for each of its blocks: the block, and its part of what is left over."""
     return _RUN_BYTES / (_RUN_BYTES // block_bytes)
@@ -262,11 +268,11 @@ def choose_classes(
 ) -> tuple[int, ...]:
     """The extra classes that cost least: bytes of runs for all requests, and a price a class.
 
-    The price is `_SAVED_SHARE` of the bytes asked for between the class's standard neighbours, so
-    that each class of the best choice saves at least as much. What is chosen between two standard
-    classes does not matter to the others; so a dynamic programme finds the best choice for each
-    number of new classes there, and another divides the new ones that are left among them. Both
-    look at every possibility, so the result is the best there is.
+    The price is `_SAVED_SHARE` of the bytes asked for between the class's standard neighbours, and
+    no less than `_SAVED_SHARE_OF_ALL` of all, so that each class of the best choice saves that.
+    What is chosen between two standard classes does not matter to the others; so a dynamic
+    programme finds the best choice for each number of new classes there, and another divides the
+    new ones that are left among them. Both weigh every possibility: there is no better choice.
 
     Args:
         counts: Requests by size, multiples of 64 up to 16 KiB.
@@ -276,6 +282,7 @@ def choose_classes(
         new_count: How many classes may be given a size.
     """
     given = sorted(given)
+    floor = _SAVED_SHARE_OF_ALL * _bytes(counts)
     best = [_Choice()] * (new_count + 1)
     kept: list[int] = []
     for low, high in zip((0, *standard), standard, strict=False):
@@ -286,7 +293,8 @@ def choose_classes(
             continue
         if high - low <= _LINE_BYTES:
             continue
-        table = _between(asked, high, inside, new_count)
+        price = max(floor, _SAVED_SHARE * _bytes(asked))
+        table = _between(asked, high, inside, new_count, price)
         best = [
             min(best[first] + table[total - first] for first in range(total + 1))
             for total in range(new_count + 1)
@@ -295,13 +303,12 @@ def choose_classes(
 
 
 def _between(
-    asked: Mapping[int, int], high: int, given: Sequence[int], new_count: int
+    asked: Mapping[int, int], high: int, given: Sequence[int], new_count: int, price: float
 ) -> list[_Choice]:
     """The best classes below the standard one of `high` bytes, by how many may be new.
 
     A class is best as large as the largest request in it: any larger one costs no less.
     """
-    price = _SAVED_SHARE * sum(size * count for size, count in asked.items())
     ends = sorted({*asked, *given, high})
     # rows[i][k]: the best for the requests up to ends[i], which is a class, with k new ones.
     rows: list[list[_Choice]] = []
@@ -395,7 +402,7 @@ def tune(slab: _native.Slab, tracker: SizeCounts) -> Tuning:
         slab.set_extra_classes(chosen)
     return Tuning(
         request_count=sum(counts.values()),
-        asked_bytes=sum(size * count for size, count in counts.items()),
+        asked_bytes=_bytes(counts),
         before_bytes=before.cost(counts),
         after_bytes=after.cost(counts),
         classes=_class_changes(counts, before, after, set(serving), set(chosen)),
@@ -422,7 +429,7 @@ def _class_changes(
                 block_bytes=block,
                 serves=serves,
                 request_count=sum(mine.values()),
-                asked_bytes=sum(size * count for size, count in mine.items()),
+                asked_bytes=_bytes(mine),
                 before_bytes=before.cost(mine),
                 after_bytes=after.cost(mine),
             )
