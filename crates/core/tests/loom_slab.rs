@@ -224,22 +224,27 @@ fn magazines_may_change_their_capacity_while_blocks_come_and_go() {
     });
 }
 
+/// The first extra class.
+const EXTRA: usize = classes::STANDARD_COUNT;
+
 #[test]
 fn whoever_finds_a_new_class_finds_its_size() {
     run_model(|| {
-        let classes = Arc::new(Classes::new());
+        let sizes = Arc::new(Classes::new());
         let tuning = {
-            let classes = Arc::clone(&classes);
+            let sizes = Arc::clone(&sizes);
             thread::spawn(move || {
-                classes.set_extra(&[1088]).unwrap();
-                classes.set_extra(&[]).unwrap();
+                // As `set_extra` does it, for the one size that is looked at.
+                sizes.give(EXTRA, 1088);
+                sizes.serve(17, EXTRA);
+                sizes.serve(17, classes::standard_class(1088));
             })
         };
-        let class = classes.of(1050);
-        assert!([1088, 1280].contains(&classes.block_bytes(class)));
+        let class = sizes.of(1050);
+        assert!([1088, 1280].contains(&sizes.block_bytes(class)));
         tuning.join().unwrap();
-        assert_eq!(classes.block_bytes(classes.of(1050)), 1280);
-        assert!(classes.block_bytes(class) >= 1050, "a class keeps its size");
+        assert_eq!(sizes.block_bytes(sizes.of(1050)), 1280);
+        assert!(sizes.block_bytes(class) >= 1050, "a class keeps its size");
     });
 }
 

@@ -118,7 +118,8 @@ impl Classes {
     #[inline]
     pub(super) fn of(&self, size: usize) -> usize {
         debug_assert!((1..=MAX_BLOCK_BYTES).contains(&size));
-        self.serving[size.div_ceil(LINE)].load(Ordering::Acquire) as usize
+        // Not `div_ceil`, which minds an overflow that cannot be.
+        self.serving[(size + LINE - 1) >> LINE.trailing_zeros()].load(Ordering::Acquire) as usize
     }
 
     /// Bytes of a block of `class`, which has a size.
@@ -173,8 +174,7 @@ impl Classes {
             return Err(free.len());
         }
         for (class, bytes) in free.into_iter().zip(new) {
-            self.bytes[class].store(bytes as u32, Ordering::Relaxed);
-            self.set_rounds(class, standard_rounds(bytes));
+            self.give(class, bytes);
         }
         for lines in 1..=LINES {
             let size = lines * LINE;
@@ -186,10 +186,21 @@ impl Classes {
                     self.with_bytes(bytes).expect("it has a class by now")
                 });
             if self.of(size) != class {
-                self.serving[lines].store(class as u8, Ordering::Release);
+                self.serve(lines, class);
             }
         }
         Ok(())
+    }
+
+    /// Give an extra class its size, once.
+    pub(super) fn give(&self, class: usize, bytes: usize) {
+        self.bytes[class].store(bytes as u32, Ordering::Relaxed);
+        self.set_rounds(class, standard_rounds(bytes));
+    }
+
+    /// Have `class`, which has its size, serve requests of so many lines.
+    pub(super) fn serve(&self, lines: usize, class: usize) {
+        self.serving[lines].store(class as u8, Ordering::Release);
     }
 
     /// Whether every request goes to a class that holds it, and no two classes are equal.
