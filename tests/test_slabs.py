@@ -292,6 +292,35 @@ def test_threads_may_use_a_slab_while_it_is_tuned() -> None:
     assert slab.check().ok
 
 
+def test_threads_that_tune_at_once_share_the_classes_that_are_left() -> None:
+    for _ in range(20):
+        slab = memory.SlabResource()
+        failures: list[BaseException] = []
+        start = threading.Barrier(4)
+
+        def work(
+            sizes: list[int],
+            slab: memory.SlabResource = slab,
+            failures: list[BaseException] = failures,
+            start: threading.Barrier = start,
+        ) -> None:
+            start.wait()
+            try:
+                for size in sizes:
+                    slab.tune(Counts([(size, 100)]))
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(EXTRA[seed:40:4],)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert len(slab.classes()) == len(STANDARD) + 16
+        assert slab.check().ok
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_child_keeps_the_classes_and_may_tune_on() -> None:
     slab = memory.SlabResource()

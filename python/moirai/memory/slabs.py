@@ -389,7 +389,17 @@ class _Routing:
 def tune(slab: _native.Slab, tracker: SizeCounts) -> Tuning:
     """Fit a slab to the counts; the core of `SlabResource.tune`, which says what it does."""
     counts = _checked(tracker)
-    now = classes_of(slab)
+    while True:
+        now = classes_of(slab)
+        try:
+            return _tune_from(slab, counts, now)
+        except InvalidArgument:
+            # Another thread gave sizes to the classes that were left: choose among what is there.
+            if len(classes_of(slab)) == len(now):
+                raise
+
+
+def _tune_from(slab: _native.Slab, counts: Mapping[int, int], now: Sequence[SizeClass]) -> Tuning:
     standard = [one.block_bytes for one in now if one.is_standard]
     given = [one.block_bytes for one in now if not one.is_standard]
     serving = [one.block_bytes for one in now if not one.is_standard and one.request_bytes]
