@@ -33,6 +33,7 @@ __all__ = [
     "RealtimeResource",
     "Resource",
     "Savepoint",
+    "Slab",
     "SlabResource",
     "Statistics",
     "StatisticsAdaptor",
@@ -212,7 +213,58 @@ class LargeObjectResource(Resource):
         decay_seconds: float | None = 0.5,
     ) -> Self: ...
 
-class PoolResource(Resource):
+@disjoint_base
+class Slab(Resource):
+    """A resource with size classes; the base of SlabResource and PoolResource.
+
+    What these methods change holds for what is asked from now on; blocks that are out stay as
+    they are.
+    """
+
+    def class_tuples(
+        self,
+    ) -> list[tuple[int, bool, tuple[int, int] | None, int, int, int, int]]:
+        """Every class, the smallest first, as a tuple.
+
+        Bytes of a block, whether the class is standard, smallest and largest request that go to it,
+        rounds of a magazine, runs, blocks handed out so far, blocks out now.
+        """
+    def set_extra_classes(self, sizes: Iterable[int]) -> None:
+        """Have extra classes of exactly these sizes serve requests from now on.
+
+        Args:
+            sizes: Multiples of 64 between 1 KiB and 16 KiB that are no standard class.
+
+        Raises:
+            InvalidArgument: A size is none of those, or there would be more than 16 extra classes
+                over the slab's life; nothing was changed.
+        """
+    def set_magazine(self, block_bytes: int, *, rounds: int) -> None:
+        """Have the magazines of a class hold `rounds` blocks.
+
+        Each thread follows when it next exchanges a magazine.
+
+        Args:
+            block_bytes: The class, by the size of its blocks.
+            rounds: From 2 to 512, and to 128 KiB of blocks.
+
+        Raises:
+            InvalidArgument: There is no such class, or `rounds` is out of range.
+        """
+    def draw_ahead(self, block_bytes: int) -> None:
+        """Draw a run of a class before it is needed, with its pages in memory.
+
+        It stays, also when no block of it is out, until the slab is trimmed.
+
+        Args:
+            block_bytes: The class, by the size of its blocks.
+
+        Raises:
+            InvalidArgument: There is no such class.
+            OutOfMemory: Upstream has no run.
+        """
+
+class PoolResource(Slab):
     """A slab in front of a large-object heap: the general-purpose resource."""
 
     def __new__(
@@ -223,7 +275,7 @@ class PoolResource(Resource):
         decay_seconds: float | None = 0.5,
     ) -> Self: ...
 
-class SlabResource(Resource):
+class SlabResource(Slab):
     """Equal blocks by size class; what is larger than 16 KiB goes upstream."""
 
     def __new__(cls, upstream: Resource) -> Self: ...

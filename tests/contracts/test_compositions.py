@@ -38,6 +38,31 @@ def with_strategies(low_latency: memory.Resource) -> memory.Resource:
     )
 
 
+class Awkward:
+    """Counts of sizes between the standard classes; a slab that is tuned to them has extra ones."""
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(1088, 9), (2112, 3), (4672, 2), (9344, 1)]
+
+
+class TuningSlab(memory.SlabResource):
+    """Tunes itself whenever it is trimmed, to and fro, with blocks out."""
+
+    def trim(self, target_bytes: int = 0) -> int:
+        given = super().trim(target_bytes)
+        self.set_extra_classes([] if target_bytes % 2 else [1152, 2112, 4672])
+        self.set_magazine(1152 if target_bytes % 3 else 1024, rounds=2 + target_bytes % 60)
+        self.tune(Awkward())
+        return given
+
+
+def tuned(upstream: memory.Resource) -> memory.Resource:
+    slab = TuningSlab(upstream)
+    slab.set_extra_classes([1152])
+    slab.tune(Awkward())
+    return slab
+
+
 SOURCES: dict[str, Source] = {
     "system": memory.SystemResource,
     "large, best fit": memory.LargeObjectResource,
@@ -45,6 +70,7 @@ SOURCES: dict[str, Source] = {
     "large, worst fit": lambda: memory.LargeObjectResource(fit="worst", decay_seconds=0.01),
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool": memory.PoolResource,
+    "slab, tuned": lambda: tuned(memory.LargeObjectResource()),
     "pool, small cache": lambda: memory.PoolResource(cache_cap_bytes="1 MiB"),
     "numa": lambda: memory.NumaResource("local"),
     "realtime": lambda: memory.RealtimeResource("64 MiB", allow_unlocked=True),
@@ -52,6 +78,7 @@ SOURCES: dict[str, Source] = {
 }
 LAYERS: dict[str, Layer] = {
     "slab": memory.SlabResource,
+    "tuned slab": tuned,
     "statistics": memory.StatisticsAdaptor,
     "limit": lambda upstream: memory.LimitAdaptor(upstream, limit_bytes="1 GiB"),
     "normal lane": with_lanes,

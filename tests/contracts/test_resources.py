@@ -39,6 +39,19 @@ TWO_NODES = memory.Topology(
     allowed_nodes=(0, 1),
 )
 
+
+class Awkward:
+    """Counts of sizes between the standard classes; a slab that is tuned to them has extra ones."""
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(1088, 9), (2112, 3), (4672, 2), (9344, 1)]
+
+
+def tuned(slab: memory.SlabResource | memory.PoolResource) -> memory.Resource:
+    assert slab.tune(Awkward()).classes
+    return slab
+
+
 # decay_seconds=None where a test reads what is cached: no tick comes in between.
 CACHING: dict[str, Make] = {
     "large, best fit": lambda: memory.LargeObjectResource(fit="best", decay_seconds=None),
@@ -52,6 +65,7 @@ CACHING: dict[str, Make] = {
     ),
     "slab": lambda: memory.SlabResource(memory.LargeObjectResource(decay_seconds=None)),
     "pool": lambda: memory.PoolResource(decay_seconds=None),
+    "pool, tuned": lambda: tuned(memory.PoolResource(decay_seconds=None)),
     "statistics over pool": lambda: memory.StatisticsAdaptor(
         memory.PoolResource(decay_seconds=None)
     ),
@@ -71,6 +85,8 @@ RESOURCES: dict[str, Make] = {
     "system": memory.SystemResource,
     "slab over system": lambda: memory.SlabResource(memory.SystemResource()),
     "slab, defaults": memory.SlabResource,
+    "slab, tuned, over system": lambda: tuned(memory.SlabResource(memory.SystemResource())),
+    "slab, presets": lambda: memory.SlabResource(preset=["rows", "index_nodes"]),
     "large, defaults": memory.LargeObjectResource,
     "large, no cache": lambda: memory.LargeObjectResource(cache_cap_bytes=0),
     "pool, defaults": memory.PoolResource,

@@ -16,14 +16,16 @@ mod depot;
 #[path = "../src/resource/slab/magazine.rs"]
 mod magazine;
 
+use classes::Classes;
 use depot::Depot;
-use loom::sync::atomic::{AtomicBool, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
+
 use magazine::{Counts, Magazine, Pair};
 
-/// The class with the smallest magazines, so that a model reaches the depot with few blocks.
-const CLASS: usize = classes::CLASS_COUNT - 1;
+/// Small magazines, so that a model reaches the depot with few blocks.
+const ROUNDS: usize = classes::MIN_ROUNDS;
 /// Enough for two threads that each have five out and one left over in a magazine.
 const BLOCKS: usize = 12;
 
@@ -35,6 +37,8 @@ struct Class {
 
 struct Slab {
     class: Mutex<Class>,
+    /// Blocks that new magazines hold.
+    rounds: AtomicUsize,
     counts: [Counts; 2],
     /// Whether a block is handed out; its address is its index plus one.
     out: [AtomicBool; BLOCKS],
@@ -53,6 +57,7 @@ impl Slab {
                 depot: Depot::new(),
                 run,
             }),
+            rounds: AtomicUsize::new(ROUNDS),
             counts: Default::default(),
             out: std::array::from_fn(|_| AtomicBool::new(false)),
         }
@@ -62,7 +67,9 @@ impl Slab {
     fn allocate(&self, pair: &mut Pair, counts: &Counts) -> *mut u8 {
         let popped = pair.pop(counts).or_else(|| {
             let mut class = self.class.lock().unwrap();
-            if !class.depot.fill(&mut pair.loaded) {
+            let rounds = self.rounds.load(Ordering::Relaxed);
+            if !class.depot.fill(&mut pair.loaded, rounds) {
+                pair.loaded.make_room(rounds);
                 pair.loaded.rounds[0] = class.run.pop().expect("the run has enough");
                 pair.loaded.count = 1;
                 pair.loaded.fresh = 1;
@@ -82,11 +89,12 @@ impl Slab {
             return;
         }
         let mut class = self.class.lock().unwrap();
-        if let Some(mut oldest) = class.depot.unload(&mut pair.previous, CLASS) {
+        let rounds = self.rounds.load(Ordering::Relaxed);
+        if let Some(mut oldest) = class.depot.unload(&mut pair.previous, rounds) {
             class.run.extend(oldest.blocks());
             oldest.count = 0;
             oldest.fresh = 0;
-            class.depot.keep(oldest);
+            class.depot.keep(oldest, rounds);
         }
         assert!(pair.push(counts, block));
     }
@@ -94,8 +102,8 @@ impl Slab {
 
 fn empty_pair() -> Pair {
     Pair {
-        loaded: Magazine::empty(CLASS),
-        previous: Magazine::empty(CLASS),
+        loaded: Magazine::empty(0),
+        previous: Magazine::empty(0),
     }
 }
 
@@ -181,6 +189,62 @@ fn blocks_freed_by_another_thread_come_back_through_the_depot() {
         assert_eq!(sum(|counts| &counts.freed), 6);
         // A block that came back through the depot is not new.
         assert!((5..=6).contains(&sum(|counts| &counts.misses)));
+    });
+}
+
+#[test]
+fn magazines_may_change_their_capacity_while_blocks_come_and_go() {
+    run_model(|| {
+        let slab = Arc::new(Slab::new());
+        let work = |index: usize| {
+            let slab = Arc::clone(&slab);
+            move || {
+                let counts = &slab.counts[index];
+                let mut pair = empty_pair();
+                for rounds in [3, 1] {
+                    let five: Vec<_> = (0..5).map(|_| slab.allocate(&mut pair, counts)).collect();
+                    // Both threads write it, so either may find the other's.
+                    slab.rounds.store(rounds, Ordering::Relaxed);
+                    for block in five {
+                        slab.deallocate(&mut pair, counts, block);
+                    }
+                }
+                pair
+            }
+        };
+        let other = thread::spawn(work(1));
+        let pairs = [work(0)(), other.join().unwrap()];
+        for pair in &pairs {
+            for magazine in [&pair.loaded, &pair.previous] {
+                assert!(magazine.count as usize <= magazine.rounds.len());
+                assert!(magazine.rounds.len() <= 3);
+            }
+        }
+        assert_complete(&slab, &pairs);
+    });
+}
+
+/// The first extra class.
+const EXTRA: usize = classes::STANDARD_COUNT;
+
+#[test]
+fn whoever_finds_a_new_class_finds_its_size() {
+    run_model(|| {
+        let sizes = Arc::new(Classes::new());
+        let tuning = {
+            let sizes = Arc::clone(&sizes);
+            thread::spawn(move || {
+                // As `set_extra` does it, for the one size that is looked at.
+                sizes.give(EXTRA, 1088);
+                sizes.serve(17, EXTRA);
+                sizes.serve(17, classes::standard_class(1088));
+            })
+        };
+        let class = sizes.of(1050);
+        assert!([1088, 1280].contains(&sizes.block_bytes(class)));
+        tuning.join().unwrap();
+        assert_eq!(sizes.block_bytes(sizes.of(1050)), 1280);
+        assert!(sizes.block_bytes(class) >= 1050, "a class keeps its size");
     });
 }
 

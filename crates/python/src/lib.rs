@@ -14,6 +14,7 @@ mod pools;
 mod priority;
 mod resource;
 mod site;
+mod slab;
 mod transaction;
 
 use pyo3::prelude::*;
@@ -58,6 +59,8 @@ mod _native {
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
         Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
+    #[pymodule_export]
+    use super::slab::Slab;
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
 

@@ -4,6 +4,7 @@ use crate::argument::{Alignment, byte_counts, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
 use crate::errors::{InvalidArgument, to_py};
 use crate::lane;
+use crate::slab::{Slab, slab};
 use moirai_core::os::HugePages;
 use moirai_core::resource as core;
 use moirai_core::resource::large_object::{Fit, Options};
@@ -230,7 +231,7 @@ impl LargeObjectResource {
 }
 
 /// A slab in front of a large-object heap: the general-purpose resource.
-#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+#[pyclass(frozen, subclass, extends = Slab, module = "moirai.memory")]
 pub struct PoolResource;
 
 #[pymethods]
@@ -246,24 +247,24 @@ impl PoolResource {
         decay_seconds: Option<f64>,
     ) -> PyResult<PyClassInitializer<Self>> {
         let options = options("best", huge_pages, cache_cap_bytes, decay_seconds)?;
-        let pool = core::pool::PoolResource::new(options).map_err(to_py)?;
-        Ok(with_base(PoolResource, Resource::over(pool)))
+        let pool = Arc::new(core::pool::PoolResource::new(options).map_err(to_py)?);
+        let base = Resource::new(pool.clone(), None);
+        Ok(slab(PoolResource, pool, base))
     }
 }
 
 /// Equal blocks by size class; what is larger than 16 KiB goes upstream.
-#[pyclass(frozen, subclass, extends = Resource, module = "moirai.memory")]
+#[pyclass(frozen, subclass, extends = Slab, module = "moirai.memory")]
 pub struct SlabResource;
 
 #[pymethods]
 impl SlabResource {
     #[new]
     fn new(upstream: &Bound<'_, Resource>) -> PyResult<PyClassInitializer<Self>> {
-        let slab = core::slab::SlabResource::new(Arc::clone(upstream.get().core()));
-        Ok(with_base(
-            SlabResource,
-            adaptor(upstream, slab.map_err(to_py)?),
-        ))
+        let core = core::slab::SlabResource::new(Arc::clone(upstream.get().core()));
+        let core = Arc::new(core.map_err(to_py)?);
+        let base = Resource::above(core.clone(), upstream);
+        Ok(slab(SlabResource, core, base))
     }
 }
 

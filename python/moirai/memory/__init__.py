@@ -48,6 +48,15 @@ from moirai.memory.priority import (
 )
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
 from moirai.memory.sizes import parse_bytes
+from moirai.memory.slabs import (
+    SLAB_PRESETS,
+    ClassChange,
+    MagazineChange,
+    SizeClass,
+    SizeCounts,
+    SlabPreset,
+    Tuning,
+)
 from moirai.memory.statistics import Scope, ScopeRecord, StatisticsAdaptor
 from moirai.memory.transactions import (
     PROFILES,
@@ -60,11 +69,13 @@ from moirai.memory.transactions import (
 
 __all__ = [
     "PROFILES",
+    "SLAB_PRESETS",
     "AdaptiveResource",
     "Arena",
     "ArenaResource",
     "Batch",
     "Buffer",
+    "ClassChange",
     "ClassPattern",
     "Decision",
     "Effect",
@@ -77,6 +88,7 @@ __all__ = [
     "LargeArray",
     "LargeObjectResource",
     "LimitAdaptor",
+    "MagazineChange",
     "NumaNode",
     "NumaResource",
     "PatternAdaptor",
@@ -90,6 +102,9 @@ __all__ = [
     "Savepoint",
     "Scope",
     "ScopeRecord",
+    "SizeClass",
+    "SizeCounts",
+    "SlabPreset",
     "SlabResource",
     "Standing",
     "Statistics",
@@ -100,6 +115,7 @@ __all__ = [
     "TransactionArena",
     "TransactionArenas",
     "TransactionStatistics",
+    "Tuning",
     "Workload",
     "current_priority",
     "handler_of",

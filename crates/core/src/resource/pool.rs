@@ -1,7 +1,7 @@
 //! The general-purpose composition: a slab for small blocks in front of a heap for large ones.
 
 use super::large_object::{LargeObjectResource, Options};
-use super::slab::SlabResource;
+use super::slab::{HasSlab, SlabResource};
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::Result;
 use std::ptr::NonNull;
@@ -19,6 +19,12 @@ impl PoolResource {
         Ok(PoolResource {
             slab: SlabResource::new(large)?,
         })
+    }
+}
+
+impl HasSlab for PoolResource {
+    fn slab(&self) -> &SlabResource {
+        &self.slab
     }
 }
 

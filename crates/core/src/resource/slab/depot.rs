@@ -26,27 +26,36 @@ impl Depot {
     }
 
     /// Exchange an empty magazine for one with blocks; false if there is none.
-    pub(super) fn fill(&mut self, magazine: &mut Magazine) -> bool {
+    ///
+    /// `rounds` is what magazines of the class should hold, here and below.
+    pub(super) fn fill(&mut self, magazine: &mut Magazine, rounds: usize) -> bool {
         debug_assert_eq!(magazine.count, 0);
         let Some(full) = self.full.pop() else {
             return false;
         };
         self.low_water = self.low_water.min(self.full.len());
-        self.keep(std::mem::replace(magazine, full));
+        self.keep(std::mem::replace(magazine, full), rounds);
         true
     }
 
     /// Exchange a full magazine for an empty one. What is too many then comes back, the oldest.
-    pub(super) fn unload(&mut self, magazine: &mut Magazine, class: usize) -> Option<Magazine> {
-        let empty = self.empty.pop().unwrap_or_else(|| Magazine::empty(class));
-        self.full.push(std::mem::replace(magazine, empty));
+    pub(super) fn unload(&mut self, magazine: &mut Magazine, rounds: usize) -> Option<Magazine> {
+        debug_assert!(magazine.is_full());
+        let mut empty = self.empty.pop().unwrap_or_else(|| Magazine::empty(rounds));
+        empty.make_room(rounds);
+        let full = std::mem::replace(magazine, empty);
+        if full.count == 0 {
+            // It had no room: a thread's magazines start so.
+            return None;
+        }
+        self.full.push(full);
         (self.full.len() > MAGAZINES).then(|| self.full.remove(0))
     }
 
-    /// Keep a magazine that has no blocks.
-    pub(super) fn keep(&mut self, magazine: Magazine) {
+    /// Keep a magazine that has no blocks, unless it is of another size than new ones.
+    pub(super) fn keep(&mut self, magazine: Magazine, rounds: usize) {
         debug_assert_eq!(magazine.count, 0);
-        if self.empty.len() < MAGAZINES {
+        if self.empty.len() < MAGAZINES && magazine.rounds.len() == rounds {
             self.empty.push(magazine);
         }
     }

@@ -1,10 +1,11 @@
 //! Magazines: full or empty racks of blocks that a thread takes from and puts back to without a
 //! lock, and exchanges with the depot when both of its own run out.
 //!
-//! Source: Bonwick and Adams, "Magazines and Vmem" (2001), §3. Left out: growing magazines by
-//! contention.
+//! A magazine gets its room when it is exchanged, never while it has blocks: a class's capacity may
+//! change at any time, and each thread takes it over at its next exchange. Source: Bonwick and Adams,
+//! "Magazines and Vmem" (2001), §3. Left out: growing magazines by contention; who tunes a slab says.
 
-use super::classes::{CLASS_COUNT, magazine_rounds};
+use super::classes::CLASS_COUNT;
 use crate::sync::{AtomicU64, Ordering::Relaxed};
 
 /// A rack of free blocks. Invariant: `fresh <= count <= rounds`; rounds below `fresh` are blocks
@@ -16,12 +17,21 @@ pub(super) struct Magazine {
 }
 
 impl Magazine {
-    pub(super) fn empty(class: usize) -> Self {
-        let rounds = vec![std::ptr::null_mut(); magazine_rounds(class)].into_boxed_slice();
+    /// A magazine that has room for `rounds` blocks; none is legal.
+    pub(super) fn empty(rounds: usize) -> Self {
+        let rounds = vec![std::ptr::null_mut(); rounds].into_boxed_slice();
         Magazine {
             count: 0,
             fresh: 0,
             rounds,
+        }
+    }
+
+    /// Have room for exactly `rounds` blocks; there is none in it.
+    pub(super) fn make_room(&mut self, rounds: usize) {
+        debug_assert_eq!(self.count, 0);
+        if self.rounds.len() != rounds {
+            *self = Magazine::empty(rounds);
         }
     }
 
@@ -36,7 +46,7 @@ impl Magazine {
     }
 }
 
-/// A thread's two magazines of one class.
+/// A thread's two magazines of one class; without room until the class is used.
 pub(super) struct Pair {
     pub loaded: Magazine,
     pub previous: Magazine,
@@ -107,9 +117,9 @@ pub(super) struct ThreadCache {
 impl ThreadCache {
     pub(super) fn new() -> Box<Self> {
         Box::new(ThreadCache {
-            pairs: std::array::from_fn(|class| Pair {
-                loaded: Magazine::empty(class),
-                previous: Magazine::empty(class),
+            pairs: std::array::from_fn(|_| Pair {
+                loaded: Magazine::empty(0),
+                previous: Magazine::empty(0),
             }),
             counts: std::array::from_fn(|_| Counts::default()),
         })

@@ -1,6 +1,6 @@
 //! A run: 64 KiB cut into equal blocks, with its bookkeeping beside it, not inside it.
 
-use super::classes::{RUN_BYTES, block_bytes, blocks_per_run};
+use super::classes::{RUN_BYTES, block_alignment};
 use crate::os::{self, PAGE_BYTES};
 use std::ptr::NonNull;
 
@@ -13,6 +13,7 @@ pub(super) struct Run {
     /// First block; behind the colour that spreads the runs of a class over the cache's sets.
     first: usize,
     class: usize,
+    block_bytes: usize,
     capacity: usize,
     pub free_count: usize,
     free: [u64; WORDS],
@@ -25,14 +26,16 @@ pub(super) struct Run {
     /// Place in the class's list of runs, and in its list of runs with free blocks.
     pub index: usize,
     pub partial_index: Option<usize>,
+    /// Stays when it is empty, and keeps its pages when it rests; until the slab is trimmed.
+    pub kept: bool,
 }
 
 impl Run {
-    pub(super) fn new(base: NonNull<u8>, class: usize, colour: usize) -> Self {
-        let capacity = blocks_per_run(class);
-        let spare = RUN_BYTES - capacity * block_bytes(class);
+    pub(super) fn new(base: NonNull<u8>, class: usize, block_bytes: usize, colour: usize) -> Self {
+        let capacity = RUN_BYTES / block_bytes;
+        let spare = RUN_BYTES - capacity * block_bytes;
         // A colour keeps the class's alignment, as far as the spare room goes.
-        let step = super::classes::alignment(class);
+        let step = block_alignment(block_bytes);
         let offset = (colour % (spare / step + 1)) * step;
         let mut bits = [0u64; WORDS];
         for index in 0..capacity {
@@ -42,6 +45,7 @@ impl Run {
             base,
             first: base.as_ptr() as usize + offset,
             class,
+            block_bytes,
             capacity,
             free_count: capacity,
             free: bits,
@@ -50,11 +54,21 @@ impl Run {
             touched: 0,
             index: 0,
             partial_index: None,
+            kept: false,
         }
     }
 
     pub(super) fn class(&self) -> usize {
         self.class
+    }
+
+    /// Have every page in memory before it is needed: no block is fresh then. None is out.
+    pub(super) fn warm(&mut self) {
+        debug_assert!(self.is_empty());
+        // SAFETY: the run is page-aligned memory of upstream's, drawn for this run, with no block
+        // out of it.
+        unsafe { os::locked::prefault(self.base, RUN_BYTES) };
+        self.fresh = [0; WORDS];
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -66,13 +80,13 @@ impl Run {
     }
 
     fn address(&self, index: usize) -> *mut u8 {
-        (self.first + index * block_bytes(self.class)) as *mut u8
+        (self.first + index * self.block_bytes) as *mut u8
     }
 
     /// The block that starts at `address`, if one does.
     pub(super) fn index_of(&self, address: usize) -> Option<usize> {
         let offset = address.checked_sub(self.first)?;
-        let size = block_bytes(self.class);
+        let size = self.block_bytes;
         (offset % size == 0 && offset / size < self.capacity).then(|| offset / size)
     }
 
@@ -125,8 +139,8 @@ impl Run {
     }
 
     fn pages_of(&self, index: usize) -> std::ops::RangeInclusive<usize> {
-        let start = self.first + index * block_bytes(self.class) - self.base.as_ptr() as usize;
-        start / PAGE_BYTES..=(start + block_bytes(self.class) - 1) / PAGE_BYTES
+        let start = self.first + index * self.block_bytes - self.base.as_ptr() as usize;
+        start / PAGE_BYTES..=(start + self.block_bytes - 1) / PAGE_BYTES
     }
 
     fn unpurge(&mut self, index: usize) {
@@ -200,16 +214,17 @@ impl Run {
 
 #[cfg(test)]
 mod tests {
+    use super::super::classes::MAX_BLOCK_BYTES;
     use super::*;
     use crate::os::libc_allocate;
 
     #[test]
     fn a_block_goes_out_once_and_comes_back_once() {
-        for class in 0..super::super::classes::CLASS_COUNT {
+        for block_bytes in (64..=MAX_BLOCK_BYTES).step_by(64) {
             let base = libc_allocate(RUN_BYTES, RUN_BYTES).unwrap();
-            let mut run = Run::new(base, class, 3);
+            let mut run = Run::new(base, 0, block_bytes, 3);
             let mut out = vec![std::ptr::null_mut(); 2000];
-            let all = blocks_per_run(class);
+            let all = RUN_BYTES / block_bytes;
             assert_eq!(run.take(&mut out, 5000), all);
             assert_eq!(run.free_count, 0);
             let mut addresses: Vec<usize> = out[..all].iter().map(|a| *a as usize).collect();
@@ -217,10 +232,10 @@ mod tests {
             assert!(
                 addresses
                     .windows(2)
-                    .all(|pair| pair[1] - pair[0] >= block_bytes(class))
+                    .all(|pair| pair[1] - pair[0] >= block_bytes)
             );
             assert!(addresses[0] >= base.as_ptr() as usize);
-            assert!(addresses[all - 1] + block_bytes(class) <= base.as_ptr() as usize + RUN_BYTES);
+            assert!(addresses[all - 1] + block_bytes <= base.as_ptr() as usize + RUN_BYTES);
             assert!(run.put(addresses[0]));
             assert!(!run.put(addresses[0]), "a double free is seen");
             assert!(!run.put(addresses[0] + 1), "an inner address is no block");
@@ -238,8 +253,7 @@ mod tests {
     #[test]
     fn purging_keeps_pages_with_live_blocks() {
         let base = libc_allocate(RUN_BYTES, RUN_BYTES).unwrap();
-        let class = super::super::classes::class_of(1024);
-        let mut run = Run::new(base, class, 0);
+        let mut run = Run::new(base, 0, 1024, 0);
         let mut out = vec![std::ptr::null_mut(); 64];
         run.take(&mut out, 64);
         for (index, address) in out.iter().enumerate() {
