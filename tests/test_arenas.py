@@ -2,11 +2,7 @@
 
 import gc
 import itertools
-import os
-import select
-import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from running import in_forked_child, run_threads
 
 from moirai import memory
 from moirai.errors import InvalidArgument, OutOfMemory
@@ -704,32 +701,6 @@ def test_buffer_may_refer_to_its_arena_in_a_cycle_of_attributes() -> None:
 # --- threads ------------------------------------------------------------------------------------
 
 
-def wait_until_gone(thread: threading.Thread) -> None:
-    """Wait for the end of the system's thread, which comes after `join`."""
-    deadline = time.monotonic() + 60
-    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
-        assert time.monotonic() < deadline, "the thread does not end"
-        os.sched_yield()
-
-
-def run_threads(*bodies: Callable[[], None]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(body: Callable[[], None]) -> None:
-        try:
-            body()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-        wait_until_gone(thread)
-    assert failures == []
-
-
 def test_rollback_while_other_threads_allocate() -> None:
     arena = memory.ArenaResource(chunk_bytes="32 KiB")
     done = threading.Event()
@@ -838,29 +809,6 @@ def test_thread_frees_what_another_made_while_that_one_allocates(make) -> None:
 # --- fork ---------------------------------------------------------------------------------------
 
 
-def in_child(body: Callable[[], None]) -> None:
-    """Run `body` in a forked child; its failure or its hanging is this test's."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        verdict = b"ok"
-        try:
-            body()
-        except BaseException as error:
-            verdict = repr(error).encode()
-        finally:
-            os.write(writer, verdict)
-            os._exit(0)
-    os.close(writer)
-    answered, _, _ = select.select([reader], [], [], 60)
-    if not answered:
-        os.kill(child, signal.SIGKILL)
-    verdict = os.read(reader, 1000) if answered else b"the child hangs"
-    os.close(reader)
-    os.waitpid(child, 0)
-    assert verdict == b"ok"
-
-
 @every_arena
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_child_forked_while_a_thread_allocates_goes_on(make) -> None:
@@ -892,7 +840,7 @@ def test_child_forked_while_a_thread_allocates_goes_on(make) -> None:
     try:
         assert started.wait(60)
         for _ in range(20):
-            in_child(child)
+            in_forked_child(child)
     finally:
         stop.set()
         thread.join()

@@ -1,10 +1,7 @@
 """Transactions: limits, nesting, ends, learned profiles, and what outlives them."""
 
 import gc
-import os
 import random
-import select
-import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from running import in_forked_child, run_threads
 
 from moirai import memory
 from moirai.errors import Closed, InvalidArgument, MoiraiError, OutOfMemory
@@ -654,23 +652,6 @@ def test_views_outlive_active_transactions_at_interpreter_exit(run_python: RunPy
 # --- threads and fork ---------------------------------------------------------------------------
 
 
-def run_threads(*bodies: Callable[[], None]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(body: Callable[[], None]) -> None:
-        try:
-            body()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-
-
 def test_threads_begin_and_end_their_own_transactions_at_once() -> None:
     arenas = memory.TransactionArenas(profiles=SMALL_PROFILES, record_every=5)
 
@@ -759,30 +740,16 @@ def test_forked_child_ends_what_it_inherited() -> None:
     try:
         assert started.wait(60)
         for _ in range(20):
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                verdict = b"ok"
-                try:
-                    assert transaction.rollback() == 1
-                    with arenas.begin("child's") as own:
-                        assert own.array(100, zeroed=True).sum() == 0
-                    assert (view == 4).all()
-                    with suppress(InvalidArgument):
-                        arenas.begin("child's").commit()
-                except BaseException as error:
-                    verdict = repr(error).encode()
-                finally:
-                    os.write(writer, verdict)
-                    os._exit(0)
-            os.close(writer)
-            answered, _, _ = select.select([reader], [], [], 60)
-            if not answered:
-                os.kill(child, signal.SIGKILL)
-            verdict = os.read(reader, 1000) if answered else b"the child hangs"
-            os.close(reader)
-            os.waitpid(child, 0)
-            assert verdict == b"ok"
+
+            def child() -> None:
+                assert transaction.rollback() == 1
+                with arenas.begin("child's") as own:
+                    assert own.array(100, zeroed=True).sum() == 0
+                assert (view == 4).all()
+                with suppress(InvalidArgument):
+                    arenas.begin("child's").commit()
+
+            in_forked_child(child)
     finally:
         stop.set()
         thread.join()

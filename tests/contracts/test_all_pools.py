@@ -7,7 +7,6 @@ wants, so that the tests read alike.
 import asyncio
 import gc
 import os
-import select
 import signal
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from running import in_forked_child
 
 from moirai import pools
 from moirai.errors import Closed, InvalidArgument, Timeout
@@ -755,30 +755,6 @@ def test_threads_never_share_an_item(make: Make) -> None:
         assert now.created <= 3
 
 
-def in_child(body: Callable[[], None]) -> bytes:
-    """Run `body` in a forked child; b"ok", or what went wrong."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        verdict = b"the child failed"
-        try:
-            body()
-            verdict = b"ok"
-        except BaseException as error:
-            verdict = repr(error).encode()
-        finally:
-            os.write(writer, verdict)
-            os._exit(0)
-    os.close(writer)
-    answered, _, _ = select.select([reader], [], [], 60)
-    if not answered:
-        os.kill(child, signal.SIGKILL)
-    verdict = os.read(reader, 1000) if answered else b"the child hangs"
-    os.close(reader)
-    os.waitpid(child, 0)
-    return verdict
-
-
 @every_pool
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_forked_child_starts_with_an_empty_pool_and_all_permits(make: Make) -> None:
@@ -802,7 +778,7 @@ def test_forked_child_starts_with_an_empty_pool_and_all_permits(make: Make) -> N
         leased = subject.lease()
         leased.__enter__()
         before = subject.now()
-        assert in_child(child) == b"ok"
+        in_forked_child(child)
         assert subject.now() == before
         subject.release(held)
         leased.__exit__(None, None, None)
@@ -827,7 +803,8 @@ def test_forking_while_threads_use_a_pool_never_hangs(make: Make) -> None:
         running = [executor.submit(churn) for _ in range(3)]
         wait_until(lambda: subject.now().acquires > 10)
         try:
-            assert [in_child(child) for _ in range(5)] == [b"ok"] * 5
+            for _ in range(5):
+                in_forked_child(child)
         finally:
             stop.set()
         for future in running:
@@ -843,7 +820,7 @@ def test_closed_pool_stays_closed_in_a_child(make: Make) -> None:
 
     subject = make()
     subject.pool.close()
-    assert in_child(child) == b"ok"
+    in_forked_child(child)
 
 
 EXIT = """

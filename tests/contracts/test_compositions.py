@@ -4,10 +4,7 @@ A new source of memory joins with a line in SOURCES, a new adaptor with one in L
 """
 
 import gc
-import os
 import random
-import select
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import in_forked_child
 
 from moirai import memory
 from moirai.errors import OutOfMemory
@@ -320,32 +318,17 @@ def test_a_forked_child_goes_on_with_any_stack(stack: Stack, steps: list[tuple])
             life.take(step)
         thread = threading.Thread(target=churn)
         thread.start()
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            verdict = b"child failed"
-            try:
-                for step in steps:
-                    life.take(step)
-                life.end()
-                assert made[-1].check().ok
-                assert memory.health().ok
-                verdict = b"ok"
-            except BaseException as error:
-                verdict = repr(error).encode()
-            finally:
-                os.write(writer, verdict)
-                os._exit(0)
-        os.close(writer)
-        answered, _, _ = select.select([reader], [], [], 60)
-        if not answered:
-            os.kill(child, signal.SIGKILL)
-        verdict = os.read(reader, 1000) if answered else b"the child hangs"
-        os.close(reader)
-        os.waitpid(child, 0)
+
+        def child(life: Life = life) -> None:
+            for step in steps:
+                life.take(step)
+            life.end()
+            assert made[-1].check().ok
+            assert memory.health().ok
+
+        in_forked_child(child)
         stop.set()
         thread.join()
-        assert verdict == b"ok"
         life.end()
         del life
 

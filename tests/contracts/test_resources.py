@@ -5,10 +5,7 @@ A new resource joins with a line in RESOURCES, and with one in CACHING if it kee
 
 import gc
 import itertools
-import os
 import queue
-import select
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import in_forked_child
 
 from moirai import memory
 from moirai.errors import InvalidArgument, OutOfMemory
@@ -557,32 +555,17 @@ def test_forked_child_allocates_and_frees_its_parents_blocks(make: Make) -> None
         sizes = (64, 5000, 40 * KIB, 3 * MIB)
         buffers = [resource.allocate(size, zeroed=True) for size in sizes]
         np.frombuffer(buffers[0], dtype="uint8")[:] = 3
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            verdict = b"child failed"
-            try:
-                assert bytes(buffers[0]) == b"\3" * 64
-                buffers.clear()
-                fresh = [resource.allocate(size, zeroed=True) for size in sizes]
-                assert not any(np.frombuffer(buffer, dtype="uint8").any() for buffer in fresh)
-                fresh.clear()
-                resource.trim()
-                assert resource.check().ok
-                verdict = b"ok"
-            except BaseException as error:
-                verdict = repr(error).encode()
-            finally:
-                os.write(writer, verdict)
-                os._exit(0)
-        os.close(writer)
-        answered, _, _ = select.select([reader], [], [], 60)
-        if not answered:
-            os.kill(child, signal.SIGKILL)
-        verdict = os.read(reader, 1000) if answered else b"the child hangs"
-        os.close(reader)
-        _, status = os.waitpid(child, 0)
-        assert (verdict, status) == (b"ok", 0)
+
+        def child(buffers: list[memory.Buffer] = buffers) -> None:
+            assert bytes(buffers[0]) == b"\3" * 64
+            buffers.clear()
+            fresh = [resource.allocate(size, zeroed=True) for size in sizes]
+            assert not any(np.frombuffer(buffer, dtype="uint8").any() for buffer in fresh)
+            fresh.clear()
+            resource.trim()
+            assert resource.check().ok
+
+        in_forked_child(child)
         assert bytes(buffers[0]) == b"\3" * 64
         del buffers
 

@@ -237,7 +237,7 @@ def _default_strategies() -> dict[Workload, Resource]:
     return {
         Workload.HIGH_THROUGHPUT: PoolResource(),
         Workload.LOW_LATENCY: PoolResource(decay_seconds=10),
-        Workload.LONG_RUNNING: _native.SystemResource(),
+        Workload.LONG_RUNNING: PoolResource(cache_cap_bytes=0),
     }
 
 
@@ -260,7 +260,7 @@ class AdaptiveResource(_native.AdaptiveResource):
 
     Args:
         strategies: A resource for each `Workload`; for those left out: a `PoolResource`, one that
-            keeps memory for 10 s, and a `SystemResource`. No two may draw from the same resource.
+            keeps memory for 10 s, and one that keeps none. No two may draw from the same resource.
         initial: The strategy that serves a class until there is a verdict on it.
         long_seconds: Blocks that live for so long are long-lived; > 0.
         high_rate: Requests a second from which a class is one of high throughput; > 0.

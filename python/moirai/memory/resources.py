@@ -50,7 +50,38 @@ class LargeObjectResource(_native.LargeObjectResource):
         )
 
 
-class PoolResource(_native.PoolResource):
+class _Tunable(_native.Slab):
+    """What a resource that is a slab, or has one inside, offers over it."""
+
+    __slots__ = ()
+
+    def tune(self, tracker: SizeCounts) -> Tuning:
+        """Fit classes and magazines to the sizes that were asked for.
+
+        Sizes between the standard classes from 1 KiB to 16 KiB get classes of their own where that
+        saves 5 % of the bytes asked for there and 0.5 % of all, and lose them where it no longer
+        does. A slab gives sizes to 16 extra classes over its life. The more a class is asked for,
+        the more blocks its magazines hold, within 512 KiB for all. Requests from now on are served
+        so; blocks that are out stay as they are. The same counts a second time change nothing.
+
+        Args:
+            tracker: Whatever has `sizes()`, (bytes, number of requests) of each size: a tracker, a
+                preset, or your own record.
+
+        Returns:
+            What changed, and by which counts; `refused_sizes` are those for which no class is left.
+
+        Raises:
+            InvalidArgument: A size or a count is negative.
+        """
+        return tune(self, tracker)
+
+    def classes(self) -> list[SizeClass]:
+        """The size classes, the smallest first."""
+        return classes_of(self)
+
+
+class PoolResource(_native.PoolResource, _Tunable):
     """The general-purpose resource: a slab for blocks to 16 KiB, a large-object heap above.
 
     Args:
@@ -76,33 +107,8 @@ class PoolResource(_native.PoolResource):
             decay_seconds=decay_seconds,
         )
 
-    def tune(self, tracker: SizeCounts) -> Tuning:
-        """Fit classes and magazines to the sizes that were asked for.
 
-        Sizes between the standard classes from 1 KiB to 16 KiB get classes of their own where that
-        saves 5 % of the bytes asked for there and 0.5 % of all, and lose them where it no longer
-        does. A slab gives sizes to 16 extra classes over its life. The more a class is asked for,
-        the more blocks its magazines hold, within 512 KiB for all. Requests from now on are served
-        so; blocks that are out stay as they are. The same counts a second time change nothing.
-
-        Args:
-            tracker: Whatever has `sizes()`, (bytes, number of requests) of each size: a tracker, a
-                preset, or your own record.
-
-        Returns:
-            What changed, and by which counts; `refused_sizes` are those for which no class is left.
-
-        Raises:
-            InvalidArgument: A size or a count is negative.
-        """
-        return tune(self, tracker)
-
-    def classes(self) -> list[SizeClass]:
-        """The size classes, the smallest first."""
-        return classes_of(self)
-
-
-class SlabResource(_native.SlabResource):
+class SlabResource(_native.SlabResource, _Tunable):
     """Equal blocks by size class: steps of 64 bytes to 1 KiB, then 4 to a doubling, to 16 KiB.
 
     Args:
@@ -122,31 +128,6 @@ class SlabResource(_native.SlabResource):
         self = super().__new__(cls, LargeObjectResource() if upstream is None else upstream)
         prepare(self, preset)
         return self
-
-    def tune(self, tracker: SizeCounts) -> Tuning:
-        """Fit classes and magazines to the sizes that were asked for.
-
-        Sizes between the standard classes from 1 KiB to 16 KiB get classes of their own where that
-        saves 5 % of the bytes asked for there and 0.5 % of all, and lose them where it no longer
-        does. A slab gives sizes to 16 extra classes over its life. The more a class is asked for,
-        the more blocks its magazines hold, within 512 KiB for all. Requests from now on are served
-        so; blocks that are out stay as they are. The same counts a second time change nothing.
-
-        Args:
-            tracker: Whatever has `sizes()`, (bytes, number of requests) of each size: a tracker, a
-                preset, or your own record.
-
-        Returns:
-            What changed, and by which counts; `refused_sizes` are those for which no class is left.
-
-        Raises:
-            InvalidArgument: A size or a count is negative.
-        """
-        return tune(self, tracker)
-
-    def classes(self) -> list[SizeClass]:
-        """The size classes, the smallest first."""
-        return classes_of(self)
 
 
 class LimitAdaptor(_native.LimitAdaptor):

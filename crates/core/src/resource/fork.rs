@@ -19,6 +19,18 @@ pub(crate) trait ForkLocks: Send + Sync {
     unsafe fn unlock_all(&self);
 }
 
+/// A lock by itself, behind an `Arc`.
+impl<T: Send> ForkLocks for Lock<T> {
+    fn lock_all(&self) {
+        self.hold();
+    }
+
+    unsafe fn unlock_all(&self) {
+        // SAFETY: `lock_all` on this thread called `hold`.
+        unsafe { self.release() };
+    }
+}
+
 static REGISTERED: Lock<Vec<Weak<dyn ForkLocks>>> = Lock::new(Vec::new());
 static ONCE: Once = Once::new();
 /// What `prepare` locked, for the forking thread's `parent` and `child`.

@@ -133,17 +133,6 @@ pub struct StatisticsAdaptor {
     scopes: Arc<Lock<Scopes>>,
 }
 
-impl ForkLocks for Lock<Scopes> {
-    fn lock_all(&self) {
-        self.hold();
-    }
-
-    unsafe fn unlock_all(&self) {
-        // SAFETY: `lock_all` on this thread called `hold`.
-        unsafe { self.release() };
-    }
-}
-
 impl StatisticsAdaptor {
     /// Count what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {

@@ -43,17 +43,6 @@ pub struct AdaptiveResource {
     judge: Arc<Lock<Judge>>,
 }
 
-impl ForkLocks for Lock<Judge> {
-    fn lock_all(&self) {
-        self.hold();
-    }
-
-    unsafe fn unlock_all(&self) {
-        // SAFETY: `lock_all` on this thread called `hold`.
-        unsafe { self.release() };
-    }
-}
-
 impl AdaptiveResource {
     /// A resource for each of [`Workload::ALL`], of which no two draw from the same one. All classes
     /// begin with the one for `initial`.

@@ -75,17 +75,6 @@ pub struct Pattern {
     window_nanoseconds: u64,
 }
 
-impl ForkLocks for Lock<Book> {
-    fn lock_all(&self) {
-        self.hold();
-    }
-
-    unsafe fn unlock_all(&self) {
-        // SAFETY: `lock_all` on this thread called `hold`.
-        unsafe { self.release() };
-    }
-}
-
 impl Pattern {
     /// A pattern that is looked at every `window_nanoseconds` while there are requests, and for
     /// which a block that lives for `long_nanoseconds` lives long.
