@@ -21,8 +21,8 @@ mod counts;
 mod slots;
 pub mod vector;
 
-pub use counts::{Census, Statistics};
 pub use crate::sync::parker::{Parked, Parker};
+pub use counts::{Census, Statistics};
 pub use slots::Turn;
 
 use crate::resource::fork::{self, ForkLocks};

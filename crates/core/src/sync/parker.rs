@@ -1,7 +1,7 @@
 //! A place for one thread to sleep until it is called, or a signal arrives.
 
-use crate::os::{self, WaitEnd};
 use super::{AtomicU32, Ordering};
+use crate::os::{self, WaitEnd};
 use std::time::Duration;
 
 const CALLED: u32 = 1;
