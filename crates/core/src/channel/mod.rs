@@ -12,6 +12,7 @@ pub mod deque;
 #[cfg(not(loom))]
 pub mod doorbell;
 pub mod ring;
+pub mod tasks;
 pub mod waiters;
 
 pub use bounded::{Census, Channel, Ended, Side};
@@ -19,6 +20,7 @@ pub use deque::Deque;
 #[cfg(not(loom))]
 pub use doorbell::Doorbell;
 pub use ring::Ring;
+pub use tasks::Tasks;
 
 /// Why a message was not taken; it comes back.
 #[derive(Debug, PartialEq, Eq)]

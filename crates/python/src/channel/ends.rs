@@ -2,7 +2,6 @@
 
 use super::awaitable::Pending;
 use super::operation::{Single, Work};
-use super::wait::block;
 use super::waker::wake_all;
 use super::{Channel, Held, items_of, most};
 use crate::argument::timeout;
@@ -75,7 +74,7 @@ impl Drop for Handle {
 pub struct Sender(Handle);
 
 /// A handle that receives.
-#[pyclass(frozen, weakref, generic, module = "moirai.channels")]
+#[pyclass(frozen, subclass, weakref, generic, module = "moirai.channels")]
 pub struct Receiver(Handle);
 
 impl Sender {
@@ -100,6 +99,20 @@ impl Receiver {
 
 #[pymethods]
 impl Sender {
+    #[new]
+    fn py_new(channel: &Bound<'_, Channel>) -> PyResult<Self> {
+        Self::new(channel)
+    }
+
+    /// Wait until there is room for a message, which stays if nobody else sends.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn wait_for_room(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<()> {
+        let channel = self.0.open("wait_for_room")?;
+        channel
+            .do_blocking(py, Work::Room, timeout_seconds)
+            .map(drop)
+    }
+
     /// Put a message in, waiting while the channel is full.
     #[pyo3(signature = (item, timeout_seconds=None))]
     fn send(&self, py: Python<'_>, item: Py<PyAny>, timeout_seconds: Option<f64>) -> PyResult<()> {
@@ -119,14 +132,9 @@ impl Sender {
         items: &Bound<'_, PyAny>,
         timeout_seconds: Option<f64>,
     ) -> PyResult<Py<PyAny>> {
-        let items = items_of(items)?;
+        let work = Work::SendMany(items_of(items)?);
         let channel = self.0.open("send_many")?;
-        let mut operation = Single::new(&*channel.line, Work::SendMany(items));
-        block(
-            py,
-            &mut operation,
-            timeout("timeout_seconds", timeout_seconds)?,
-        )
+        channel.do_blocking(py, work, timeout_seconds)
     }
 
     /// As `send`, but wait without blocking the event loop.
@@ -184,6 +192,11 @@ impl Sender {
 
 #[pymethods]
 impl Receiver {
+    #[new]
+    fn py_new(channel: &Bound<'_, Channel>) -> PyResult<Self> {
+        Self::new(channel)
+    }
+
     /// Take the oldest message, waiting while there is none.
     #[pyo3(signature = (timeout_seconds=None))]
     fn receive(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Py<PyAny>> {
@@ -206,12 +219,7 @@ impl Receiver {
     ) -> PyResult<Py<PyAny>> {
         let channel = self.0.open("receive_many")?;
         let work = Work::ReceiveMany(most(max_count)?);
-        let mut operation = Single::new(&*channel.line, work);
-        block(
-            py,
-            &mut operation,
-            timeout("timeout_seconds", timeout_seconds)?,
-        )
+        channel.do_blocking(py, work, timeout_seconds)
     }
 
     /// As `receive`, but wait without blocking the event loop.

@@ -4,7 +4,7 @@
 //! operation lets go of it half way. So a collector, which traverses while no other attached thread
 //! runs, never meets a message half moved.
 
-#![allow(unsafe_code)] // visiting the messages in place, for the collector
+#![allow(unsafe_code)] // to visit the messages in place, for the collector
 
 pub(crate) mod awaitable;
 pub(crate) mod ends;

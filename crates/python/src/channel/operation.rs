@@ -19,6 +19,8 @@ pub(super) enum Work {
     Next,
     /// What is there, so many at most.
     ReceiveMany(usize),
+    /// That there is room, which nobody else may take.
+    Room,
     /// Put this in.
     Send(Option<Py<PyAny>>),
     /// Put all of these in, in order.
@@ -50,7 +52,7 @@ impl Work {
     pub(super) fn side(&self) -> Side {
         match self {
             Work::Receive | Work::Next | Work::ReceiveMany(_) => Side::Receivers,
-            Work::Send(_) | Work::SendMany(_) => Side::Senders,
+            Work::Room | Work::Send(_) | Work::SendMany(_) => Side::Senders,
         }
     }
 
@@ -58,6 +60,7 @@ impl Work {
         match self {
             Work::Receive | Work::Next => "receive",
             Work::ReceiveMany(_) => "receive_many",
+            Work::Room => "wait_for_room",
             Work::Send(_) => "send",
             Work::SendMany(_) => "send_many",
         }
@@ -99,6 +102,11 @@ impl Work {
                     Err(Missed::Empty) => Ok(None),
                     Err(Missed::Closed) => Err(self.ended(line)),
                 }
+            }
+            Work::Room if line.ended(Side::Senders).is_some() => Err(self.ended(line)),
+            Work::Room => {
+                let room = line.store().count() < line.store().limit();
+                Ok(room.then(|| py.None()))
             }
             Work::Send(slot) => {
                 let Some(item) = slot.take() else {
