@@ -191,8 +191,7 @@ class BatchingSender(Generic[_Item]):
         """
         self._closed = True
         try:
-            if self._failure is None or self._pending:
-                self.flush()
+            self.flush()
         finally:
             self._wake.set()
             if self._timer is not threading.current_thread():

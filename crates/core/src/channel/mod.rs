@@ -13,6 +13,8 @@ pub mod deque;
 pub mod doorbell;
 pub mod ring;
 pub mod tasks;
+#[cfg(all(test, not(loom)))]
+mod tests;
 pub mod waiters;
 
 pub use bounded::{Census, Channel, Ended, Side};

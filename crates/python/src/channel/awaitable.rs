@@ -202,7 +202,10 @@ impl Waiting {
         let waited = Duration::try_from_secs_f64(waited_seconds).unwrap_or_default();
         self.with(|operation| match operation.attempt(py)? {
             Some(done) => Ok(done),
-            None => Err(operation.timed_out(py, waited)),
+            None => {
+                operation.leave(py);
+                Err(operation.timed_out(py, waited))
+            }
         })?
     }
 

@@ -26,29 +26,32 @@ pub(super) fn block(
     }
     let outcome = sleep(py, operation, timeout);
     operation.leave(py);
-    outcome
+    match outcome? {
+        Some(done) => Ok(done),
+        None => Err(operation.timed_out(py, timeout.unwrap_or_default())),
+    }
 }
+
+/// `None`: not in time.
 
 fn sleep(
     py: Python<'_>,
     operation: &mut impl Operation,
     timeout: Option<Duration>,
-) -> PyResult<Py<PyAny>> {
+) -> PyResult<Option<Py<PyAny>>> {
     let parker = Arc::new(Parker::default());
     let longest = is_first_thread().then_some(NAP);
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     loop {
         operation.join(&|| Waker::Thread(Arc::clone(&parker)));
         if let Some(done) = operation.attempt(py)? {
-            return Ok(done);
+            return Ok(Some(done));
         }
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 // What came in the last moment is taken; else the call goes to the next in line.
-                return operation
-                    .attempt(py)?
-                    .ok_or_else(|| operation.timed_out(py, timeout.unwrap_or_default()));
+                return operation.attempt(py);
             }
             let nap = match (left, longest) {
                 (Some(left), Some(longest)) => Some(left.min(longest)),
@@ -63,7 +66,7 @@ fn sleep(
         parker.rearm();
         if let Some(done) = operation.attempt(py)? {
             operation.used();
-            return Ok(done);
+            return Ok(Some(done));
         }
     }
 }
