@@ -1,7 +1,7 @@
 """What does a message cost between the threads and tasks of a process, against every other queue?
 
-Everything runs in one process. In each round every subject runs once, subjects in turn. Messages are
-small integers. Five questions:
+Everything runs in one process. In each round every subject runs once, subjects in turn. Messages
+are small integers. Five questions:
 
 - one thread, a message put in and taken out: CPU time of the pair, less the empty loop's;
 - the same by 100 messages at once, for those that can, a message;

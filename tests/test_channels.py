@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,7 +264,7 @@ def test_every_message_arrives_once_and_each_senders_are_in_order(many: bool) ->
     found = [consumer.get() for consumer in consumers]
     for producer in producers:
         producer.get()
-    assert sorted(sum(found, [])) == [(who, n) for who in range(3) for n in range(count)]
+    assert sorted(chain(*found)) == [(who, n) for who in range(3) for n in range(count)]
     for one in found:
         for who in range(3):
             numbers = [number for sender, number in one if sender == who]

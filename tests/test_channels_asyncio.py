@@ -156,12 +156,12 @@ def test_timeouts(run: Run) -> None:
     async def main() -> None:
         channel: Channel[int] = Channel(1)
         for seconds in (0, 0.01):
-            with pytest.raises(Timeout, match=f"receive: nothing came within {seconds} s"):
+            with pytest.raises(Timeout, match=rf"receive: nothing came within {seconds} s"):
                 await channel.receive_async(timeout_seconds=seconds)
         with pytest.raises(Timeout, match=r"send_many: no room .* 1 of 3 were sent") as failed:
             await channel.send_many_async([1, 2, 3], timeout_seconds=0.01)
         assert failed.value.sent_count == 1  # type: ignore[attr-defined]
-        with pytest.raises(Timeout, match="send: no room within 0.01 s"):
+        with pytest.raises(Timeout, match=r"send: no room within 0.01 s"):
             await channel.send_async(1, timeout_seconds=0.01)
         with pytest.raises(Timeout, match="select: none of 1 operations"):
             await channels.select_async([(channel, 3)], timeout_seconds=0.01)

@@ -1,8 +1,9 @@
-"""Long mixed use of channels from threads, loops, selects and those who give up; bounded by count."""
+"""Long mixed use of channels by threads, tasks and those who give up; bounded by count."""
 
 import asyncio
 import random
 import threading
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_every_message_arrives_once_though_many_give_up(capacity: int) -> None:
     finish(threads)
     assert failures == []
     everything = [(who, number) for who in range(senders_count) for number in range(count)]
-    assert sorted(sum(found, [])) == everything
+    assert sorted(chain(*found)) == everything
     now = channel.statistics()
     assert (now.senders_waiting, now.receivers_waiting, now.current_count) == (0, 0, 0)
 
@@ -156,7 +157,7 @@ def test_tasks_that_are_cancelled_at_random_lose_nothing() -> None:
         for number in range(count):
             sender.send(number, timeout_seconds=LONG)
     finish(threads)
-    assert sorted(sum(results, [])) == list(range(count))
+    assert sorted(chain(*results)) == list(range(count))
 
 
 def test_selects_over_shared_channels_take_every_message_once() -> None:
@@ -182,7 +183,7 @@ def test_selects_over_shared_channels_take_every_message_once() -> None:
     for thread in threads:
         thread.start()
     finish(threads)
-    assert sorted(sum(found, [])) == list(range(3 * count))
+    assert sorted(chain(*found)) == list(range(3 * count))
 
 
 def test_a_queue_of_jobs_is_joined_again_and_again() -> None:

@@ -13,7 +13,7 @@ __all__ = ["Empty", "Full", "Queue", "ShutDown"]
 
 _Item = TypeVar("_Item")
 _HOOKS = ("_init", "_qsize", "_put", "_get")
-_NATIVE = ("__init__", "put", "get", "qsize", "empty", "full", "task_done", "join", "shutdown")
+_NATIVE = ("put", "get", "qsize", "empty", "full", "task_done", "join", "shutdown")
 
 if TYPE_CHECKING:
 
@@ -39,10 +39,13 @@ class Queue(queue.Queue[_Item]):
         maxsize: Items it holds before `put` waits; 0 or less is no limit.
     """
 
+    _hooked = False
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if all(getattr(cls, hook) is getattr(queue.Queue, hook) for hook in _HOOKS):
             return
+        cls._hooked = True
         for name in _NATIVE:
             if getattr(cls, name) is getattr(Queue, name) and hasattr(queue.Queue, name):
                 setattr(cls, name, getattr(queue.Queue, name))
@@ -50,6 +53,9 @@ class Queue(queue.Queue[_Item]):
         cls.maxsize = cls.unfinished_tasks = 0  # type: ignore[method-assign, assignment]
 
     def __init__(self, maxsize: int = 0) -> None:
+        if self._hooked:
+            super().__init__(maxsize)
+            return
         self._line: _native.BareQueue[_Item] = _native.BareQueue(maxsize)
         self._maxsize = maxsize
 
@@ -76,8 +82,10 @@ class Queue(queue.Queue[_Item]):
             ShutDown: The queue is shut down.
             ValueError: `timeout` is negative.
         """
+        if not block:
+            timeout = 0.0
         try:
-            self._line.put(item, timeout if block else 0.0)
+            self._line.put(item, timeout)
         except Timeout:
             raise Full from None
         except Closed:
@@ -93,8 +101,10 @@ class Queue(queue.Queue[_Item]):
             ShutDown: The queue is shut down, and empty.
             ValueError: `timeout` is negative.
         """
+        if not block:
+            timeout = 0.0
         try:
-            return self._line.get(timeout if block else 0.0)
+            return self._line.get(timeout)
         except Timeout:
             raise Empty from None
         except Closed:

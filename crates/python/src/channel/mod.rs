@@ -66,8 +66,11 @@ fn most(max_count: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
 impl Channel {
     #[inline]
     fn send(&self, py: Python<'_>, item: Py<PyAny>, seconds: Option<f64>) -> PyResult<()> {
+        if seconds.is_some() {
+            timeout("timeout_seconds", seconds)?;
+        }
         let item = match self.line.push(item) {
-            Ok(None) if seconds.is_none() => return Ok(()),
+            Ok(None) => return Ok(()),
             Ok(called) => {
                 wake(py, &self.line, Side::Receivers, called);
                 return Ok(());
@@ -93,6 +96,9 @@ impl Channel {
 
     #[inline]
     fn receive(&self, py: Python<'_>, seconds: Option<f64>) -> PyResult<Py<PyAny>> {
+        if seconds.is_some() {
+            timeout("timeout_seconds", seconds)?;
+        }
         if let Ok((message, called)) = self.line.pop() {
             if called.is_some() {
                 wake(py, &self.line, Side::Senders, called);

@@ -87,13 +87,13 @@ impl BareQueue {
 
     /// Put an item in; Timeout if there is no room in time.
     fn put(&self, py: Python<'_>, item: Py<PyAny>, timeout_seconds: Option<f64>) -> PyResult<()> {
+        let limit = timeout("timeout", timeout_seconds)?;
         let mut operation = Single::new(&*self.line, Work::Send(Some(item)));
         // Counted before it can be taken and dealt with.
         self.tasks.add();
         let outcome = match operation.attempt(py) {
             Ok(Some(_)) => return Ok(()),
-            Ok(None) => timeout("timeout", timeout_seconds)
-                .and_then(|limit| block(py, &mut operation, limit)),
+            Ok(None) => block(py, &mut operation, limit),
             Err(error) => Err(error),
         };
         if outcome.is_err() {
@@ -104,11 +104,8 @@ impl BareQueue {
 
     /// Take the oldest item; Timeout if there is none in time.
     fn get(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Py<PyAny>> {
-        let mut operation = Single::new(&*self.line, Work::Receive);
-        if let Some(item) = operation.attempt(py)? {
-            return Ok(item);
-        }
         let limit = timeout("timeout", timeout_seconds)?;
+        let mut operation = Single::new(&*self.line, Work::Receive);
         block(py, &mut operation, limit)
     }
 
