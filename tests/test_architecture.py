@@ -34,9 +34,10 @@ REPORTS_MUST_NOT_IMPORT = {
 }  # fmt: skip
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
-# The buffer protocol, NumPy's C API, the interpreter's stack, and messages seen by the collector.
+# The buffer protocol, NumPy's C API, the interpreter's stack and slots, messages in their places.
 BINDINGS_WITH_UNSAFE = (
     "buffer",
+    "channel/awaitable",
     "channel/mod",
     "channel/queue",
     "numpy",

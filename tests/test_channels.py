@@ -566,7 +566,7 @@ def test_select_passes_on_a_call_that_it_did_not_use() -> None:
         first.send(1)
         second.send(2)
         chosen = chooser.get()
-        if chosen.index == 1:  # it took what the other waits for
+        if chosen.which == 1:  # it took what the other waits for
             assert first.receive() == 1
             second.send(2)
         assert waiting.get() == 2
@@ -578,7 +578,7 @@ def test_select_starves_no_channel() -> None:
         inbox.send_many(range(100))
     counts = [0, 0, 0]
     for _ in range(90):
-        counts[select(inboxes).index] += 1
+        counts[select(inboxes).which] += 1
     assert min(counts) >= 20
 
 

@@ -69,6 +69,12 @@ mod _native {
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
 
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::channel::awaitable::install_send_slot(module.py());
+        Ok(())
+    }
+
     /// End the background thread that lets kept memory age; it starts again when needed.
     #[pyfunction]
     fn stop_background(py: Python<'_>) {

@@ -15,7 +15,6 @@ from moirai.errors import Closed, InvalidArgument
 __all__ = ["BatchingSender", "BatchingStatistics", "TrafficClass"]
 
 _Item = TypeVar("_Item")
-_Item_contra = TypeVar("_Item_contra", contravariant=True)
 
 TrafficClass = Literal["low", "medium", "high", "burst"]
 """How much is sent: below 1 000 messages a second, below 100 000, from there on; or, whatever the
@@ -31,8 +30,8 @@ BURST_RATIO = 4
 MAX_BATCH = 1 << 20
 
 
-class _Sink(Protocol[_Item_contra]):
-    def send_many(self, items: list[_Item_contra], /) -> Any: ...
+class _Sink(Protocol[_Item]):
+    def send_many(self, items: list[_Item], /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,14 @@ class BatchingSender(Generic[_Item]):
         self._rate_per_second = 0.0
         self._traffic: TrafficClass = "low"
         self._resting = False
-        self._wake = threading.Event()
+        self._wake = wake = threading.Event()
+
+        def ring(_: object) -> None:
+            wake.set()
+
         self._timer = threading.Thread(
             target=_keep_time,
-            args=(weakref.ref(self, lambda _, wake=self._wake: wake.set()), self._wake),
+            args=(weakref.ref(self, ring), wake),
             name="moirai-batching",
             daemon=True,
         )

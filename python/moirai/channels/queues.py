@@ -60,7 +60,7 @@ class Queue(queue.Queue[_Item]):
         self._maxsize = maxsize
 
     @property
-    def maxsize(self) -> int:  # type: ignore[override]
+    def maxsize(self) -> int:
         """Items it holds before `put` waits; 0 or less is no limit. May be changed."""
         return self._maxsize
 

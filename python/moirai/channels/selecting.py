@@ -20,11 +20,11 @@ class Selected(NamedTuple):
     """What `select` did.
 
     Attributes:
-        index: Which of the operations it was.
+        which: The index of the operation that was done.
         item: What was received; None for an operation that sent.
     """
 
-    index: int
+    which: int
     item: Any
 
 

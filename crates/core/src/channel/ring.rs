@@ -177,10 +177,10 @@ impl<T> Store<T> for Ring<T> {
                 );
                 match claim {
                     Ok(_) => {
-                        // SAFETY: the stamp says that a message is there, the claim whose it is.
-                        let message = slot
-                            .message
-                            .with_mut(|place| unsafe { (*place).assume_init_read() });
+                        // SAFETY: the claim gives this slot to this thread alone.
+                        let message = slot.message.with_mut(|place| unsafe { place.read() });
+                        // SAFETY: the stamp said that a message is there; it is moved out once.
+                        let message = unsafe { message.assume_init() };
                         slot.stamp
                             .store(position.wrapping_add(self.one_lap), Ordering::Release);
                         return Ok((message, head & WAITING != 0));
@@ -243,9 +243,10 @@ impl<T> Store<T> for Ring<T> {
             let slot = self.slot(position);
             debug_assert_eq!(slot.stamp.load(Ordering::Acquire), position + 1);
             slot.message.with(|place| {
-                // SAFETY: between head and tail every slot holds a message, since no push or pop is
-                // going on; the caller promises that none begins.
-                see(unsafe { (*place).assume_init_ref() })
+                // SAFETY: no push or pop is going on, and the caller promises that none begins.
+                let message = unsafe { &*place };
+                // SAFETY: then every slot between head and tail holds a message.
+                see(unsafe { message.assume_init_ref() })
             })?;
             position = self.after(position);
         }

@@ -1,11 +1,13 @@
 //! Operations as coroutines: done at the first step if that is possible, else in Python's part,
 //! `moirai._event_loop`, which waits in the loop.
 
-use super::operation::Operation;
+use super::Held;
+use super::operation::{Operation, Single};
 use super::waker::{LoopDoorbell, Waker};
 use crate::errors::{Closed, Disconnected};
 use moirai_core::sync::Lock;
 use pyo3::exceptions::{PyRuntimeError, PyStopAsyncIteration, PyStopIteration};
+use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -14,8 +16,16 @@ use std::time::Duration;
 
 type Boxed = Box<dyn Operation + Send>;
 
+/// How a step ended, if not by an exception.
+enum Step {
+    Suspended(Py<PyAny>),
+    Done(Py<PyAny>),
+}
+
+/// Most operations are done at the first step: those at one channel are not boxed before they wait.
 enum State {
-    New(Boxed),
+    One(Single<Held>),
+    Any(Boxed),
     Waiting(Py<PyAny>),
     Over,
 }
@@ -30,15 +40,23 @@ pub struct Pending {
 }
 
 impl Pending {
-    pub(super) fn new(
-        operation: impl Operation + Send + 'static,
-        timeout: Option<Duration>,
-        iterates: bool,
-    ) -> Self {
+    /// At one channel; if it `iterates`, the end of the channel is the end of an iteration.
+    pub(super) fn new(operation: Single<Held>, timeout: Option<Duration>, iterates: bool) -> Self {
         Pending {
-            state: Lock::new(State::New(Box::new(operation))),
+            state: Lock::new(State::One(operation)),
             timeout,
             iterates,
+        }
+    }
+
+    pub(super) fn any(
+        operation: impl Operation + Send + 'static,
+        timeout: Option<Duration>,
+    ) -> Self {
+        Pending {
+            state: Lock::new(State::Any(Box::new(operation))),
+            timeout,
+            iterates: false,
         }
     }
 
@@ -55,20 +73,53 @@ impl Pending {
     }
 
     /// Go on to the next suspension.
-    fn step(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+    fn step(&self, py: Python<'_>) -> PyResult<Step> {
         match self.take() {
-            State::New(mut operation) => match operation.attempt(py) {
-                Ok(Some(done)) => Err(PyStopIteration::new_err((done,))),
-                Ok(None) => {
-                    let coroutine = self.wait(py, operation)?;
-                    self.resume(py, coroutine, "send", (py.None(),))
-                }
+            State::One(mut operation) => match operation.attempt(py) {
+                Ok(Some(done)) => Ok(Step::Done(done)),
+                Ok(None) => self.begin(py, Box::new(operation)),
                 Err(error) => Err(self.failed(py, error)),
             },
-            State::Waiting(coroutine) => self.resume(py, coroutine, "send", (py.None(),)),
-            State::Over => Err(PyRuntimeError::new_err(
-                "cannot reuse already awaited coroutine",
-            )),
+            State::Any(mut operation) => match operation.attempt(py) {
+                Ok(Some(done)) => Ok(Step::Done(done)),
+                Ok(None) => self.begin(py, operation),
+                Err(error) => Err(self.failed(py, error)),
+            },
+            State::Waiting(coroutine) => self.resume(py, coroutine),
+            State::Over => Err(reused()),
+        }
+    }
+
+    #[cold]
+    fn begin(&self, py: Python<'_>, operation: Boxed) -> PyResult<Step> {
+        let coroutine = self.wait(py, operation)?;
+        self.resume(py, coroutine)
+    }
+
+    fn resume(&self, py: Python<'_>, coroutine: Py<PyAny>) -> PyResult<Step> {
+        let none = py.None();
+        let mut result = std::ptr::null_mut();
+        // SAFETY: both objects are alive, and `result` is a place for the answer.
+        let how = unsafe { ffi::PyIter_Send(coroutine.as_ptr(), none.as_ptr(), &raw mut result) };
+        // SAFETY: the answer is a reference of ours, or null after an exception.
+        let object = unsafe { Bound::from_owned_ptr_or_opt(py, result) };
+        match object {
+            None => Err(self.failed(py, PyErr::fetch(py))),
+            Some(object) if how == ffi::PySendResult::PYGEN_RETURN => {
+                Ok(Step::Done(object.unbind()))
+            }
+            Some(object) => {
+                *self.state.lock() = State::Waiting(coroutine);
+                Ok(Step::Suspended(object.unbind()))
+            }
+        }
+    }
+
+    /// As a generator tells it: an exception for the end.
+    fn told(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        match self.step(py)? {
+            Step::Suspended(suspended) => Ok(suspended),
+            Step::Done(done) => Err(PyStopIteration::new_err((done,))),
         }
     }
 
@@ -80,22 +131,10 @@ impl Pending {
         let coroutine = part.call_method1("complete", (waiting, bell, seconds))?;
         Ok(coroutine.unbind())
     }
+}
 
-    fn resume<'py>(
-        &self,
-        py: Python<'py>,
-        coroutine: Py<PyAny>,
-        method: &str,
-        arguments: impl pyo3::call::PyCallArgs<'py>,
-    ) -> PyResult<Py<PyAny>> {
-        match coroutine.call_method1(py, method, arguments) {
-            Ok(suspended) => {
-                *self.state.lock() = State::Waiting(coroutine);
-                Ok(suspended)
-            }
-            Err(error) => Err(self.failed(py, error)),
-        }
-    }
+fn reused() -> PyErr {
+    PyRuntimeError::new_err("cannot reuse already awaited coroutine")
 }
 
 #[pymethods]
@@ -109,13 +148,13 @@ impl Pending {
     }
 
     fn __next__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.step(py)
+        self.told(py)
     }
 
     /// Go on, as a coroutine does.
     fn send(&self, py: Python<'_>, value: Py<PyAny>) -> PyResult<Py<PyAny>> {
         drop(value);
-        self.step(py)
+        self.told(py)
     }
 
     /// Raise inside, as in a coroutine.
@@ -124,27 +163,31 @@ impl Pending {
         let coroutine = match self.take() {
             State::Waiting(coroutine) => coroutine,
             // Python's part raises it before it begins.
-            State::New(operation) => self.wait(py, operation)?,
-            State::Over => {
-                return Err(PyRuntimeError::new_err(
-                    "cannot reuse already awaited coroutine",
-                ));
-            }
+            State::One(operation) => self.wait(py, Box::new(operation))?,
+            State::Any(operation) => self.wait(py, operation)?,
+            State::Over => return Err(reused()),
         };
-        self.resume(py, coroutine, "throw", arguments.clone())
+        match coroutine.call_method1(py, "throw", arguments.clone()) {
+            Ok(suspended) => {
+                *self.state.lock() = State::Waiting(coroutine);
+                Ok(suspended)
+            }
+            Err(error) => Err(self.failed(py, error)),
+        }
     }
 
     /// End it, as a coroutine.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         match self.take() {
             State::Waiting(coroutine) => coroutine.call_method0(py, "close").map(drop),
-            State::New(_) | State::Over => Ok(()),
+            State::One(_) | State::Any(_) | State::Over => Ok(()),
         }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         match self.state.try_lock().as_deref() {
-            Some(State::New(operation)) => operation.visit(&visit),
+            Some(State::One(operation)) => operation.visit(&visit),
+            Some(State::Any(operation)) => operation.visit(&visit),
             Some(State::Waiting(coroutine)) => visit.call(coroutine),
             Some(State::Over) | None => Ok(()),
         }
@@ -152,6 +195,44 @@ impl Pending {
 
     fn __clear__(&self) {
         drop(self.take());
+    }
+}
+
+/// The step as `await` takes it: without an exception for the end, which costs more than all the rest.
+unsafe extern "C" fn send_slot(
+    this: *mut ffi::PyObject,
+    _value: *mut ffi::PyObject,
+    result: *mut *mut ffi::PyObject,
+) -> ffi::PySendResult {
+    Python::attach(|py| {
+        // SAFETY: the interpreter calls a slot with an object of its type, borrowed for the call.
+        let this = unsafe { Bound::from_borrowed_ptr(py, this) };
+        let step = match this.cast::<Pending>() {
+            Ok(pending) => pending.get().step(py),
+            Err(error) => Err(error.into()),
+        };
+        let (object, how) = match step {
+            Ok(Step::Suspended(object)) => (object.into_ptr(), ffi::PySendResult::PYGEN_NEXT),
+            Ok(Step::Done(object)) => (object.into_ptr(), ffi::PySendResult::PYGEN_RETURN),
+            Err(error) => {
+                error.restore(py);
+                (std::ptr::null_mut(), ffi::PySendResult::PYGEN_ERROR)
+            }
+        };
+        // SAFETY: the interpreter passes a place for the result.
+        unsafe { result.write(object) };
+        how
+    })
+}
+
+/// Have `await` use [`send_slot`]. PyO3 knows no such slot; once, before there are objects.
+pub(crate) fn install_send_slot(py: Python<'_>) {
+    let kind = py.get_type::<Pending>().as_type_ptr();
+    // SAFETY: the type lives as long as the interpreter, and nobody else looks at it yet.
+    let slots = unsafe { (*kind).tp_as_async };
+    // SAFETY: a type made from a specification has its own table of these slots.
+    if let Some(slots) = unsafe { slots.as_mut() } {
+        slots.am_send = Some(send_slot);
     }
 }
 

@@ -4,7 +4,7 @@
 //! operation lets go of it half way. So a collector, which traverses while no other attached thread
 //! runs, never meets a message half moved.
 
-#![allow(unsafe_code)] // to visit the messages in place, for the collector
+#![allow(unsafe_code)] // to visit messages in place, and for a slot that PyO3 does not know
 
 pub(crate) mod awaitable;
 pub(crate) mod ends;
@@ -64,7 +64,7 @@ fn most(max_count: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
 }
 
 impl Channel {
-    #[inline]
+    #[inline(always)]
     fn send(&self, py: Python<'_>, item: Py<PyAny>, seconds: Option<f64>) -> PyResult<()> {
         if seconds.is_some() {
             timeout("timeout_seconds", seconds)?;
@@ -94,7 +94,7 @@ impl Channel {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn receive(&self, py: Python<'_>, seconds: Option<f64>) -> PyResult<Py<PyAny>> {
         if seconds.is_some() {
             timeout("timeout_seconds", seconds)?;
@@ -397,5 +397,5 @@ pub fn select_channels_async(
     timeout_seconds: Option<f64>,
 ) -> PyResult<Pending> {
     let limit = timeout("timeout_seconds", timeout_seconds)?;
-    Ok(Pending::new(Select::new(operations)?, limit, false))
+    Ok(Pending::any(Select::new(operations)?, limit))
 }

@@ -33,7 +33,6 @@ pub(super) fn block(
 }
 
 /// `None`: not in time.
-
 fn sleep(
     py: Python<'_>,
     operation: &mut impl Operation,
