@@ -97,7 +97,12 @@ impl<W> Waiters<W> {
 
     /// How many wait.
     pub fn count(&self) -> usize {
-        self.change(|_| {}, |line| line.waiting.len())
+        let line = self.0.lock();
+        if line.generation == generation() {
+            line.waiting.len()
+        } else {
+            0
+        }
     }
 
     /// Take the lock and keep it, over a fork.
