@@ -97,18 +97,19 @@ fn receive<S: Store<usize>>(line: &Line<S>) -> Option<usize> {
     result
 }
 
-/// Every interleaving in which threads are interrupted at most twice between them; each may also
-/// wait, which is no interruption. Without a bound a model of three threads does not end in hours.
-fn model(run: impl Fn() + Sync + Send + 'static) {
+/// Every interleaving in which threads are interrupted so many times at most; each may also wait,
+/// which is no interruption. Without a bound a model of three threads does not end in hours.
+fn model(interruptions: usize, run: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(2);
+    builder.preemption_bound = Some(interruptions);
+    builder.max_branches = 20_000;
     builder.check(run);
 }
 
 fn two_senders_and_a_receiver<S: Store<usize> + Send + Sync + 'static>(
     store: impl Fn() -> S + Send + Sync + 'static,
 ) {
-    model(move || {
+    model(1, move || {
         let line = Arc::new(Line::new(store()));
         let senders: Vec<_> = [1, 2]
             .into_iter()
@@ -139,7 +140,7 @@ fn a_deque_of_one_hands_over_what_two_send() {
 
 #[test]
 fn two_receivers_get_a_message_each() {
-    model(|| {
+    model(1, || {
         let line = Arc::new(Line::new(Ring::new(2)));
         let receivers: Vec<_> = (0..2)
             .map(|_| {
@@ -160,7 +161,7 @@ fn two_receivers_get_a_message_each() {
 
 #[test]
 fn a_sender_goes_through_laps_in_order() {
-    model(|| {
+    model(2, || {
         let line = Arc::new(Line::new(Ring::new(2)));
         let sending = {
             let line = Arc::clone(&line);
@@ -177,7 +178,7 @@ fn a_sender_goes_through_laps_in_order() {
 /// the end.
 #[test]
 fn closing_loses_no_message_and_wakes_who_waits() {
-    model(|| {
+    model(2, || {
         let line = Arc::new(Line::new(Ring::new(1)));
         let sending = {
             let line = Arc::clone(&line);
@@ -202,7 +203,7 @@ fn closing_loses_no_message_and_wakes_who_waits() {
 /// One who waits gives up just when it is called: the other gets the message.
 #[test]
 fn a_call_that_is_not_used_is_passed_on() {
-    model(|| {
+    model(2, || {
         let line = Arc::new(Line::new(Ring::new(1)));
         let quitter = Waker::new();
         let ticket = line.join(Side::Receivers, None, quitter);
@@ -222,7 +223,7 @@ fn a_call_that_is_not_used_is_passed_on() {
 
 #[test]
 fn the_last_sender_that_leaves_ends_the_receivers_after_its_message() {
-    model(|| {
+    model(1, || {
         let line = Arc::new(Line::new(Ring::new(2)));
         assert!(line.open_handle(Side::Senders));
         assert!(line.open_handle(Side::Senders));
@@ -251,7 +252,7 @@ fn the_last_sender_that_leaves_ends_the_receivers_after_its_message() {
 
 #[test]
 fn who_joins_is_woken_by_the_last_task() {
-    model(|| {
+    model(2, || {
         let tasks = Arc::new(Tasks::default());
         tasks.add();
         tasks.add();
