@@ -1,4 +1,4 @@
-"""The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly."""
+"""The compiled core. Import it through a facade such as `moirai.memory`, never directly."""
 
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -16,23 +16,30 @@ __all__ = [
     "AdaptiveResource",
     "Arena",
     "ArenaResource",
+    "BareQueue",
     "Batch",
     "Buffer",
     "BufferPool",
+    "Channel",
+    "ChannelStatistics",
     "HealthReport",
     "LargeObjectResource",
     "Lease",
     "LimitAdaptor",
+    "LoopDoorbell",
     "NumaResource",
     "ObjectPool",
     "PatternAdaptor",
+    "Pending",
     "PoolResource",
     "PoolStatistics",
     "PooledBuffer",
     "PriorityResource",
     "RealtimeResource",
+    "Receiver",
     "Resource",
     "Savepoint",
+    "Sender",
     "Slab",
     "SlabResource",
     "Statistics",
@@ -44,6 +51,7 @@ __all__ = [
     "TransactionStore",
     "Vector",
     "VectorPool",
+    "Waiting",
     "build_profile",
     "current_lane",
     "handler_of",
@@ -54,6 +62,8 @@ __all__ = [
     "lost_blocks",
     "pages_by_node",
     "priority",
+    "select_channels",
+    "select_channels_async",
     "stop_background",
     "uninstall",
     "use",
@@ -1251,3 +1261,353 @@ def stop_background() -> None:
 
 def build_profile() -> Literal["release", "debug"]:
     """How this module was compiled: "release" or "debug"."""
+
+_Default = TypeVar("_Default")
+
+@disjoint_base
+class Channel(Generic[_Item]):
+    """Messages from any thread or task to any other: bounded, in order, without a copy.
+
+    It acts as both sides; `sender()` and `receiver()` give handles of one side, which are counted.
+    Any number of threads and event loops may use it at once. A forked child has a copy with the
+    messages that were in it, and nobody waiting.
+
+    Args:
+        capacity: Messages it holds before a sender waits; from 1 to 2**30, 16 bytes each.
+
+    Raises:
+        InvalidArgument: `capacity` is outside its range.
+    """
+
+    def __new__(cls, capacity: int) -> Self: ...
+    def __class_getitem__(cls, key: Any) -> GenericAlias: ...
+    def send(self, item: _Item, timeout_seconds: float | None = None) -> None:
+        """Put a message in, waiting while the channel is full.
+
+        Args:
+            item: The message; the receiver gets this very object.
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: There was no room in time; nothing was sent.
+            Closed: This channel is closed, or every sender of it.
+            Disconnected: Every receiver is closed.
+            InvalidArgument: `timeout_seconds` is negative.
+        """
+    def try_send(self, item: _Item) -> bool:
+        """Put a message in if there is room; whether it was.
+
+        Raises:
+            Closed, Disconnected: As for `send`.
+        """
+    def send_many(self, items: Iterable[_Item], timeout_seconds: float | None = None) -> int:
+        """Put messages in, in order, waiting until all are; returns how many.
+
+        Others may send between them. `items` is read to its end first. Whatever is raised after
+        that has `sent_count`: so many were sent, and stay sent.
+
+        Args:
+            items: The messages.
+            timeout_seconds: How long to wait at most, for all of them; >= 0.
+
+        Raises:
+            Timeout, Closed, Disconnected, InvalidArgument: As for `send`.
+        """
+    def send_async(
+        self, item: _Item, timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """As `send`, but wait without blocking the event loop."""
+    def send_many_async(
+        self, items: Iterable[_Item], timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, int]:
+        """As `send_many`, but wait without blocking the event loop."""
+    def receive(self, timeout_seconds: float | None = None) -> _Item:
+        """Take the oldest message, waiting while there is none.
+
+        Args:
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: Nothing came in time; nothing was taken.
+            Closed: This channel is closed, or every receiver of it, and it is empty.
+            Disconnected: Every sender is closed, and what was sent has been received.
+            InvalidArgument: `timeout_seconds` is negative.
+        """
+    @overload
+    def try_receive(self) -> _Item | None:
+        """Take the oldest message if there is one, else return `default`.
+
+        Raises:
+            Closed, Disconnected: As for `receive`.
+        """
+    @overload
+    def try_receive(self, default: _Default) -> _Item | _Default: ...
+    def receive_many(
+        self, max_count: int | None = None, timeout_seconds: float | None = None
+    ) -> list[_Item]:
+        """Take what is there, at least one, waiting while there is none.
+
+        Args:
+            max_count: How many to take at most; >= 1. None takes all.
+            timeout_seconds: How long to wait at most for the first; >= 0.
+
+        Raises:
+            Timeout, Closed, Disconnected, InvalidArgument: As for `receive`.
+        """
+    def receive_async(self, timeout_seconds: float | None = None) -> Coroutine[Any, Any, _Item]:
+        """As `receive`, but wait without blocking the event loop."""
+    def receive_many_async(
+        self, max_count: int | None = None, timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, list[_Item]]:
+        """As `receive_many`, but wait without blocking the event loop."""
+    def sender(self) -> Sender[_Item]:
+        """A handle that sends; when the last of them is closed, the senders' side ends.
+
+        Raises:
+            Closed: The channel is closed, or that side has ended.
+        """
+    def receiver(self) -> Receiver[_Item]:
+        """A handle that receives; when the last of them is closed, the receivers' side ends.
+
+        What is in the channel then is dropped.
+
+        Raises:
+            Closed: That side has ended.
+        """
+    def close(self) -> None:
+        """Take no message any more; what is in it can be received. Whoever waits is woken."""
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no message any more, for whatever reason."""
+    @property
+    def capacity(self) -> int:
+        """Messages it holds before a sender waits."""
+    def statistics(self) -> ChannelStatistics:
+        """What went through so far, and who waits now. Each number is of a moment of its own."""
+    def __len__(self) -> int: ...
+    def __bool__(self) -> bool:
+        """An empty channel is a channel."""
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> _Item: ...
+    def __aiter__(self) -> Self: ...
+    def __anext__(self) -> Coroutine[Any, Any, _Item]: ...
+
+@final
+class Sender(Generic[_Item]):
+    """A handle that sends. Closed by `close`, at the end of its block, or when it is collected."""
+
+    def __new__(cls, channel: Channel[_Item]) -> Self: ...
+    def __class_getitem__(cls, key: Any) -> GenericAlias: ...
+    def send(self, item: _Item, timeout_seconds: float | None = None) -> None:
+        """Put a message in, waiting while the channel is full.
+
+        Args:
+            item: The message; the receiver gets this very object.
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: There was no room in time; nothing was sent.
+            Closed: This handle is closed, or the channel.
+            Disconnected: Every receiver is closed.
+            InvalidArgument: `timeout_seconds` is negative.
+        """
+    def try_send(self, item: _Item) -> bool:
+        """Put a message in if there is room; whether it was.
+
+        Raises:
+            Closed, Disconnected: As for `send`.
+        """
+    def send_many(self, items: Iterable[_Item], timeout_seconds: float | None = None) -> int:
+        """Put messages in, in order, waiting until all are; returns how many.
+
+        Others may send between them. `items` is read to its end first. Whatever is raised after
+        that has `sent_count`: so many were sent, and stay sent.
+
+        Args:
+            items: The messages.
+            timeout_seconds: How long to wait at most, for all of them; >= 0.
+
+        Raises:
+            Timeout, Closed, Disconnected, InvalidArgument: As for `send`.
+        """
+    def send_async(
+        self, item: _Item, timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """As `send`, but wait without blocking the event loop."""
+    def send_many_async(
+        self, items: Iterable[_Item], timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, int]:
+        """As `send_many`, but wait without blocking the event loop."""
+    def wait_for_room(self, timeout_seconds: float | None = None) -> None:
+        """Wait until there is room for a message, which stays if nobody else sends.
+
+        Raises:
+            Timeout, Closed, Disconnected, InvalidArgument: As for `send`.
+        """
+    def close(self) -> None:
+        """Count this handle out; the last one ends the senders' side."""
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@disjoint_base
+class Receiver(Generic[_Item]):
+    """A handle that receives. Closed by `close`, at its block's end, or when it is collected."""
+
+    def __new__(cls, channel: Channel[_Item]) -> Self: ...
+    def __class_getitem__(cls, key: Any) -> GenericAlias: ...
+    def receive(self, timeout_seconds: float | None = None) -> _Item:
+        """Take the oldest message, waiting while there is none.
+
+        Args:
+            timeout_seconds: How long to wait at most; >= 0. None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: Nothing came in time; nothing was taken.
+            Closed: This handle is closed; or the channel, and it is empty.
+            Disconnected: Every sender is closed, and what was sent has been received.
+            InvalidArgument: `timeout_seconds` is negative.
+        """
+    @overload
+    def try_receive(self) -> _Item | None:
+        """Take the oldest message if there is one, else return `default`.
+
+        Raises:
+            Closed, Disconnected: As for `receive`.
+        """
+    @overload
+    def try_receive(self, default: _Default) -> _Item | _Default: ...
+    def receive_many(
+        self, max_count: int | None = None, timeout_seconds: float | None = None
+    ) -> list[_Item]:
+        """Take what is there, at least one, waiting while there is none.
+
+        Args:
+            max_count: How many to take at most; >= 1. None takes all.
+            timeout_seconds: How long to wait at most for the first; >= 0.
+
+        Raises:
+            Timeout, Closed, Disconnected, InvalidArgument: As for `receive`.
+        """
+    def receive_async(self, timeout_seconds: float | None = None) -> Coroutine[Any, Any, _Item]:
+        """As `receive`, but wait without blocking the event loop."""
+    def receive_many_async(
+        self, max_count: int | None = None, timeout_seconds: float | None = None
+    ) -> Coroutine[Any, Any, list[_Item]]:
+        """As `receive_many`, but wait without blocking the event loop."""
+    def close(self) -> None:
+        """Count this handle out; the last one ends the receivers' side."""
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> _Item: ...
+    def __aiter__(self) -> Self: ...
+    def __anext__(self) -> Coroutine[Any, Any, _Item]: ...
+
+@final
+class ChannelStatistics:
+    """What went through a channel, and who waits."""
+
+    @property
+    def capacity(self) -> int:
+        """Messages it holds before a sender waits."""
+    @property
+    def current_count(self) -> int:
+        """Messages in it."""
+    @property
+    def total_sent(self) -> int:
+        """Messages put in since it was made."""
+    @property
+    def total_received(self) -> int:
+        """Messages taken out since it was made."""
+    @property
+    def current_senders(self) -> int:
+        """Open handles that send."""
+    @property
+    def current_receivers(self) -> int:
+        """Open handles that receive."""
+    @property
+    def senders_waiting(self) -> int:
+        """Threads and tasks that wait for room."""
+    @property
+    def receivers_waiting(self) -> int:
+        """Threads and tasks that wait for a message."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class BareQueue(Generic[_Item]):
+    """A queue whose limit may change; 0 or less is no limit."""
+
+    def __new__(cls, maxsize: int) -> Self: ...
+    def __class_getitem__(cls, key: Any) -> GenericAlias: ...
+    def put(self, item: _Item, timeout_seconds: float | None) -> None:
+        """Put an item in; Timeout if there is no room in time."""
+    def get(self, timeout_seconds: float | None) -> _Item:
+        """Take the oldest item; Timeout if there is none in time."""
+    def set_maxsize(self, maxsize: int) -> None:
+        """Have another limit from now on."""
+    def shutdown(self, immediate: bool) -> None:
+        """Refuse further items; `immediate` drops what is in it, and lets go whoever joins."""
+    def task_done(self) -> bool:
+        """An item was dealt with; false if none was left to be."""
+    def join(self) -> None:
+        """Wait until every item has been dealt with."""
+    @property
+    def unfinished_tasks(self) -> int:
+        """Items that were not dealt with yet."""
+    def __len__(self) -> int: ...
+
+@final
+class LoopDoorbell:
+    """The bell of one event loop."""
+
+    def __new__(cls, is_closed: Callable[[], bool]) -> Self: ...
+    def fileno(self) -> int:
+        """The descriptor that is readable after a ring."""
+    def answer(self) -> list[int]:
+        """The numbers that were rung for since the last call."""
+
+@final
+class Pending:
+    """A coroutine that does one operation."""
+
+    def __await__(self) -> Self: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Any: ...
+    def send(self, value: Any) -> Any:
+        """Go on, as a coroutine does."""
+    def throw(self, *arguments: Any) -> Any:
+        """Raise inside, as in a coroutine."""
+    def close(self) -> None:
+        """End it, as a coroutine."""
+
+@final
+class Waiting:
+    """An operation that waits in an event loop; taken out while it is tried."""
+
+    def join(self, bell: LoopDoorbell, who: int) -> tuple[Any] | None:
+        """Join the line, as number `who` of the bell, and try: (item,), or None."""
+    def attempt(self) -> tuple[Any] | None:
+        """Try after a call: (item,), or None."""
+    def time_out(self, waited_seconds: float) -> Any:
+        """What can be had in the last moment, or Timeout."""
+    def leave(self) -> None:
+        """Leave the line; a call that was not used goes to the next one."""
+    def tell(self, error: BaseException) -> None:
+        """Note on an exception from outside what is left behind."""
+
+def select_channels(
+    operations: Iterable[Any], timeout_seconds: float | None = None
+) -> tuple[int, Any]:
+    """(index, item) of the first operation that can be done."""
+
+def select_channels_async(
+    operations: Iterable[Any], timeout_seconds: float | None = None
+) -> Coroutine[Any, Any, tuple[int, Any]]:
+    """As `select_channels`, but wait without blocking the event loop."""

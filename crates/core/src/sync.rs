@@ -5,6 +5,8 @@
 //! child that was forked while another thread was inside that table.
 
 pub mod front;
+#[cfg(not(loom))]
+pub mod parker;
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{
@@ -18,6 +20,51 @@ pub use std::sync::atomic::{
 };
 #[cfg(not(loom))]
 pub use std::sync::{Condvar, Mutex};
+
+/// Let others go on while what they are about to do is waited for, as the `round`-th time.
+#[cfg(loom)]
+pub fn spin(_round: u32) {
+    loom::thread::yield_now();
+}
+
+/// Let others go on while what they are about to do is waited for, as the `round`-th time.
+#[cfg(not(loom))]
+pub fn spin(round: u32) {
+    if round < 64 {
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+}
+
+/// Memory that a protocol gives to one thread at a time; a model checks that it does.
+#[cfg(loom)]
+pub type SharedCell<T> = loom::cell::UnsafeCell<T>;
+
+/// Memory that a protocol gives to one thread at a time; a model checks that it does.
+#[cfg(not(loom))]
+#[repr(transparent)]
+pub struct SharedCell<T>(std::cell::UnsafeCell<T>);
+
+#[cfg(not(loom))]
+impl<T> SharedCell<T> {
+    /// A cell with `value`.
+    pub const fn new(value: T) -> Self {
+        SharedCell(std::cell::UnsafeCell::new(value))
+    }
+
+    /// Read through the pointer, which is valid as long as the cell.
+    #[inline(always)]
+    pub fn with<R>(&self, read: impl FnOnce(*const T) -> R) -> R {
+        read(self.0.get())
+    }
+
+    /// Write through the pointer, which is valid as long as the cell.
+    #[inline(always)]
+    pub fn with_mut<R>(&self, write: impl FnOnce(*mut T) -> R) -> R {
+        write(self.0.get())
+    }
+}
 
 /// A pointer that is null until it is published, once, and may be read without a lock from then on.
 ///
@@ -337,6 +384,23 @@ impl Bell {
             .wait_timeout_while(rung, timeout, |rung| !*rung)
             .unwrap_or_else(|poison| poison.into_inner());
         *rung = false;
+    }
+}
+
+/// A mutex that does not poison; a model has no `fork`.
+#[cfg(loom)]
+pub struct Lock<T>(Mutex<T>);
+
+#[cfg(loom)]
+impl<T> Lock<T> {
+    /// A lock around `value`.
+    pub fn new(value: T) -> Self {
+        Lock(Mutex::new(value))
+    }
+
+    /// Wait for the lock.
+    pub fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 }
 

@@ -4,6 +4,7 @@ use moirai_core::error::Error;
 use pyo3::{PyErr, import_exception};
 
 import_exception!(moirai.errors, Closed);
+import_exception!(moirai.errors, Disconnected);
 import_exception!(moirai.errors, InvalidArgument);
 import_exception!(moirai.errors, OutOfMemory);
 import_exception!(moirai.errors, Timeout);

@@ -6,6 +6,7 @@ mod adaptive;
 mod arena;
 mod argument;
 mod buffer;
+mod channel;
 mod errors;
 mod lane;
 mod numa;
@@ -19,7 +20,7 @@ mod transaction;
 
 use pyo3::prelude::*;
 
-/// The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly.
+/// The compiled core. Import it through a facade such as `moirai.memory`, never directly.
 #[pymodule(gil_used = false)]
 mod _native {
     use super::*;
@@ -30,6 +31,16 @@ mod _native {
     use super::arena::{Arena, ArenaResource, Savepoint, ThreadLocalArena};
     #[pymodule_export]
     use super::buffer::{Batch, Buffer};
+    #[pymodule_export]
+    use super::channel::awaitable::{Pending, Waiting};
+    #[pymodule_export]
+    use super::channel::ends::{Receiver, Sender};
+    #[pymodule_export]
+    use super::channel::queue::BareQueue;
+    #[pymodule_export]
+    use super::channel::waker::LoopDoorbell;
+    #[pymodule_export]
+    use super::channel::{Channel, ChannelStatistics, select_channels, select_channels_async};
     #[pymodule_export]
     use super::lane::current_lane;
     #[pymodule_export]
@@ -63,6 +74,12 @@ mod _native {
     use super::slab::Slab;
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::channel::awaitable::install_send_slot(module.py());
+        Ok(())
+    }
 
     /// End the background thread that lets kept memory age; it starts again when needed.
     #[pyfunction]

@@ -2,6 +2,7 @@
 //!
 //! Linux today; another system is another file behind the same functions.
 
+pub mod event;
 pub mod locked;
 pub mod numa;
 

@@ -18,12 +18,11 @@
 //! bound that holds over all threads needs a shared count anyway.
 
 mod counts;
-mod parker;
 mod slots;
 pub mod vector;
 
+pub use crate::sync::parker::{Parked, Parker};
 pub use counts::{Census, Statistics};
-pub use parker::{Parked, Parker};
 pub use slots::Turn;
 
 use crate::resource::fork::{self, ForkLocks};

@@ -50,7 +50,12 @@ pub(crate) fn generation() -> u64 {
 pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
     ONCE.call_once(|| os::at_fork(prepare, parent, child));
     let mut registered = REGISTERED.lock();
-    registered.retain(|entry| entry.strong_count() > 0);
+    // Pruned only when it would grow, and then given room, so that many registrations stay cheap.
+    if registered.len() == registered.capacity() {
+        registered.retain(|entry| entry.strong_count() > 0);
+        let live = registered.len();
+        registered.reserve(live.max(16));
+    }
     registered.push(locks);
 }
 

@@ -1,7 +1,7 @@
 //! A place for one thread to sleep until it is called, or a signal arrives.
 
+use super::{AtomicU32, Ordering};
 use crate::os::{self, WaitEnd};
-use crate::sync::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const CALLED: u32 = 1;
@@ -17,7 +17,7 @@ pub enum Parked {
     Interrupted,
 }
 
-/// One thread parks, any other calls it, once. A call before the parking is not lost.
+/// One thread parks, any other calls it. A call before the parking is not lost.
 ///
 /// Not std's condition variable, because that hides from its caller that a signal arrived.
 #[derive(Default)]
@@ -40,6 +40,11 @@ impl Parker {
             WaitEnd::TimedOut => Parked::TimedOut,
             WaitEnd::Woken | WaitEnd::Interrupted => Parked::Interrupted,
         }
+    }
+
+    /// Forget a call, to be called again. For the thread that parks here; what the call told is seen.
+    pub fn rearm(&self) {
+        self.word.swap(0, Ordering::Acquire);
     }
 
     /// Call the thread that sleeps or will sleep here.

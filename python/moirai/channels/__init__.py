@@ -1,0 +1,33 @@
+"""Messages from any thread or task to any other: bounded, closable, in order, without a copy.
+
+Every object here may be used by any number of threads at once, with or without the GIL, and the
+channels by any number of event loops. What a forked child has is told in docs/channels.md.
+"""
+
+from __future__ import annotations
+
+from moirai._native import Channel, ChannelStatistics, Receiver, Sender
+from moirai.channels.batching import BatchingSender, BatchingStatistics, TrafficClass
+from moirai.channels.broadcast import Broadcast, SlowPolicy, Subscription
+from moirai.channels.queues import Empty, Full, Queue, ShutDown
+from moirai.channels.selecting import Selected, select, select_async
+
+__all__ = [
+    "BatchingSender",
+    "BatchingStatistics",
+    "Broadcast",
+    "Channel",
+    "ChannelStatistics",
+    "Empty",
+    "Full",
+    "Queue",
+    "Receiver",
+    "Selected",
+    "Sender",
+    "ShutDown",
+    "SlowPolicy",
+    "Subscription",
+    "TrafficClass",
+    "select",
+    "select_async",
+]
