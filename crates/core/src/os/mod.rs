@@ -4,6 +4,7 @@
 
 pub mod locked;
 pub mod numa;
+pub mod shared;
 
 use crate::sync::AtomicU32;
 use std::ptr::NonNull;

@@ -1,0 +1,3 @@
+//! Channels: bounded queues between threads and between processes.
+
+pub mod shared;
