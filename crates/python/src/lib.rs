@@ -12,6 +12,7 @@ mod numpy;
 mod pools;
 mod priority;
 mod resource;
+mod shared_channel;
 mod site;
 mod transaction;
 
@@ -55,6 +56,14 @@ mod _native {
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
         Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
+    #[pymodule_export]
+    use super::shared_channel::block::SharedBlock;
+    #[pymodule_export]
+    use super::shared_channel::handle::SharedChannel;
+    #[pymodule_export]
+    use super::shared_channel::receiver::SharedReceiver;
+    #[pymodule_export]
+    use super::shared_channel::sender::SharedSender;
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
 

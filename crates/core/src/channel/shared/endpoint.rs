@@ -43,13 +43,21 @@ pub struct Endpoint {
     spin: AtomicU32,
 }
 
+/// An operation in progress: the end is not closed under it.
+struct Active<'a>(&'a Endpoint);
+
+impl Drop for Active<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.0.active.fetch_sub(1, Ordering::AcqRel) == CLOSED + 1 {
+            self.0.finish();
+        }
+    }
+}
+
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        if self.generation.load(Ordering::Relaxed) == fork::generation()
-            && self.attachment.is_here()
-        {
-            let _ = self.attachment.change_role(self.role, false);
-        }
+        self.close();
     }
 }
 
@@ -85,9 +93,12 @@ impl Endpoint {
         if before & CLOSED != 0 {
             return Err(self.closed());
         }
-        if self.generation.load(Ordering::Relaxed) != fork::generation() {
+        let now = fork::generation();
+        if self.generation.load(Ordering::Relaxed) != now
+            && self.generation.swap(now, Ordering::AcqRel) != now
+        {
             self.attachment.change_role(self.role, true)?;
-            self.generation.store(fork::generation(), Ordering::Relaxed);
+            self.attachment.retain();
         }
         let slot = self.attachment.slot()?;
         Ok((active, slot))
@@ -369,6 +380,24 @@ impl Endpoint {
                 at.as_ptr()
                     .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
             };
+        })
+    }
+
+    /// Send pieces at offsets of a message of `length` bytes in the ring; false if there is no room.
+    pub fn try_send_pieces<'a>(
+        &self,
+        kind: u8,
+        length: usize,
+        pieces: impl Iterator<Item = (usize, &'a [u8])>,
+    ) -> Result<bool> {
+        self.try_send(kind, length, |at| {
+            for (offset, bytes) in pieces {
+                assert!(offset + bytes.len() <= length);
+                // SAFETY: within the record, which was claimed for `length` bytes.
+                let at = unsafe { at.add(offset) };
+                // SAFETY: as above.
+                unsafe { at.as_ptr().copy_from(bytes.as_ptr(), bytes.len()) };
+            }
         })
     }
 

@@ -1,0 +1,8 @@
+//! `SharedChannel`: messages between processes.
+
+pub(crate) mod block;
+mod bytes;
+pub(crate) mod handle;
+pub(crate) mod receiver;
+pub(crate) mod sender;
+mod wait;

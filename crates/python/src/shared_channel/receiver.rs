@@ -1,0 +1,257 @@
+//! The receiving end.
+
+use super::block::SharedBlock;
+use super::bytes::{Exported, new_bytearray, new_bytes};
+use super::handle::SharedChannel;
+use super::wait::{Patience, timed_out, until};
+use crate::argument::{count, timeout};
+use crate::errors::{InvalidArgument, to_py};
+use moirai_core::channel::shared::attachment::Role;
+use moirai_core::channel::shared::endpoint::{Endpoint, Offer};
+use moirai_core::channel::shared::message::{BYTES, OBJECT, Plan};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList};
+use std::sync::Arc;
+
+const NONE_CAME: &str = "no message came";
+const NOT_RECEIVED: &str = "nothing was received";
+
+/// The receiving end of a channel, open until it is closed.
+#[pyclass(frozen, subclass, weakref, module = "moirai.channels")]
+pub struct SharedReceiver(Arc<Endpoint>);
+
+/// A message as Python gets it: what it is, the object that has its bytes, where its parts lie.
+type Parts<'py> = (u8, Bound<'py, PyAny>, Vec<(usize, usize)>);
+
+fn not_bytes(offer: Offer, method: &str) -> PyErr {
+    let kind = if offer.kind == OBJECT {
+        "an object"
+    } else {
+        "an array"
+    };
+    InvalidArgument::new_err(format!(
+        "{method}: the next message must be bytes, got {kind}, which stays in the channel; use \
+         receive()"
+    ))
+}
+
+impl SharedReceiver {
+    #[inline]
+    fn take_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        method: &str,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        loop {
+            let Some(offer) = self.0.peek().map_err(to_py)? else {
+                return Ok(None);
+            };
+            if offer.kind != BYTES {
+                return Err(not_bytes(offer, method));
+            }
+            let found = if offer.is_block {
+                self.take_block_bytes(py, offer)?
+            } else {
+                new_bytes(py, offer.length, |place| {
+                    self.0.accept_into(offer, place).map_err(to_py)
+                })?
+            };
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+    }
+
+    fn take_block_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        offer: Offer,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        if offer.length > self.0.max_bytes() {
+            // Found to be false, and said so, before so much is allocated.
+            return self.0.accept_block(offer).map(|_| None).map_err(to_py);
+        }
+        new_bytes(py, offer.length, |place| {
+            py.detach(|| {
+                let block = self.0.accept_block(offer)?;
+                let taken = block.filter(|block| block.length() == place.len());
+                if let Some(block) = &taken {
+                    block.read(0, place);
+                }
+                Ok(taken.is_some())
+            })
+            .map_err(to_py)
+        })
+    }
+
+    /// Take any message: in a block that stays borrowed, or copied out of the ring.
+    fn take_any<'py>(&self, py: Python<'py>) -> PyResult<Option<Parts<'py>>> {
+        loop {
+            let Some(offer) = self.0.peek().map_err(to_py)? else {
+                return Ok(None);
+            };
+            if !offer.is_block {
+                let copy = new_bytearray(py, offer.length, |place| {
+                    self.0.accept_into(offer, place).map_err(to_py)
+                })?;
+                let Some(copy) = copy else { continue };
+                let exported = Exported::new(copy.as_any(), false)?;
+                let parts = parts_of(offer.kind, offer.length, |offset, place| {
+                    place.copy_from_slice(&exported.bytes()[offset..offset + place.len()]);
+                })?;
+                drop(exported);
+                return Ok(Some((offer.kind, copy.into_any(), parts)));
+            }
+            let Some(block) = self.0.accept_block(offer).map_err(to_py)? else {
+                continue;
+            };
+            let length = block.length();
+            let parts = parts_of(offer.kind, length, |offset, place| {
+                block.read(offset, place)
+            })?;
+            let whole = SharedBlock::new(block, self.0.attachment(), 0..length, length);
+            let whole = Bound::new(py, whole)?.into_any();
+            return Ok(Some((offer.kind, whole, parts)));
+        }
+    }
+}
+
+fn parts_of(
+    kind: u8,
+    length: usize,
+    read: impl Fn(usize, &mut [u8]),
+) -> PyResult<Vec<(usize, usize)>> {
+    if kind == BYTES {
+        return Ok(vec![(0, length)]);
+    }
+    let plan = Plan::read(length, read).map_err(to_py)?;
+    let ends = plan.parts().iter().map(|part| (part.start, part.end));
+    Ok(ends.collect())
+}
+
+#[pymethods]
+impl SharedReceiver {
+    #[new]
+    fn new(py: Python<'_>, channel: &Bound<'_, SharedChannel>) -> PyResult<Self> {
+        let channel = channel.get().core();
+        py.detach(|| channel.endpoint(Role::Receiver))
+            .map(SharedReceiver)
+            .map_err(to_py)
+    }
+
+    /// Receive a message that was sent as bytes.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn receive_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let timeout = timeout("timeout_seconds", timeout_seconds)?;
+        let mut patience = Patience::new("receive_bytes", timeout);
+        let attempt = || self.take_bytes(py, "receive_bytes");
+        until(py, &self.0, 0, &mut patience, attempt)?
+            .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
+    }
+
+    /// Wait for a message, then receive up to `max_count` that are there.
+    #[pyo3(signature = (max_count, timeout_seconds=None))]
+    fn receive_many<'py>(
+        &self,
+        py: Python<'py>,
+        max_count: &Bound<'py, PyAny>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let max_count = count("max_count", max_count, 1..=isize::MAX as usize)?;
+        let timeout = timeout("timeout_seconds", timeout_seconds)?;
+        let mut patience = Patience::new("receive_many", timeout);
+        let attempt = || self.take_bytes(py, "receive_many");
+        let first = until(py, &self.0, 0, &mut patience, attempt)?
+            .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))?;
+        let found = PyList::new(py, [first])?;
+        while found.len() < max_count {
+            // What ends the channel, or is no bytes, is for the next call: this one has something.
+            match self.take_bytes(py, "receive_many") {
+                Ok(Some(message)) => found.append(message)?,
+                Ok(None) | Err(_) => break,
+            }
+        }
+        Ok(found)
+    }
+
+    /// Wait for a record of `item_bytes`, then receive as many as are there and fit the buffer.
+    fn _receive_records(
+        &self,
+        py: Python<'_>,
+        place: &Bound<'_, PyAny>,
+        item_bytes: usize,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<usize> {
+        let timeout = timeout("timeout_seconds", timeout_seconds)?;
+        let mut patience = Patience::new("receive_batch", timeout);
+        let mut place = Exported::new(place, true)?;
+        let mut places = place
+            .bytes_mut()
+            .chunks_exact_mut(item_bytes.max(1))
+            .peekable();
+        let mut received = 0;
+        let attempt = || {
+            while let Some(place) = places.peek_mut() {
+                let offer = match self.0.peek() {
+                    Ok(Some(offer)) => offer,
+                    Err(error) if received == 0 => return Err(to_py(error)),
+                    _ => break,
+                };
+                if offer.kind != BYTES || offer.is_block || offer.length != item_bytes {
+                    if received > 0 {
+                        break;
+                    }
+                    return Err(InvalidArgument::new_err(format!(
+                        "dtype: its items must be as long as the next message, which has {} bytes \
+                         and stays in the channel, got items of {item_bytes}",
+                        offer.length
+                    )));
+                }
+                if self.0.accept_into(offer, place).map_err(to_py)? {
+                    received += 1;
+                    places.next();
+                }
+            }
+            Ok((received > 0).then_some(received))
+        };
+        until(py, &self.0, 0, &mut patience, attempt)?
+            .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
+    }
+
+    /// Receive any message: its kind, what has its bytes, and where its parts begin and end.
+    fn _receive_parts<'py>(
+        &self,
+        py: Python<'py>,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Parts<'py>> {
+        let mut patience = Patience::new("receive", timeout("timeout_seconds", timeout_seconds)?);
+        until(py, &self.0, 0, &mut patience, || self.take_any(py))?
+            .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
+    }
+
+    /// What the next message is (0 bytes, 1 array, 2 object) and its length; None if there is none.
+    fn _peek(&self) -> PyResult<Option<(u8, usize)>> {
+        let offer = self.0.peek().map_err(to_py)?;
+        Ok(offer.map(|offer| (offer.kind, offer.length)))
+    }
+
+    /// Ask for the doorbell to ring when there is a message. Try once more afterwards.
+    fn _arm(&self) -> PyResult<()> {
+        self.0.attachment().arm(Role::Receiver).map_err(to_py)
+    }
+
+    /// Whether it was closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// Close it. After the last receiver's close, senders are told.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
