@@ -153,7 +153,7 @@ def test_records_arrive_as_a_structured_array(channel: SharedChannel) -> None:
         None,
         {"a": 1, "b": [1.5, "x"]},
         np.arange(5),
-        np.arange(300_000).reshape(3, -1),
+        np.arange(210_000).reshape(3, -1),
         np.zeros((0, 4)),
         {"frames": [np.full(50_000, index) for index in range(5)]},
         b"x" * 200_000,
