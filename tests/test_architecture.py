@@ -15,16 +15,17 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a module imports only from layers below its own, or from its own package.
 LAYERS = [
-    {"errors", "_waiting"},
+    {"errors", "_dtypes", "_waiting"},
     {"_native"},
     {"memory"},
     {"pools"},
+    {"channels"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"memory", "pools"}
+FACADES = {"memory", "pools", "channels"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.
@@ -34,13 +35,14 @@ REPORTS_MUST_NOT_IMPORT = {
 }  # fmt: skip
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
-# The buffer protocol, NumPy's C API, and the interpreter's stack.
+# The buffer protocol, NumPy's C API, the interpreter's stack, and descriptors from elsewhere.
 BINDINGS_WITH_UNSAFE = (
     "buffer",
     "numpy",
     "pools/buffer",
     "pools/vector",
     "pools/view",
+    "shared_channel",
     "site",
 )
 

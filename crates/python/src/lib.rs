@@ -18,7 +18,7 @@ mod transaction;
 
 use pyo3::prelude::*;
 
-/// The compiled core. Import it through `moirai.memory` or `moirai.pools`, never directly.
+/// The compiled core. Import it through `moirai.memory` and its neighbours, never directly.
 #[pymodule(gil_used = false)]
 mod _native {
     use super::*;
@@ -56,6 +56,8 @@ mod _native {
         HealthReport, LargeObjectResource, LimitAdaptor, PoolResource, Resource, SlabResource,
         Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
+    #[pymodule_export]
+    use super::shared_channel::array::{ReceivedView, ReservedArray};
     #[pymodule_export]
     use super::shared_channel::block::SharedBlock;
     #[pymodule_export]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import functools
 import pickle
-import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from moirai import _native
+from moirai._native import ReceivedView, ReservedArray
 from moirai.errors import Disconnected, InvalidArgument, Timeout
 from moirai.memory import parse_bytes
 
@@ -26,7 +24,7 @@ __all__ = ["ReceivedView", "ReservedArray", "SharedChannel", "SharedReceiver", "
 
 _T = TypeVar("_T")
 
-_BYTES, _ARRAY, _OBJECT = 0, 1, 2
+_OBJECT = 2
 
 _PROBE_SECONDS = 0.04
 """How often one who waits in an event loop looks whether the others are alive."""
@@ -160,35 +158,6 @@ class SharedSender(_native.SharedSender):
         data = items.reshape(-1).view(np.uint8) if items.size else b""
         return self._send_records(data, items.dtype.itemsize, timeout_seconds)
 
-    def reserve(
-        self,
-        shape: int | tuple[int, ...],
-        dtype: DTypeLike = float,
-        timeout_seconds: float | None = None,
-    ) -> ReservedArray:
-        """Make an array in shared memory, to be filled in a `with` block and sent at its end.
-
-        The array holds whatever was there. An exception in the block sends nothing. After the
-        block the memory is the receiver's: the array cannot be written to any more, and what it
-        shows is no longer defined.
-
-        Raises:
-            Timeout: There was no room in time.
-            Disconnected: No receiver is left.
-            InvalidArgument: It is longer than the channel's capacity, or holds references.
-        """
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        dtype = np.dtype(dtype)
-        _check_plain(dtype)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        if size < 0 or any(length < 0 for length in shape):
-            raise InvalidArgument(f"shape: must be lengths of at least 0, got {shape}")
-        header = struct.pack(f"<B{len(shape)}q", len(shape), *shape) + _dtype_bytes(dtype)
-        block = self._reserve(header, size, timeout_seconds)
-        return ReservedArray(self, block, shape, dtype, timeout_seconds)
-
     async def send_async(self, item: Any, timeout_seconds: float | None = None) -> None:
         """Send as `send` does, while the event loop goes on."""
         await _until(self, functools.partial(self.send, item, 0), timeout_seconds)
@@ -235,35 +204,12 @@ class SharedReceiver(_native.SharedReceiver):
             Timeout: No message came in time.
             Disconnected: No sender is left, and everything that was sent is received.
         """
-        kind, owner, parts = self._receive_parts(timeout_seconds)
-        if kind == _OBJECT:
-            view = memoryview(owner)
-            first, *others = [view[start:end] for start, end in parts]
-            return pickle.loads(first, buffers=others)
-        if kind == _ARRAY:
-            return _array(owner, parts)
-        return bytes(owner)
-
-    def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
-        """Receive an array without a copy: `with receiver.receive_view() as array:`.
-
-        Bytes are received as an array of them. The block is borrowed as long as the array or a view
-        of it lives, after the `with` block too.
-
-        Raises:
-            Timeout: No message came in time.
-            Disconnected: No sender is left, and everything that was sent is received.
-            InvalidArgument: The message is an object; it is lost.
-        """
-        kind, owner, parts = self._receive_parts(timeout_seconds)
-        if kind == _OBJECT:
-            raise InvalidArgument(
-                "receive_view: the message must be an array or bytes, got an object, which is lost; "
-                "use receive()"
-            )
-        if kind == _ARRAY:
-            return ReceivedView(_array(owner, parts))
-        return ReceivedView(np.frombuffer(owner, np.uint8))
+        kind, item, parts = self._receive_any(timeout_seconds)
+        if kind != _OBJECT:
+            return item
+        view = memoryview(item)
+        first, *others = [view[start:end] for start, end in parts]
+        return pickle.loads(first, buffers=others)
 
     def receive_batch(
         self, max_count: int, dtype: DTypeLike, timeout_seconds: float | None = None
@@ -325,62 +271,6 @@ class SharedReceiver(_native.SharedReceiver):
         self.close()
 
 
-class ReservedArray:
-    """An array in shared memory that is sent when its `with` block ends. Made by `reserve`."""
-
-    __slots__ = ("_array", "_block", "_sender", "_timeout_seconds")
-
-    def __init__(
-        self,
-        sender: SharedSender,
-        block: _native.SharedBlock,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        timeout_seconds: float | None,
-    ) -> None:
-        self._sender = sender
-        self._block = block
-        self._timeout_seconds = timeout_seconds
-        self._array: NDArray[Any] = np.ndarray(shape, dtype, buffer=block)
-
-    def __enter__(self) -> NDArray[Any]:
-        return self._array
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._array.setflags(write=False)
-        if kind is None:
-            self._sender._commit(self._block, self._timeout_seconds)
-        else:
-            self._block.discard()
-
-
-class ReceivedView:
-    """An array that was received without a copy. Made by `receive_view`."""
-
-    __slots__ = ("_array",)
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array: NDArray[Any] | None = array
-
-    def __enter__(self) -> NDArray[Any]:
-        if self._array is None:
-            raise InvalidArgument("view: must be entered once, was entered and left")
-        return self._array
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._array = None
-
-
 # === arrays =====================================================================================
 
 
@@ -389,24 +279,6 @@ def _check_plain(dtype: np.dtype[Any]) -> None:
         raise InvalidArgument(
             f"dtype: must hold plain values, got {dtype}: references mean nothing in another process"
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _dtype_bytes(dtype: np.dtype[Any]) -> bytes:
-    return repr(npy.dtype_to_descr(dtype)).encode()
-
-
-@functools.lru_cache(maxsize=256)
-def _dtype_of(text: bytes) -> np.dtype[Any]:
-    return npy.descr_to_dtype(ast.literal_eval(text.decode()))
-
-
-def _array(owner: Any, parts: list[tuple[int, int]]) -> NDArray[Any]:
-    (start, end), (items, _) = parts
-    header = bytes(memoryview(owner)[start:end])
-    dimensions = header[0]
-    shape = struct.unpack_from(f"<{dimensions}q", header, 1)
-    return np.ndarray(shape, _dtype_of(header[1 + 8 * dimensions :]), buffer=owner, offset=items)
 
 
 # === asyncio ====================================================================================

@@ -61,8 +61,9 @@ impl SharedBlock {
         Ok((block, self.length))
     }
 
-    pub(super) fn restore(&self, block: Block) {
-        *self.block.lock() = Some(block);
+    /// Where the bytes are.
+    pub(super) fn address(&self) -> NonNull<u8> {
+        self.address
     }
 }
 
@@ -73,7 +74,7 @@ impl SharedBlock {
     }
 
     /// Give a reserved block back without sending it; nothing happens if it was sent.
-    fn discard(&self) {
+    pub(super) fn discard(&self) {
         let block = self.block.lock().take();
         drop(block);
     }

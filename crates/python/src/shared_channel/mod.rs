@@ -1,5 +1,6 @@
 //! `SharedChannel`: messages between processes.
 
+pub(crate) mod array;
 pub(crate) mod block;
 mod bytes;
 pub(crate) mod handle;

@@ -1,15 +1,18 @@
 //! The sending end.
+#![allow(unsafe_code)]
 
+use super::array::{ReservedArray, Types};
 use super::block::SharedBlock;
 use super::bytes::{Exported, Source};
 use super::handle::SharedChannel;
 use super::wait::{Patience, timed_out, until};
 use crate::argument::timeout;
 use crate::errors::{InvalidArgument, to_py};
+use crate::numpy::array::{self, Shape, too_large};
 use crate::resource::DETACH_BYTES;
 use moirai_core::channel::shared::attachment::Role;
 use moirai_core::channel::shared::endpoint::{Block, Endpoint};
-use moirai_core::channel::shared::message::{ARRAY, BYTES, OBJECT, Plan};
+use moirai_core::channel::shared::message::{BYTES, OBJECT, Plan};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -18,7 +21,10 @@ const NOT_SENT: &str = "nothing was sent";
 
 /// The sending end of a channel, open until it is closed.
 #[pyclass(frozen, subclass, weakref, module = "moirai.channels")]
-pub struct SharedSender(Arc<Endpoint>);
+pub struct SharedSender {
+    endpoint: Arc<Endpoint>,
+    types: Types,
+}
 
 /// The total length of a message of such parts.
 fn plan(lengths: &[usize]) -> PyResult<Plan> {
@@ -26,62 +32,52 @@ fn plan(lengths: &[usize]) -> PyResult<Plan> {
         .ok_or_else(|| InvalidArgument::new_err("message: is longer than anything can be"))
 }
 
-impl SharedSender {
-    fn reserve_block(
-        &self,
-        py: Python<'_>,
-        length: usize,
-        patience: &mut Patience,
-    ) -> PyResult<Block> {
-        let attempt = || self.0.try_reserve(length).map_err(to_py);
-        until(
-            py,
-            &self.0,
-            length.max(self.0.inline_bytes() + 1),
-            patience,
-            attempt,
-        )?
+fn reserve_block(
+    py: Python<'_>,
+    endpoint: &Endpoint,
+    length: usize,
+    patience: &mut Patience,
+) -> PyResult<Block> {
+    let attempt = || endpoint.try_reserve(length).map_err(to_py);
+    let needed = length.max(endpoint.inline_bytes() + 1);
+    until(py, endpoint, needed, patience, attempt)?
         .ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
-    }
+}
 
-    /// Send a block; gives it back with the error if that fails.
-    fn commit(
-        &self,
-        py: Python<'_>,
-        kind: u8,
-        block: Block,
-        length: usize,
-        patience: &mut Patience,
-    ) -> Result<(), (Option<Block>, PyErr)> {
-        let mut waiting = Some(block);
-        let attempt = || match waiting.take() {
-            Some(block) => {
-                waiting = self.0.try_commit(kind, block, length).map_err(to_py)?;
-                Ok(waiting.is_none().then_some(()))
-            }
-            None => Ok(None),
+/// Send a block; if that fails it is given back.
+pub(super) fn commit(
+    py: Python<'_>,
+    endpoint: &Endpoint,
+    kind: u8,
+    block: Block,
+    length: usize,
+    patience: &mut Patience,
+) -> PyResult<()> {
+    let mut waiting = Some(block);
+    let attempt = || {
+        let Some(block) = waiting.take() else {
+            return Ok(None);
         };
-        match until(py, &self.0, 32, patience, attempt) {
-            Ok(Some(())) => Ok(()),
-            Ok(None) => Err((waiting, timed_out(patience, NO_ROOM, NOT_SENT))),
-            Err(error) => Err((waiting, error)),
-        }
-    }
+        waiting = endpoint.try_commit(kind, block, length).map_err(to_py)?;
+        Ok(waiting.is_none().then_some(()))
+    };
+    until(py, endpoint, 0, patience, attempt)?.ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
+}
 
+impl SharedSender {
     /// Send bytes, in the ring or in a block; false if the time was not enough.
     #[inline]
     fn send_slice(&self, py: Python<'_>, bytes: &[u8], patience: &mut Patience) -> PyResult<bool> {
-        if bytes.len() <= self.0.inline_bytes() {
+        if bytes.len() <= self.endpoint.inline_bytes() {
             let attempt = || {
-                let sent = self.0.try_send_bytes(BYTES, bytes).map_err(to_py)?;
+                let sent = self.endpoint.try_send_bytes(BYTES, bytes).map_err(to_py)?;
                 Ok(sent.then_some(()))
             };
-            return Ok(until(py, &self.0, bytes.len(), patience, attempt)?.is_some());
+            return Ok(until(py, &self.endpoint, bytes.len(), patience, attempt)?.is_some());
         }
-        let mut block = self.reserve_block(py, bytes.len(), patience)?;
+        let mut block = reserve_block(py, &self.endpoint, bytes.len(), patience)?;
         py.detach(|| block.write(0, bytes));
-        self.commit(py, BYTES, block, bytes.len(), patience)
-            .map_err(|(_, error)| error)?;
+        commit(py, &self.endpoint, BYTES, block, bytes.len(), patience)?;
         Ok(true)
     }
 }
@@ -92,7 +88,10 @@ impl SharedSender {
     fn new(py: Python<'_>, channel: &Bound<'_, SharedChannel>) -> PyResult<Self> {
         let channel = channel.get().core();
         py.detach(|| channel.endpoint(Role::Sender))
-            .map(SharedSender)
+            .map(|endpoint| SharedSender {
+                endpoint,
+                types: Types::default(),
+            })
             .map_err(to_py)
     }
 
@@ -146,10 +145,10 @@ impl SharedSender {
         let mut patience =
             Patience::new("send_batch", timeout("timeout_seconds", timeout_seconds)?);
         let source = Exported::new(data, false)?;
-        if item_bytes == 0 || item_bytes > self.0.inline_bytes() {
+        if item_bytes == 0 || item_bytes > self.endpoint.inline_bytes() {
             return Err(InvalidArgument::new_err(format!(
                 "array: its items must have from 1 to {} bytes, got {item_bytes}",
-                self.0.inline_bytes()
+                self.endpoint.inline_bytes()
             )));
         }
         let records: Vec<&[u8]> = source.bytes().chunks_exact(item_bytes).collect();
@@ -159,7 +158,7 @@ impl SharedSender {
                 let before = count;
                 while count < records.len()
                     && self
-                        .0
+                        .endpoint
                         .try_send_bytes(BYTES, records[count])
                         .map_err(to_py)?
                 {
@@ -167,7 +166,7 @@ impl SharedSender {
                 }
                 Ok((count > before).then_some(()))
             };
-            if until(py, &self.0, item_bytes, &mut patience, attempt)?.is_none() {
+            if until(py, &self.endpoint, item_bytes, &mut patience, attempt)?.is_none() {
                 let left = format!("{count} of {} records were sent", records.len());
                 return Err(timed_out(&patience, NO_ROOM, &left));
             }
@@ -196,81 +195,83 @@ impl SharedSender {
             let parts = starts.zip(parts.iter().map(Exported::bytes));
             std::iter::once((0, table.as_slice())).chain(parts)
         };
-        if plan.length() <= self.0.inline_bytes() {
+        if plan.length() <= self.endpoint.inline_bytes() {
             let attempt = || {
                 let sent = self
-                    .0
+                    .endpoint
                     .try_send_pieces(OBJECT, plan.length(), pieces())
                     .map_err(to_py)?;
                 Ok(sent.then_some(()))
             };
-            return until(py, &self.0, plan.length(), &mut patience, attempt)?
+            return until(py, &self.endpoint, plan.length(), &mut patience, attempt)?
                 .ok_or_else(|| timed_out(&patience, NO_ROOM, NOT_SENT));
         }
-        let mut block = self.reserve_block(py, plan.length(), &mut patience)?;
+        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?;
         py.detach(|| {
             for (offset, bytes) in pieces() {
                 block.write(offset, bytes);
             }
         });
-        self.commit(py, OBJECT, block, plan.length(), &mut patience)
-            .map_err(|(_, error)| error)
-    }
-
-    /// A block for an array of `item_bytes` in all, with its header written; the view is the items.
-    fn _reserve(
-        &self,
-        py: Python<'_>,
-        header: &[u8],
-        item_bytes: usize,
-        timeout_seconds: Option<f64>,
-    ) -> PyResult<SharedBlock> {
-        let mut patience = Patience::new("reserve", timeout("timeout_seconds", timeout_seconds)?);
-        let plan = plan(&[header.len(), item_bytes])?;
-        let mut block = self.reserve_block(py, plan.length(), &mut patience)?;
-        block.write(0, &plan.table());
-        block.write(plan.parts()[0].start, header);
-        let items = plan.parts()[1].clone();
-        Ok(SharedBlock::new(
+        commit(
+            py,
+            &self.endpoint,
+            OBJECT,
             block,
-            self.0.attachment(),
-            items,
             plan.length(),
-        ))
+            &mut patience,
+        )
     }
 
-    /// Send what `_reserve` gave.
-    fn _commit(
+    /// Make an array in shared memory, to be filled in a `with` block and sent at its end.
+    #[pyo3(signature = (shape, dtype=None, timeout_seconds=None))]
+    fn reserve(
         &self,
         py: Python<'_>,
-        slot: &Bound<'_, SharedBlock>,
+        shape: &Bound<'_, PyAny>,
+        dtype: Option<&Bound<'_, PyAny>>,
         timeout_seconds: Option<f64>,
-    ) -> PyResult<()> {
-        let mut patience = Patience::new("reserve", timeout("timeout_seconds", timeout_seconds)?);
-        let (block, length) = slot.get().take()?;
-        self.commit(py, ARRAY, block, length, &mut patience)
-            .map_err(|(block, error)| {
-                if let Some(block) = block {
-                    slot.get().restore(block);
-                }
-                error
-            })
+    ) -> PyResult<ReservedArray> {
+        let timeout = timeout("timeout_seconds", timeout_seconds)?;
+        let mut patience = Patience::new("reserve", timeout);
+        let items = array::items(py, dtype)?;
+        let lengths = Shape::of(shape)?;
+        let bytes = lengths
+            .bytes(items.item_bytes)
+            .ok_or_else(|| too_large(shape))?;
+        let header = self.types.header(&items, &lengths)?;
+        let plan = plan(&[header.len(), bytes])?;
+        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?;
+        block.write(0, &plan.table());
+        block.write(plan.parts()[0].start, &header);
+        let part = plan.parts()[1].clone();
+        let block = SharedBlock::new(block, self.endpoint.attachment(), part, plan.length());
+        let (address, block) = (block.address(), Bound::new(py, block)?);
+        let owner = block.clone().into_any();
+        // SAFETY: the block has as many bytes there, at the start of a cache line; it is this
+        // sender's until it is sent, and stays mapped as long as the owner lives.
+        let array = unsafe { array::over(items, &lengths, None, address, owner) }?;
+        Ok(ReservedArray {
+            endpoint: Arc::clone(&self.endpoint),
+            block: block.unbind(),
+            array: array.unbind(),
+            timeout,
+        })
     }
 
     /// Ask for the doorbell to ring when there is room. Try once more afterwards.
     fn _arm(&self) -> PyResult<()> {
-        self.0.attachment().arm(Role::Sender).map_err(to_py)
+        self.endpoint.attachment().arm(Role::Sender).map_err(to_py)
     }
 
     /// Whether it was closed.
     #[getter]
     fn closed(&self) -> bool {
-        self.0.is_closed()
+        self.endpoint.is_closed()
     }
 
     /// Close it. Receivers get what was sent; after the last sender's close they are told.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.0.close());
+        py.detach(|| self.endpoint.close());
     }
 }
 

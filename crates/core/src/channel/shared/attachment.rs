@@ -191,9 +191,8 @@ impl Attachment {
         }
         let file = shared::open_again(self.segment.file()).map_err(failed)?;
         shared::lock(&file, ROSTER).map_err(failed)?;
-        let joined = self.join_locked(&file).map_err(|error| {
+        let joined = self.join_locked(&file).inspect_err(|_| {
             shared::unlock(&file, ROSTER);
-            error
         });
         let slot = joined?;
         shared::unlock(&file, ROSTER);
