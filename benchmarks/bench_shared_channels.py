@@ -327,7 +327,10 @@ def rows(
 def render(results: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
     sizes = [harness.size_label(int(size)) for size in results["one_way"]]
-    floor = ["np.copyto within one process", *(cell(harness.median(v)) for v in results["copy"].values())]
+    floor = [
+        "np.copyto within one process",
+        *(cell(harness.median(v)) for v in results["copy"].values()),
+    ]
     back = rows(THERE_AND_BACK, [results["there_and_back"]])
     back.append(["two futexes, nothing else", cell(harness.median(results["futex"]))])
     told = results["told_ms"]
@@ -357,40 +360,35 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     columns = {int(size): column for size, column in results["one_way"].items()}
     copied = {int(size): harness.median(v) for size, v in results["copy"].items()}
     small, large, huge = columns[64], columns[MIB], columns[16 * MIB]
-    in_place = middle(large, "moirai-in-place")
-    pipe = middle(results["there_and_back"], "mp-pipe")
-    back = middle(results["there_and_back"], "moirai")
+    batched, back = results["batched"], results["there_and_back"]
+    small_dict, array = results["small_dict"], results["array"]
+    in_place, view = middle(large, "moirai-in-place"), middle(large, "moirai-copied")
+
+    def over(text: str, column: Mapping[str, Sequence[float]], peer: str, times: float) -> Goal:
+        return Goal(text, middle(column, "moirai") / middle(column, peer), 1 / times)
+
+    any_length = middle(small, "moirai") / best(small, without="subetha")
     return [
         Goal("64 B, us", middle(small, "moirai"), 0.5),
-        Goal("64 B over subetha-ipc", middle(small, "moirai") / middle(small, "subetha"), 1 / 1.5),
-        Goal(
-            "64 B over the best peer of any length",
-            middle(small, "moirai") / best(small, without="subetha"),
-            1 / 3,
-        ),
-        Goal(
-            "64 B in batches over subetha-ipc",
-            middle(results["batched"], "moirai") / middle(results["batched"], "subetha"),
-            1 / 1.8,
-        ),
+        over("64 B over subetha-ipc", small, "subetha", 1.5),
+        Goal("64 B over the best peer of any length", any_length, 1 / 3),
+        over("64 B in batches over subetha-ipc", batched, "subetha", 1.8),
         Goal("1 MiB in place, us", in_place, 1.5),
+        Goal("16 MiB in place over 1 MiB", middle(huge, "moirai-in-place") / in_place, 1.5),
         Goal(
-            "16 MiB in place over 1 MiB in place",
-            middle(huge, "moirai-in-place") / in_place,
-            1.5,
+            "1 MiB in place over iceoryx2", in_place / middle(large, "iceoryx2-in-place"), 1 / 2.5
         ),
-        Goal("1 MiB in place over iceoryx2", in_place / middle(large, "iceoryx2-in-place"), 1 / 2.5),
         Goal("1 MiB in place over mp.Queue", in_place / middle(large, "mp-queue"), 1 / 2000),
-        Goal("1 MiB copied in over np.copyto", middle(large, "moirai-copied") / copied[MIB], 1 / 0.9),
-        Goal("1 MiB copied in over iceoryx2", middle(large, "moirai-copied") / middle(large, "iceoryx2"), 1 / 1.3),
-        Goal("small dict over Pipe", middle(results["small_dict"], "moirai") / middle(results["small_dict"], "mp-pipe"), 1 / 3),
-        Goal("array of 1 MiB over mp.Queue", middle(results["array"], "moirai") / middle(results["array"], "mp-queue"), 1 / 30),
-        Goal("array of 1 MiB over zmq", middle(results["array"], "moirai") / middle(results["array"], "zmq"), 1 / 2),
-        Goal("there and back, spinning, us", back, 3.0),
-        Goal("there and back over Pipe", back / pipe, 1.0),
-        Goal("there and back with views, us", middle(results["there_and_back"], "moirai-in-place"), 4.0),
+        Goal("1 MiB copied in over np.copyto", view / copied[MIB], 1 / 0.9),
+        Goal("1 MiB copied in over iceoryx2", view / middle(large, "iceoryx2"), 1 / 1.3),
+        over("small dict over Pipe", small_dict, "mp-pipe", 3),
+        over("array of 1 MiB over mp.Queue", array, "mp-queue", 30),
+        over("array of 1 MiB over zmq", array, "zmq", 2),
+        Goal("there and back, spinning, us", middle(back, "moirai"), 3.0),
+        Goal("there and back with views, us", middle(back, "moirai-in-place"), 4.0),
+        over("there and back over Pipe", back, "mp-pipe", 1.0),
         Goal("told of a death, longest, ms", max(results["told_ms"]), 100.0),
-    ]  # fmt: skip
+    ]
 
 
 def measure(arguments: argparse.Namespace) -> harness.Report:
@@ -421,8 +419,10 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     harness.progress("objects")
     small = [{"id": 7, "name": "frame", "shape": (480, 640)}] * max(4, 10_000 // share)
     arrays = [{"id": 7, "data": np.ones(MIB, np.uint8)}] * max(4, 200 // share)
-    results["small_dict"] = table(chosen(OBJECTS), rounds, lambda kind: one_way(kind, MIB, small, 1))
-    results["array"] = table(chosen(OBJECTS), rounds, lambda kind: one_way(kind, MIB, arrays, 1))
+    for name, items in (("small_dict", small), ("array", arrays)):
+        results[name] = table(
+            chosen(OBJECTS), rounds, lambda kind, items=items: one_way(kind, MIB, items, 1)
+        )
     harness.progress("there and back")
     turns = max(20, 3000 // share)
     results["there_and_back"] = table(

@@ -1,4 +1,4 @@
-"""Kill a process after any number of its instructions: single-stepped, so that no point is missed."""
+"""Kill a process after any number of its instructions, by single steps: no point is missed."""
 
 import ctypes
 import os

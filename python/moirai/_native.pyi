@@ -1174,7 +1174,7 @@ class ReservedArray:
 
 @final
 class SharedBlock:
-    """Bytes of a message that lie in shared memory; the block is borrowed until the last view is gone.
+    """Bytes of a message in shared memory; the block is borrowed until the last view is gone.
 
     May be dropped in any thread.
     """
@@ -1262,14 +1262,10 @@ class SharedReceiver:
         Raises:
             Timeout, Disconnected, InvalidArgument, Closed: As for `receive_bytes`, of the first.
         """
-    def _receive_records(
-        self, place: Any, item_bytes: int, timeout_seconds: float | None
-    ) -> int:
-        """Wait for a record of `item_bytes`, then receive as many as are there and fit the buffer."""
-    def _receive_any(
-        self, timeout_seconds: float | None = None
-    ) -> tuple[int, Any, list[tuple[int, int]]]:
-        """Receive any message: (0, bytes, []), (1, array, []) or (2, what has its bytes, its parts)."""
+    def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
+        """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
+    def _receive_any(self, timeout_seconds: float | None) -> tuple[int, Any, list[tuple[int, int]]]:
+        """Receive any message: its kind (bytes, array, object or pickle), it, where its parts are."""
     def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
         """Receive an array without a copy: `with receiver.receive_view() as array:`.
 
@@ -1316,9 +1312,7 @@ class SharedSender:
         """
     def _send_records(self, data: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""
-    def _send_object(
-        self, pickle: Any, buffers: list[Any], timeout_seconds: float | None
-    ) -> None:
+    def _send_object(self, pickle: Any, buffers: list[Any], timeout_seconds: float | None) -> None:
         """Send a pickle and the buffers that it left out of band."""
     def reserve(
         self,
@@ -1340,7 +1334,7 @@ class SharedSender:
         Raises:
             Timeout: There was no room in time.
             Disconnected: No receiver is left.
-            InvalidArgument: It is longer than the channel's capacity, or the dtype holds references.
+            InvalidArgument: It is longer than the capacity, or the dtype holds references.
         """
     def _arm(self) -> None:
         """Ask for the doorbell to ring when there is room. Try once more afterwards."""

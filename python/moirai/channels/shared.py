@@ -24,7 +24,7 @@ __all__ = ["ReceivedView", "ReservedArray", "SharedChannel", "SharedReceiver", "
 
 _T = TypeVar("_T")
 
-_OBJECT = 2
+_OBJECT, _PICKLE = 2, 3
 
 _PROBE_SECONDS = 0.04
 """How often one who waits in an event loop looks whether the others are alive."""
@@ -205,6 +205,8 @@ class SharedReceiver(_native.SharedReceiver):
             Disconnected: No sender is left, and everything that was sent is received.
         """
         kind, item, parts = self._receive_any(timeout_seconds)
+        if kind == _PICKLE:
+            return pickle.loads(item)
         if kind != _OBJECT:
             return item
         view = memoryview(item)
@@ -225,7 +227,7 @@ class SharedReceiver(_native.SharedReceiver):
         _check_plain(dtype)
         if max_count < 1 or dtype.itemsize == 0:
             raise InvalidArgument(
-                f"max_count: must be at least 1, of items that have bytes, got {max_count} of {dtype}"
+                f"max_count: must be at least 1, of items with bytes, got {max_count} of {dtype}"
             )
         records = np.empty(max_count, dtype)
         place = records.view(np.uint8)
@@ -277,7 +279,7 @@ class SharedReceiver(_native.SharedReceiver):
 def _check_plain(dtype: np.dtype[Any]) -> None:
     if dtype.hasobject:
         raise InvalidArgument(
-            f"dtype: must hold plain values, got {dtype}: references mean nothing in another process"
+            f"dtype: must hold plain values, got {dtype}: references stay in their process"
         )
 
 
@@ -285,7 +287,7 @@ def _check_plain(dtype: np.dtype[Any]) -> None:
 
 
 class _Bell:
-    """The event loops of this process that wait at a channel, and the descriptor that wakes them."""
+    """The event loops of this process that wait at a channel, and what wakes them."""
 
     def __init__(self, channel: SharedChannel) -> None:
         self._fd = channel._doorbell()
@@ -328,7 +330,7 @@ def _resolve(futures: list[asyncio.Future[None]]) -> None:
 async def _until(
     end: SharedSender | SharedReceiver, attempt: Callable[[], _T], timeout_seconds: float | None
 ) -> _T:
-    """Try until it does not time out; sleep until the doorbell rings, or for a while, in between."""
+    """Try until it does not time out; in between, sleep until the doorbell rings, or a while."""
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     with contextlib.suppress(Timeout):
         return attempt()

@@ -15,9 +15,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A dtype and how it is written; the last one is remembered, as most channels carry one.
+/// A dtype and how it is written.
+type Written = (Py<PyAny>, Arc<[u8]>);
+
+/// The dtype that was met last, as most channels carry one.
 #[derive(Default)]
-pub(super) struct Types(Lock<Option<(Py<PyAny>, Arc<[u8]>)>>);
+pub(super) struct Types(Lock<Option<Written>>);
 
 impl Types {
     /// How a dtype is written.

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Bytes of a message that lie in shared memory; the block is borrowed until the last view is gone.
+/// Bytes of a message in shared memory; the block is borrowed until the last view is gone.
 #[pyclass(frozen, weakref, module = "moirai.channels")]
 pub struct SharedBlock {
     /// `None` once it was sent.

@@ -10,7 +10,7 @@ use crate::argument::{count, timeout};
 use crate::errors::{Corrupted, InvalidArgument, to_py};
 use moirai_core::channel::shared::attachment::Role;
 use moirai_core::channel::shared::endpoint::{Endpoint, Offer};
-use moirai_core::channel::shared::message::{ARRAY, BYTES, OBJECT, Plan};
+use moirai_core::channel::shared::message::{ARRAY, BYTES, OBJECT, PICKLE, Plan};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyMemoryView};
 use std::ptr::NonNull;
@@ -30,10 +30,10 @@ pub struct SharedReceiver {
 type Parts<'py> = (u8, Bound<'py, PyAny>, Vec<(usize, usize)>);
 
 fn not_bytes(offer: Offer, method: &str) -> PyErr {
-    let kind = if offer.kind == OBJECT {
-        "an object"
-    } else {
+    let kind = if offer.kind == ARRAY {
         "an array"
+    } else {
+        "an object"
     };
     InvalidArgument::new_err(format!(
         "{method}: the next message must be bytes, got {kind}, which stays in the channel; use \
@@ -55,17 +55,25 @@ impl SharedReceiver {
             if offer.kind != BYTES {
                 return Err(not_bytes(offer, method));
             }
-            let found = if offer.is_block {
-                self.take_block_bytes(py, offer)?
-            } else {
-                new_bytes(py, offer.length, |place| {
-                    self.endpoint.accept_into(offer, place).map_err(to_py)
-                })?
-            };
-            if found.is_some() {
-                return Ok(found);
+            if let Some(found) = self.take_plain(py, offer)? {
+                return Ok(Some(found));
             }
         }
+    }
+
+    /// Take a message as it is; `None` if another was quicker.
+    #[inline]
+    fn take_plain<'py>(
+        &self,
+        py: Python<'py>,
+        offer: Offer,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        if offer.is_block {
+            return self.take_block_bytes(py, offer);
+        }
+        new_bytes(py, offer.length, |place| {
+            self.endpoint.accept_into(offer, place).map_err(to_py)
+        })
     }
 
     fn take_block_bytes<'py>(
@@ -161,9 +169,9 @@ impl SharedReceiver {
             let Some(offer) = self.endpoint.peek().map_err(to_py)? else {
                 return Ok(None);
             };
-            if offer.kind == BYTES {
-                if let Some(bytes) = self.take_bytes(py, "receive")? {
-                    return Ok(Some((BYTES, bytes.into_any(), Vec::new())));
+            if offer.kind == BYTES || offer.kind == PICKLE {
+                if let Some(bytes) = self.take_plain(py, offer)? {
+                    return Ok(Some((offer.kind, bytes.into_any(), Vec::new())));
                 }
                 continue;
             }
@@ -183,7 +191,7 @@ impl SharedReceiver {
             let Some(offer) = self.endpoint.peek().map_err(to_py)? else {
                 return Ok(None);
             };
-            if offer.kind == OBJECT {
+            if offer.kind == OBJECT || offer.kind == PICKLE {
                 return Err(not_bytes(offer, "receive_view"));
             }
             let Some(taken) = self.take_parts(py, offer)? else {
@@ -279,7 +287,7 @@ impl SharedReceiver {
         Ok(found)
     }
 
-    /// Wait for a record of `item_bytes`, then receive as many as are there and fit the buffer.
+    /// Wait for a record of `item_bytes`, then receive as many as are there and fit.
     fn _receive_records(
         &self,
         py: Python<'_>,
@@ -323,7 +331,7 @@ impl SharedReceiver {
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
-    /// Receive any message: (0, bytes, []), (1, array, []) or (2, what has its bytes, its parts).
+    /// Receive any message: its kind (bytes, array, object or pickle), it, where its parts are.
     fn _receive_any<'py>(
         &self,
         py: Python<'py>,

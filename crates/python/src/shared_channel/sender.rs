@@ -12,7 +12,7 @@ use crate::numpy::array::{self, Shape, too_large};
 use crate::resource::DETACH_BYTES;
 use moirai_core::channel::shared::attachment::Role;
 use moirai_core::channel::shared::endpoint::{Block, Endpoint};
-use moirai_core::channel::shared::message::{BYTES, OBJECT, Plan};
+use moirai_core::channel::shared::message::{BYTES, OBJECT, PICKLE, Plan};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -67,17 +67,23 @@ pub(super) fn commit(
 impl SharedSender {
     /// Send bytes, in the ring or in a block; false if the time was not enough.
     #[inline]
-    fn send_slice(&self, py: Python<'_>, bytes: &[u8], patience: &mut Patience) -> PyResult<bool> {
+    fn send_slice(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        bytes: &[u8],
+        patience: &mut Patience,
+    ) -> PyResult<bool> {
         if bytes.len() <= self.endpoint.inline_bytes() {
             let attempt = || {
-                let sent = self.endpoint.try_send_bytes(BYTES, bytes).map_err(to_py)?;
+                let sent = self.endpoint.try_send_bytes(kind, bytes).map_err(to_py)?;
                 Ok(sent.then_some(()))
             };
             return Ok(until(py, &self.endpoint, bytes.len(), patience, attempt)?.is_some());
         }
         let mut block = reserve_block(py, &self.endpoint, bytes.len(), patience)?;
         py.detach(|| block.write(0, bytes));
-        commit(py, &self.endpoint, BYTES, block, bytes.len(), patience)?;
+        commit(py, &self.endpoint, kind, block, bytes.len(), patience)?;
         Ok(true)
     }
 }
@@ -106,7 +112,7 @@ impl SharedSender {
         let mut patience =
             Patience::new("send_bytes", timeout("timeout_seconds", timeout_seconds)?);
         let source = Source::new(data)?;
-        if self.send_slice(py, source.bytes(), &mut patience)? {
+        if self.send_slice(py, BYTES, source.bytes(), &mut patience)? {
             return Ok(());
         }
         Err(timed_out(&patience, NO_ROOM, NOT_SENT))
@@ -125,7 +131,7 @@ impl SharedSender {
         for message in messages.try_iter()? {
             let message = message?;
             let source = Source::new(&message)?;
-            if !self.send_slice(py, source.bytes(), &mut patience)? {
+            if !self.send_slice(py, BYTES, source.bytes(), &mut patience)? {
                 let left = format!("{count} messages were sent");
                 return Err(timed_out(&patience, NO_ROOM, &left));
             }
@@ -183,6 +189,13 @@ impl SharedSender {
         timeout_seconds: Option<f64>,
     ) -> PyResult<()> {
         let mut patience = Patience::new("send", timeout("timeout_seconds", timeout_seconds)?);
+        if buffers.is_empty() {
+            let source = Source::new(pickle)?;
+            if self.send_slice(py, PICKLE, source.bytes(), &mut patience)? {
+                return Ok(());
+            }
+            return Err(timed_out(&patience, NO_ROOM, NOT_SENT));
+        }
         let mut parts = vec![Exported::new(pickle, false)?];
         for buffer in &buffers {
             parts.push(Exported::new(buffer, false)?);

@@ -14,6 +14,8 @@ pub const BYTES: u8 = 0;
 pub const ARRAY: u8 = 1;
 /// An object: its pickle, its buffers.
 pub const OBJECT: u8 = 2;
+/// An object that is nothing but its pickle: plain bytes.
+pub const PICKLE: u8 = 3;
 
 /// Where the parts of a message lie.
 pub struct Plan {
