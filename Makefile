@@ -20,7 +20,7 @@ unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo build wheel test test-quick check bench docs asan loom numpy-suite \
+.PHONY: help demo build wheel test test-quick stress check bench docs asan loom numpy-suite \
         test-freethreaded test-numpy25 numa-guest clean $(BENCHMARKS)
 
 help: ## list the targets
@@ -49,6 +49,9 @@ test: $(BUILT) ## all tests: the core's, then Python's
 test-quick: $(BUILT) ## all tests but the stress tests
 	cargo test -p moirai-core --lib
 	$(PY) -m pytest -m 'not slow'
+
+stress: $(BUILT) ## the stress tests alone, a thousand kills of processes among them
+	$(PY) -m pytest tests/stress
 
 check: $(BUILT) ## formatting, lints, types, stubs, layers
 	cargo fmt --all --check

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a module imports only from layers below its own, or from its own package.
 LAYERS = [
-    {"errors", "_event_loop", "_waiting"},
+    {"errors", "_dtypes", "_event_loop", "_waiting"},
     {"_native"},
     {"memory"},
-    {"channels", "pools"},
+    {"pools"},
+    {"channels"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
@@ -35,6 +36,7 @@ REPORTS_MUST_NOT_IMPORT = {
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
 # The buffer protocol, NumPy's C API, the interpreter's stack and slots, messages in their places.
+# The buffer protocol, NumPy's C API, the interpreter's stack, and descriptors from elsewhere.
 BINDINGS_WITH_UNSAFE = (
     "buffer",
     "channel/awaitable",
@@ -44,6 +46,7 @@ BINDINGS_WITH_UNSAFE = (
     "pools/buffer",
     "pools/vector",
     "pools/view",
+    "shared_channel",
     "site",
 )
 

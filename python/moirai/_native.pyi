@@ -36,10 +36,16 @@ __all__ = [
     "PooledBuffer",
     "PriorityResource",
     "RealtimeResource",
+    "ReceivedView",
     "Receiver",
+    "ReservedArray",
     "Resource",
     "Savepoint",
     "Sender",
+    "SharedBlock",
+    "SharedChannel",
+    "SharedReceiver",
+    "SharedSender",
     "Slab",
     "SlabResource",
     "Statistics",
@@ -1611,3 +1617,189 @@ def select_channels_async(
     operations: Iterable[Any], timeout_seconds: float | None = None
 ) -> Coroutine[Any, Any, tuple[int, Any]]:
     """As `select_channels`, but wait without blocking the event loop."""
+
+@final
+class ReceivedView:
+    """An array that was received without a copy; borrowed from the channel while it lives."""
+
+    def __enter__(self) -> NDArray[Any]: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class ReservedArray:
+    """An array in shared memory that is sent when its `with` block ends."""
+
+    def __enter__(self) -> NDArray[Any]: ...
+    def __exit__(self, kind: Any, exception: Any, traceback: Any, /) -> None: ...
+
+@final
+class SharedBlock:
+    """Bytes of a message in shared memory; the block is borrowed until the last view is gone.
+
+    May be dropped in any thread.
+    """
+
+    def __len__(self) -> int: ...
+    def discard(self) -> None:
+        """Give a reserved block back without sending it; nothing happens if it was sent."""
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@disjoint_base
+class SharedChannel:
+    """A channel between processes, in shared memory."""
+
+    def __new__(
+        cls,
+        *,
+        name: str | None = None,
+        capacity_bytes: int | None = None,
+        fd: int | None = None,
+    ) -> Self:
+        """Exactly one of: a capacity, to create; a name, to open; a descriptor, to take over."""
+    @property
+    def name(self) -> str | None:
+        """Its name; None if it has none."""
+    @property
+    def capacity_bytes(self) -> int:
+        """What it was created with."""
+    @property
+    def inline_bytes(self) -> int:
+        """Longer messages lie in a block rather than in the ring."""
+    @property
+    def used_block_bytes(self) -> int:
+        """Bytes of blocks that are out: being written, on their way, or viewed."""
+    @property
+    def sender_count(self) -> int:
+        """Senders that are open, in all processes."""
+    @property
+    def receiver_count(self) -> int:
+        """Receivers that are open, in all processes."""
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed."""
+    def close(self) -> None:
+        """Close what was opened with this handle, and leave the channel.
+
+        Arrays that were received stay valid. The last handle of all processes takes the name away.
+        """
+    @staticmethod
+    def reap() -> int:
+        """Take the names of segments away whose owners all died; how many.
+
+        `create` and `open` do so too.
+        """
+    def _probe(self) -> None:
+        """Look at once whether the others are alive."""
+    def _fileno(self) -> int:
+        """The descriptor of the segment, for giving it to another process."""
+    def _doorbell(self) -> int:
+        """The descriptor that is readable when event loops are to look again."""
+    def _drain_doorbell(self) -> None:
+        """Silence the doorbell."""
+
+@disjoint_base
+class SharedReceiver:
+    """The receiving end of a channel, open until it is closed."""
+
+    def __new__(cls, channel: SharedChannel) -> Self: ...
+    def receive_bytes(self, timeout_seconds: float | None = None) -> bytes:
+        """Receive a message that was sent as bytes.
+
+        Args:
+            timeout_seconds: How long to wait at most; None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: No message came in time.
+            Disconnected: No sender is left, and everything that was sent is received.
+            InvalidArgument: The next message is an object or an array; it stays in the channel.
+            Closed: This receiver is closed.
+        """
+    def receive_many(self, max_count: int, timeout_seconds: float | None = None) -> list[bytes]:
+        """Wait for a message, then receive up to `max_count` that are there.
+
+        Raises:
+            Timeout, Disconnected, InvalidArgument, Closed: As for `receive_bytes`, of the first.
+        """
+    def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
+        """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
+    def _receive_any(self, timeout_seconds: float | None) -> tuple[int, Any, list[tuple[int, int]]]:
+        """Receive any message: its kind (bytes, array, object, pickle), it, where its parts are."""
+    def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
+        """Receive an array without a copy: `with receiver.receive_view() as array:`.
+
+        Bytes are received as an array of them. The block is borrowed as long as the array or a view
+        of it lives, after the `with` block too.
+
+        Raises:
+            Timeout: No message came in time.
+            Disconnected: No sender is left, and everything that was sent is received.
+            InvalidArgument: The next message is an object; it stays in the channel.
+        """
+    def _arm(self) -> None:
+        """Ask for the doorbell to ring when there is a message. Try once more afterwards."""
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+    def close(self) -> None:
+        """Close it. After the last receiver's close, senders are told."""
+
+@disjoint_base
+class SharedSender:
+    """The sending end of a channel, open until it is closed."""
+
+    def __new__(cls, channel: SharedChannel) -> Self: ...
+    def send_bytes(self, data: Any, timeout_seconds: float | None = None) -> None:
+        """Send the bytes of an object.
+
+        Args:
+            data: Anything that exports a contiguous buffer.
+            timeout_seconds: How long to wait for room at most; None waits for ever, 0 not at all.
+
+        Raises:
+            Timeout: There was no room in time; nothing was sent.
+            Disconnected: No receiver is left.
+            InvalidArgument: It is longer than the channel's capacity.
+            Closed: This sender is closed.
+        """
+    def send_many(self, messages: Iterable[Any], timeout_seconds: float | None = None) -> int:
+        """Send the bytes of each object; how many.
+
+        Raises:
+            Timeout: There was no room in time; the message says how many were sent.
+            Disconnected, InvalidArgument, Closed: As for `send_bytes`; those before were sent.
+        """
+    def _send_records(self, data: Any, item_bytes: int, timeout_seconds: float | None) -> int:
+        """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""
+    def _send_object(self, pickle: Any, buffers: list[Any], timeout_seconds: float | None) -> None:
+        """Send a pickle and the buffers that it left out of band."""
+    def reserve(
+        self,
+        shape: int | Sequence[int],
+        dtype: DTypeLike | None = None,
+        timeout_seconds: float | None = None,
+    ) -> ReservedArray:
+        """Make an array in shared memory, to be filled in a `with` block and sent at its end.
+
+        The array holds whatever was there. An exception in the block sends nothing. After the
+        block the memory is the receiver's: the array cannot be written to any more, and what it
+        shows is no longer defined.
+
+        Args:
+            shape: Length of each dimension.
+            dtype: Of the items, float64 by default; no references.
+            timeout_seconds: How long to wait for room at most.
+
+        Raises:
+            Timeout: There was no room in time.
+            Disconnected: No receiver is left.
+            InvalidArgument: It is longer than the capacity, or the dtype holds references.
+        """
+    def _arm(self) -> None:
+        """Ask for the doorbell to ring when there is room. Try once more afterwards."""
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+    def close(self) -> None:
+        """Close it. Receivers get what was sent; after the last sender's close they are told."""

@@ -32,6 +32,16 @@ pub enum Error {
         /// What was ended, and how.
         message: String,
     },
+    /// The other side is gone.
+    Disconnected {
+        /// Who is gone, and how.
+        message: String,
+    },
+    /// Shared or stored bytes are not what was written.
+    Corrupted {
+        /// What was expected and what is there.
+        message: String,
+    },
 }
 
 impl Error {
@@ -64,6 +74,20 @@ impl Error {
             message: message.into(),
         }
     }
+
+    /// An [`Error::Disconnected`].
+    pub fn disconnected(message: impl Into<String>) -> Self {
+        Error::Disconnected {
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Corrupted`].
+    pub fn corrupted(message: impl Into<String>) -> Self {
+        Error::Corrupted {
+            message: message.into(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -82,7 +106,9 @@ impl fmt::Display for Error {
                     "cannot allocate {requested_bytes} bytes: {message}"
                 )
             }
-            Error::Closed { message } => formatter.write_str(message),
+            Error::Closed { message }
+            | Error::Disconnected { message }
+            | Error::Corrupted { message } => formatter.write_str(message),
         }
     }
 }

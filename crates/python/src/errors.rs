@@ -4,6 +4,8 @@ use moirai_core::error::Error;
 use pyo3::{PyErr, import_exception};
 
 import_exception!(moirai.errors, Closed);
+
+import_exception!(moirai.errors, Corrupted);
 import_exception!(moirai.errors, Disconnected);
 import_exception!(moirai.errors, InvalidArgument);
 import_exception!(moirai.errors, OutOfMemory);
@@ -17,5 +19,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
         Error::OutOfMemory { .. } => OutOfMemory::new_err(message),
         Error::Unsupported { .. } => Unsupported::new_err(message),
         Error::Closed { .. } => Closed::new_err(message),
+        Error::Disconnected { .. } => Disconnected::new_err(message),
+        Error::Corrupted { .. } => Corrupted::new_err(message),
     }
 }

@@ -14,6 +14,7 @@ mod numpy;
 mod pools;
 mod priority;
 mod resource;
+mod shared_channel;
 mod site;
 mod slab;
 mod transaction;
@@ -72,6 +73,15 @@ mod _native {
     };
     #[pymodule_export]
     use super::slab::Slab;
+    use super::shared_channel::array::{ReceivedView, ReservedArray};
+    #[pymodule_export]
+    use super::shared_channel::block::SharedBlock;
+    #[pymodule_export]
+    use super::shared_channel::handle::SharedChannel;
+    #[pymodule_export]
+    use super::shared_channel::receiver::SharedReceiver;
+    #[pymodule_export]
+    use super::shared_channel::sender::SharedSender;
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
 

@@ -1,7 +1,9 @@
-"""Messages from any thread or task to any other: bounded, closable, in order, without a copy.
+"""Messages from any thread, task or process to any other: bounded, closable, in order.
 
-Every object here may be used by any number of threads at once, with or without the GIL, and the
-channels by any number of event loops. What a forked child has is told in docs/channels.md.
+`Channel` is between the threads and event loops of one process and copies nothing; `SharedChannel`
+is between processes. Every object here may be used by any number of threads at once, with or without
+the GIL, and the channels by any number of event loops. What a forked child has is told in
+docs/channels.md and docs/shared_channels.md.
 """
 
 from __future__ import annotations
@@ -11,6 +13,13 @@ from moirai.channels.batching import BatchingSender, BatchingStatistics, Traffic
 from moirai.channels.broadcast import Broadcast, SlowPolicy, Subscription
 from moirai.channels.queues import Empty, Full, Queue, ShutDown
 from moirai.channels.selecting import Selected, select, select_async
+from moirai.channels.shared import (
+    ReceivedView,
+    ReservedArray,
+    SharedChannel,
+    SharedReceiver,
+    SharedSender,
+)
 
 __all__ = [
     "BatchingSender",
@@ -21,9 +30,14 @@ __all__ = [
     "Empty",
     "Full",
     "Queue",
+    "ReceivedView",
     "Receiver",
+    "ReservedArray",
     "Selected",
     "Sender",
+    "SharedChannel",
+    "SharedReceiver",
+    "SharedSender",
     "ShutDown",
     "SlowPolicy",
     "Subscription",

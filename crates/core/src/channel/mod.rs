@@ -12,6 +12,8 @@ pub mod deque;
 #[cfg(not(loom))]
 pub mod doorbell;
 pub mod ring;
+#[cfg(not(loom))]
+pub mod shared;
 pub mod tasks;
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -21,6 +21,13 @@ pub(crate) struct Items<'py> {
     pub item_bytes: usize,
 }
 
+impl<'py> Items<'py> {
+    /// The dtype itself.
+    pub(crate) fn descr(&self) -> &Bound<'py, PyAny> {
+        &self.descr
+    }
+}
+
 /// The dtype that `dtype` names; float64 for `None`, as NumPy has it.
 pub(crate) fn items<'py>(
     py: Python<'py>,
@@ -85,6 +92,24 @@ impl Shape {
             }
         }
         Ok(found)
+    }
+
+    /// These lengths.
+    pub(crate) fn from_lengths(given: &[i64]) -> Option<Self> {
+        let mut lengths = [0; MAX_DIMENSIONS];
+        let place = lengths.get_mut(..given.len())?;
+        for (length, given) in place.iter_mut().zip(given) {
+            *length = ffi::Py_ssize_t::try_from(*given)
+                .ok()
+                .filter(|it| *it >= 0)?;
+        }
+        let count = given.len();
+        Some(Shape { lengths, count })
+    }
+
+    /// The lengths.
+    pub(crate) fn lengths(&self) -> &[ffi::Py_ssize_t] {
+        &self.lengths[..self.count]
     }
 
     /// Two dimensions.

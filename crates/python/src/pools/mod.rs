@@ -7,5 +7,5 @@ pub(crate) mod object;
 pub(crate) mod records;
 pub(crate) mod ticket;
 pub(crate) mod vector;
-mod view;
+pub(crate) mod view;
 mod wait;

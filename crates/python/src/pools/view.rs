@@ -10,7 +10,7 @@ use std::ptr::{NonNull, null_mut};
 type Layout = [ffi::Py_ssize_t; 2];
 
 /// Items of one format, one after the other.
-pub(super) struct Items<'a> {
+pub(crate) struct Items<'a> {
     pub address: NonNull<u8>,
     pub size: usize,
     pub item_bytes: usize,
@@ -22,7 +22,7 @@ pub(super) struct Items<'a> {
 ///
 /// # Safety
 /// `view` is valid, and [`free`] is called with it once it ends.
-pub(super) unsafe fn fill(
+pub(crate) unsafe fn fill(
     view: *mut ffi::Py_buffer,
     owner: Bound<'_, PyAny>,
     items: Items<'_>,
@@ -59,7 +59,7 @@ pub(super) unsafe fn fill(
 ///
 /// # Safety
 /// `view` was filled by [`fill`], and this is its end.
-pub(super) unsafe fn free(view: *mut ffi::Py_buffer) {
+pub(crate) unsafe fn free(view: *mut ffi::Py_buffer) {
     // SAFETY: the caller's promise.
     let layout = unsafe { (*view).internal }.cast::<Layout>();
     // SAFETY: leaked by `fill`, and nobody has the view any more.

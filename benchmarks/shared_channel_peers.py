@@ -1,0 +1,437 @@
+"""The peers of bench_shared_channels.py: each sends bytes from one process to another.
+
+A link is made in the parent, then the process forks; the child calls `sender()`, the parent
+`receiver()`. Each is used as its page shows, with the options that do least.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moirai.channels import SharedChannel
+
+MIB = 1 << 20
+FORK = multiprocessing.get_context("fork")
+
+Send = Callable[[Any], None]
+Receive = Callable[[], Any]
+
+
+class Link:
+    """One way from a process to another for messages of up to `size_bytes`, `count` of them."""
+
+    label = ""
+    max_bytes = 1 << 40
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        self.size_bytes = size_bytes
+        self.count = count
+
+    def sender(self) -> Send:
+        """In the child."""
+        raise NotImplementedError
+
+    def receiver(self) -> Receive:
+        """In the parent."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """In both."""
+
+
+class Queue(Link):
+    label = "multiprocessing.Queue"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.queue: Any = FORK.Queue(64)
+
+    def sender(self) -> Send:
+        return self.queue.put  # type: ignore[no-any-return]
+
+    def receiver(self) -> Receive:
+        return self.queue.get  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self.queue.close()
+        self.queue.join_thread()
+
+
+class Pipe(Link):
+    label = "multiprocessing.Pipe"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.ends = FORK.Pipe(duplex=False)
+
+    def sender(self) -> Send:
+        return self.ends[1].send_bytes
+
+    def receiver(self) -> Receive:
+        return self.ends[0].recv_bytes
+
+
+class PipeOfObjects(Pipe):
+    def sender(self) -> Send:
+        return self.ends[1].send
+
+    def receiver(self) -> Receive:
+        return self.ends[0].recv
+
+
+class FasterFifo(Link):
+    label = "faster-fifo"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        import faster_fifo
+
+        super().__init__(size_bytes, count)
+        self.queue = faster_fifo.Queue(max(4 * size_bytes, 4 * MIB))
+
+    def sender(self) -> Send:
+        return self.queue.put  # type: ignore[no-any-return]
+
+    def receiver(self) -> Receive:
+        return self.queue.get  # type: ignore[no-any-return]
+
+
+class Zmq(Link):
+    label = "pyzmq ipc, copy=False"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.address = f"ipc://{tempfile.gettempdir()}/moirai-bench-{uuid.uuid4().hex}"
+
+    def socket(self, kind: str) -> Any:
+        import zmq
+
+        self.context = zmq.Context()
+        socket = self.context.socket(getattr(zmq, kind))
+        socket.linger = 10_000
+        if kind == "PULL":
+            socket.bind(self.address)
+        else:
+            socket.connect(self.address)
+        return socket
+
+    def sender(self) -> Send:
+        socket = self.socket("PUSH")
+        return lambda data: socket.send(data, copy=False)
+
+    def receiver(self) -> Receive:
+        socket = self.socket("PULL")
+        return lambda: socket.recv(copy=False)
+
+    def close(self) -> None:
+        self.context.destroy(linger=10_000)
+
+
+class ZmqObjects(Zmq):
+    def sender(self) -> Send:
+        socket = self.socket("PUSH")
+        return lambda item: socket.send_pyobj(item, protocol=5, copy=False)
+
+    def receiver(self) -> Receive:
+        return self.socket("PULL").recv_pyobj  # type: ignore[no-any-return]
+
+
+class Iceoryx(Link):
+    label = "iceoryx2, copied in"
+    in_place = False
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.name = f"moirai-bench-{uuid.uuid4().hex}"
+
+    def service(self) -> Any:
+        import iceoryx2
+
+        iceoryx2.set_log_level(iceoryx2.LogLevel.Fatal)
+        self.node = iceoryx2.NodeBuilder.new().create(iceoryx2.ServiceType.Ipc)
+        builder = self.node.service_builder(iceoryx2.ServiceName.new(self.name))
+        builder = builder.publish_subscribe(iceoryx2.Slice[ctypes.c_uint8])
+        depth = 256 if self.size_bytes < MIB else 8
+        builder = builder.enable_safe_overflow(False).subscriber_max_buffer_size(depth)
+        return builder.open_or_create()
+
+    def sender(self) -> Send:
+        import iceoryx2
+
+        builder = self.service().publisher_builder().initial_max_slice_len(self.size_bytes)
+        publisher = builder.backpressure_strategy(
+            iceoryx2.BackpressureStrategy.RetryUntilDelivered
+        ).create()
+        size, in_place = self.size_bytes, self.in_place
+
+        def send(data: Any) -> None:
+            sample = publisher.loan_slice_uninit(size)
+            if in_place:
+                ctypes.memset(sample.payload_ptr, 1, 8)
+            else:
+                ctypes.memmove(sample.payload_ptr, data, size)
+            sample.assume_init().send()
+
+        return send
+
+    def receiver(self) -> Receive:
+        subscriber = self.service().subscriber_builder().create()
+
+        def receive() -> Any:
+            while (sample := subscriber.receive()) is None:
+                pass
+            sample.delete()
+            return None
+
+        return receive
+
+
+class IceoryxInPlace(Iceoryx):
+    label = "iceoryx2, in place"
+    in_place = True
+
+
+class Subetha(Link):
+    label = "subetha-ipc, SpscRing"
+    max_bytes = 64
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        import subetha
+
+        super().__init__(size_bytes, count)
+        self.path = f"/dev/shm/moirai-bench-{uuid.uuid4().hex}"
+        self.ring = subetha.SpscRing(self.path, 1024)
+
+    def _open(self) -> Any:
+        import subetha
+
+        return subetha.SpscRing.open(self.path, 1024)
+
+    def sender(self) -> Send:
+        push = self._open().push
+
+        def send(data: Any) -> None:
+            while not push(data):
+                pass
+
+        return send
+
+    def receiver(self) -> Receive:
+        pop = self._open().pop
+
+        def receive() -> Any:
+            while (data := pop()) is None:
+                pass
+            return data
+
+        return receive
+
+    def close(self) -> None:
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+
+
+class SubethaBatches(Subetha):
+    label = "subetha-ipc, batches of 256"
+
+    def sender(self) -> Send:
+        push = self._open().push_many
+
+        def send(batch: Any) -> None:
+            while batch:
+                batch = batch[push(batch) :]
+
+        return send
+
+    def receiver(self) -> Receive:
+        pop = self._open().pop_many
+        return lambda: pop(256)
+
+
+class HyperQ(Link):
+    label = "hyperq"
+    max_bytes = 64 * 1024
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        import hyperq
+
+        super().__init__(size_bytes, count)
+        self.queue = hyperq.BytesHyperQ(4 * MIB, f"/moirai-{uuid.uuid4().hex[:12]}")
+
+    def sender(self) -> Send:
+        return self.queue.put  # type: ignore[no-any-return]
+
+    def receiver(self) -> Receive:
+        return self.queue.get  # type: ignore[no-any-return]
+
+
+class Cloudtoid(Link):
+    label = "cloudtoid-interprocess"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.folder = tempfile.mkdtemp(dir="/dev/shm")
+        self.capacity = max(4 * MIB, 4 * size_bytes)
+
+    def sender(self) -> Send:
+        import cloudtoid_interprocess
+
+        publisher = cloudtoid_interprocess.Publisher("bench", self.capacity, self.folder)
+
+        def send(data: Any) -> None:
+            while not publisher.try_send(data):
+                pass
+
+        return send
+
+    def receiver(self) -> Receive:
+        import cloudtoid_interprocess
+
+        subscriber = cloudtoid_interprocess.Subscriber("bench", self.capacity, self.folder)
+        return lambda: subscriber.receive(30)
+
+    def close(self) -> None:
+        import shutil
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Kickmsg(Link):
+    """Drops what a subscriber is late for: its ring has room for the whole run."""
+
+    label = "kickmsg, copied in"
+    max_bytes = MIB
+    in_place = False
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        import kickmsg
+
+        super().__init__(size_bytes, count)
+        config = kickmsg.Config()
+        config.max_subscribers = 1
+        config.sub_ring_capacity = 1 << (count + 1).bit_length()
+        config.pool_size = count + 8
+        config.max_payload_size = size_bytes
+        self.name = f"/moirai-bench-{uuid.uuid4().hex}"
+        self.region = kickmsg.SharedRegion.create(self.name, kickmsg.ChannelType.PubSub, config)
+
+    def sender(self) -> Send:
+        import kickmsg
+
+        publisher = kickmsg.Publisher(kickmsg.SharedRegion.open(self.name))
+        if not self.in_place:
+            return publisher.send  # type: ignore[no-any-return]
+        size = self.size_bytes
+
+        def send(data: Any) -> None:
+            slot = publisher.allocate()
+            memoryview(slot)[:8] = b"12345678"
+            slot.publish(size)
+
+        return send
+
+    def receiver(self) -> Receive:
+        import kickmsg
+
+        subscriber = kickmsg.Subscriber(self.region)
+        if not self.in_place:
+            return lambda: subscriber.receive(30.0)
+        return lambda: subscriber.receive_view(30.0)
+
+    def close(self) -> None:
+        import kickmsg
+
+        kickmsg.unlink_shm(self.name)
+
+
+class KickmsgInPlace(Kickmsg):
+    label = "kickmsg, in place"
+    in_place = True
+
+
+class Moirai(Link):
+    label = "Moirai, bytes"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.channel = SharedChannel.create(capacity_bytes=max(8 * MIB, 4 * size_bytes))
+
+    def sender(self) -> Send:
+        self.end = self.channel.sender()
+        return self.end.send_bytes
+
+    def receiver(self) -> Receive:
+        self.other_end = self.channel.receiver()
+        return self.other_end.receive_bytes
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class MoiraiObjects(Moirai):
+    label = "Moirai, objects"
+
+    def sender(self) -> Send:
+        return self.channel.sender().send
+
+    def receiver(self) -> Receive:
+        return self.channel.receiver().receive
+
+
+class MoiraiCopied(Moirai):
+    label = "Moirai, copied in, received as a view"
+
+    def receiver(self) -> Receive:
+        return self.channel.receiver().receive_view
+
+
+class MoiraiInPlace(Moirai):
+    label = "Moirai, in place"
+
+    def sender(self) -> Send:
+        sender, size = self.channel.sender(), self.size_bytes
+
+        def send(data: Any) -> None:
+            with sender.reserve(size, np.uint8) as slot:
+                slot[:8] = 1
+
+        return send
+
+    def receiver(self) -> Receive:
+        receiver = self.channel.receiver()
+
+        def receive() -> Any:
+            with receiver.receive_view() as array:
+                return array
+
+        return receive
+
+
+class MoiraiBatches(Moirai):
+    label = "Moirai, batches of 256"
+
+    def sender(self) -> Send:
+        return self.channel.sender().send_many
+
+    def receiver(self) -> Receive:
+        receiver = self.channel.receiver()
+        return lambda: receiver.receive_many(256)
+
+
+class MoiraiRecords(Moirai):
+    label = "Moirai, arrays of 256 records"
+
+    def sender(self) -> Send:
+        sender = self.channel.sender()
+        return lambda batch: sender.send_batch(np.frombuffer(b"".join(batch), "S64"))
+
+    def receiver(self) -> Receive:
+        receiver = self.channel.receiver()
+        return lambda: receiver.receive_batch(256, "S64")

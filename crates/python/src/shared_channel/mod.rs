@@ -1,0 +1,9 @@
+//! `SharedChannel`: messages between processes.
+
+pub(crate) mod array;
+pub(crate) mod block;
+mod bytes;
+pub(crate) mod handle;
+pub(crate) mod receiver;
+pub(crate) mod sender;
+mod wait;
