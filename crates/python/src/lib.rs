@@ -72,7 +72,6 @@ mod _native {
         Statistics, StatisticsAdaptor, SystemResource, lost_blocks, walk_resources,
     };
     #[pymodule_export]
-    use super::slab::Slab;
     use super::shared_channel::array::{ReceivedView, ReservedArray};
     #[pymodule_export]
     use super::shared_channel::block::SharedBlock;
@@ -82,6 +81,8 @@ mod _native {
     use super::shared_channel::receiver::SharedReceiver;
     #[pymodule_export]
     use super::shared_channel::sender::SharedSender;
+    #[pymodule_export]
+    use super::slab::Slab;
     #[pymodule_export]
     use super::transaction::{TransactionArena, TransactionStore};
 

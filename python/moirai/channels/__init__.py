@@ -1,8 +1,8 @@
 """Messages from any thread, task or process to any other: bounded, closable, in order.
 
 `Channel` is between the threads and event loops of one process and copies nothing; `SharedChannel`
-is between processes. Every object here may be used by any number of threads at once, with or without
-the GIL, and the channels by any number of event loops. What a forked child has is told in
+is between processes. Every object here may be used by any number of threads at once, with or
+without the GIL, and the channels by any number of event loops. What a forked child has is told in
 docs/channels.md and docs/shared_channels.md.
 """
 
