@@ -8,8 +8,8 @@ are small integers. Five questions:
 - one thread to another, and two threads to two: messages a second;
 - a thread to an asyncio task: messages a second;
 - batches that follow the traffic against batches of fixed size, into a sink that pickles each batch
-  and writes it to /dev/null: messages a second of CPU when as many are sent as possible, and how old
-  messages get when few are.
+  and writes it to /dev/null: messages a second of CPU when as many are sent as possible, and how
+  old messages get when few are.
 
 Bounded queues have room for 1024. A package is used as its page shows.
 """
