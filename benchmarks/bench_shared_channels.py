@@ -39,6 +39,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = {64: 20_000, 4 * KIB: 10_000, MIB: 300, 16 * MIB: 20}
 BATCH = 256
 LIMIT_SECONDS = 30
+CORES = sorted(os.sched_getaffinity(0))
 
 ONE_WAY: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -87,8 +88,7 @@ def is_ours(name: str) -> bool:
 
 def pinned(core: int) -> None:
     """Stay on one of the cores there are."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[core % len(cores)]})
+    os.sched_setaffinity(0, {CORES[core % len(CORES)]})
 
 
 def in_child(body: Callable[[], None]) -> int:
@@ -364,6 +364,8 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     small_dict, array = results["small_dict"], results["array"]
     in_place, view = middle(large, "moirai-in-place"), middle(large, "moirai-copied")
 
+    other = middle(large, "iceoryx2-in-place")
+
     def over(text: str, column: Mapping[str, Sequence[float]], peer: str, times: float) -> Goal:
         return Goal(text, middle(column, "moirai") / middle(column, peer), 1 / times)
 
@@ -375,9 +377,7 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         over("64 B in batches over subetha-ipc", batched, "subetha", 1.8),
         Goal("1 MiB in place, us", in_place, 1.5),
         Goal("16 MiB in place over 1 MiB", middle(huge, "moirai-in-place") / in_place, 1.5),
-        Goal(
-            "1 MiB in place over iceoryx2", in_place / middle(large, "iceoryx2-in-place"), 1 / 2.5
-        ),
+        Goal("1 MiB in place over iceoryx2", in_place / other, 1 / 2.5),
         Goal("1 MiB in place over mp.Queue", in_place / middle(large, "mp-queue"), 1 / 2000),
         Goal("1 MiB copied in over np.copyto", view / copied[MIB], 1 / 0.9),
         Goal("1 MiB copied in over iceoryx2", view / middle(large, "iceoryx2"), 1 / 1.3),

@@ -236,7 +236,9 @@ pub fn random() -> io::Result<u64> {
     }
 }
 
-/// How many processors this process may run on.
+/// How many processors the machine has; another process may run on one that this one may not.
 pub fn processor_count() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    // SAFETY: `sysconf` reads a number of the system and has no preconditions.
+    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    usize::try_from(count).unwrap_or(1)
 }
