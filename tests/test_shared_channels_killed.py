@@ -83,7 +83,7 @@ class KilledSender(Story):
 
 
 class KilledSenderOfBlocks(KilledSender):
-    size = 33 * KIB  # just too long for the ring of so small a channel
+    size = 17 * KIB  # just too long for the ring of so small a channel
 
 
 class KilledInPlace(KilledSender):
@@ -131,7 +131,7 @@ class KilledReceiver(Story):
 
 
 class KilledReceiverOfBlocks(KilledReceiver):
-    size = 33 * KIB  # just too long for the ring of so small a channel
+    size = 17 * KIB  # just too long for the ring of so small a channel
 
 
 class KilledComingAndGoing(Story):
@@ -164,7 +164,7 @@ STORIES = [
 
 def tell(make: Callable[[], Story], steps: int | None) -> int:
     story = make()
-    with SharedChannel.create(f"killed-{os.getpid()}", capacity_bytes="256 KiB") as channel:
+    with SharedChannel.create(f"killed-{os.getpid()}", capacity_bytes="64 KiB") as channel:
         story.before(channel)
         done = kill_after(steps, lambda: story.prepare(channel), story.act)
         if done >= 0:

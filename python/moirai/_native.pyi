@@ -1725,7 +1725,7 @@ class SharedReceiver:
     def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
     def _receive_any(self, timeout_seconds: float | None) -> tuple[int, Any, list[tuple[int, int]]]:
-        """Receive any message: its kind (bytes, array, object, pickle), it, where its parts are."""
+        """Receive any message: its kind (bytes, array, object, pickle), it, where its parts lie."""
     def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
         """Receive an array without a copy: `with receiver.receive_view() as array:`.
 

@@ -331,7 +331,7 @@ impl SharedReceiver {
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
-    /// Receive any message: its kind (bytes, array, object or pickle), it, where its parts are.
+    /// Receive any message: its kind (bytes, array, object, pickle), it, where its parts lie.
     fn _receive_any<'py>(
         &self,
         py: Python<'py>,

@@ -197,6 +197,9 @@ impl Attachment {
         let slot = joined?;
         shared::unlock(&file, ROSTER);
         *locks = Some(file);
+        if self.generation.load(Ordering::Relaxed) != u64::MAX {
+            self.segment.populate();
+        }
         self.slot.store(slot, Ordering::Relaxed);
         self.generation.store(fork::generation(), Ordering::Release);
         Ok(())

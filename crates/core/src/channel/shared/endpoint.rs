@@ -19,6 +19,8 @@ const MAX_SPIN: u32 = 50_000;
 const CLOSED: u32 = 1 << 31;
 /// Shortest spin that is worth one.
 const MIN_SPIN: u32 = 500;
+/// Short sleeps before a long spin is tried.
+const SLEEPS_TO_A_SPIN: u32 = 16;
 
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub struct Endpoint {
     active: AtomicU32,
     /// How long to spin before sleeping, in nanoseconds; follows what waits take. A guess only.
     spin: AtomicU32,
+    /// Sleeps that a spin might have saved; counted for the same guess.
+    short_sleeps: AtomicU32,
 }
 
 /// An operation in progress: the end is not closed under it.
@@ -77,6 +81,7 @@ impl Endpoint {
             generation: AtomicU64::new(fork::generation()),
             active: AtomicU32::new(0),
             spin: AtomicU32::new(spin),
+            short_sleeps: AtomicU32::new(0),
         })
     }
 
@@ -222,8 +227,9 @@ impl Endpoint {
         let nap = Duration::from_millis(PROBE_MILLISECONDS);
         let nap = left(Instant::now()).map_or(nap, |left| left.min(nap));
         let end = shared::wait_on_shared(gate.word(), count, nap);
-        let waited = started.elapsed().as_nanos();
-        self.learn(waited < u128::from(MAX_SPIN));
+        if started.elapsed() < Duration::from_nanos(2 * u64::from(MAX_SPIN)) {
+            self.note_short_sleep();
+        }
         if is_ready() {
             return Ok(Waited::Ready);
         }
@@ -239,34 +245,34 @@ impl Endpoint {
         })
     }
 
+    /// Whether it was ready before the spin ended; a spin that helped is a reason for longer ones.
     fn spin(&self, started: Instant, is_ready: &impl Fn() -> bool) -> bool {
-        let limit = Duration::from_nanos(u64::from(self.spin.load(Ordering::Relaxed)));
-        if limit.is_zero() {
+        let spin = self.spin.load(Ordering::Relaxed);
+        if spin == 0 {
             return false;
         }
+        let limit = Duration::from_nanos(u64::from(spin));
         loop {
             for _ in 0..16 {
                 if is_ready() {
+                    self.spin.store((spin * 2).min(MAX_SPIN), Ordering::Relaxed);
                     return true;
                 }
                 std::hint::spin_loop();
             }
             if started.elapsed() >= limit {
+                self.spin.store((spin / 2).max(MIN_SPIN), Ordering::Relaxed);
                 return false;
             }
         }
     }
 
-    /// Spin longer if it would have helped, shorter if not.
-    fn learn(&self, was_short: bool) {
-        let spin = self.spin.load(Ordering::Relaxed);
-        if spin > 0 {
-            let next = if was_short {
-                MAX_SPIN
-            } else {
-                (spin / 2).max(MIN_SPIN)
-            };
-            self.spin.store(next, Ordering::Relaxed);
+    /// After a sleep that was short: a spin might have done, so try a long one now and then. Not
+    /// each time: where both sides share a processor, the other needs it.
+    fn note_short_sleep(&self) {
+        let count = self.short_sleeps.fetch_add(1, Ordering::Relaxed);
+        if count % SLEEPS_TO_A_SPIN == 0 && self.spin.load(Ordering::Relaxed) > 0 {
+            self.spin.store(MAX_SPIN, Ordering::Relaxed);
         }
     }
 

@@ -283,6 +283,34 @@ mod tests {
         assert!(Header::new(usize::MAX, 7).is_err());
     }
 
+    /// What `docs/shared_channels.md` says. Another number is another layout version.
+    #[test]
+    fn everything_lies_where_the_page_says() {
+        let header = [
+            offset_of!(Header, layout_version),
+            offset_of!(Header, abi_hash),
+            offset_of!(Header, capacity_bytes),
+            offset_of!(Header, units_offset),
+            offset_of!(Header, ring_offset),
+            offset_of!(Header, id),
+            size_of::<Header>(),
+        ];
+        assert_eq!(header, [8, 16, 32, 56, 72, 96, 104]);
+        let control = [
+            offset_of!(Control, messages),
+            offset_of!(Control, room),
+            offset_of!(Control, positions),
+            size_of::<Control>(),
+        ];
+        assert_eq!(control, [128, 256, 384, 768]);
+        assert_eq!((offset_of!(Slot, doorbell), size_of::<Slot>()), (24, 64));
+        assert_eq!(
+            (CONTROL_OFFSET, SLOTS_OFFSET, WORDS_OFFSET),
+            (256, 4096, 12288)
+        );
+        assert_eq!(LAYOUT_VERSION, 1);
+    }
+
     #[test]
     fn what_differs_is_named() {
         let good = Header::new(1 << 20, 7).unwrap();

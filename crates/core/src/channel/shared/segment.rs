@@ -178,6 +178,12 @@ impl Segment {
         }
     }
 
+    /// Have its pages at hand, in a forked child.
+    pub fn populate(&self) {
+        // SAFETY: the whole mapping.
+        unsafe { shared::populate(self.base, self.header.segment_bytes as usize) };
+    }
+
     /// Whether the file still is as long as it was; a named one can be truncated by its user.
     pub fn check_length(&self) -> Result<()> {
         if self.path.is_none() {
