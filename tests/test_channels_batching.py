@@ -369,3 +369,16 @@ def test_a_subscription_can_be_selected() -> None:
 def test_the_policy_is_checked() -> None:
     with pytest.raises(InvalidArgument, match=r"slow: must be one of 'block', .* got 'wait'"):
         Broadcast[int]().subscribe(slow="wait")  # type: ignore[arg-type]
+
+
+def test_batches_go_between_processes_too() -> None:
+    numbers = [b"%d" % number for number in range(95)]
+    with (
+        channels.SharedChannel.create(capacity_bytes="1 MiB") as channel,
+        channel.sender() as sender,
+        channel.receiver() as receiver,
+    ):
+        with BatchingSender(sender, max_delay_seconds=60, max_batch=10) as batching:
+            for number in numbers:
+                batching.send(number)
+        assert [receiver.receive_bytes(timeout_seconds=60) for _ in numbers] == numbers
