@@ -507,11 +507,22 @@ impl Attachment {
         }
     }
 
-    /// After room was made.
+    /// After room was made in the ring. A sender is woken once it can go on for a while, rather
+    /// than for each message; its naps are short.
     #[inline]
-    pub fn note_room(&self, always: bool) {
+    pub fn note_room(&self) {
         let gate = &self.segment.control().room;
-        if gate.is_waited_at() && (always || self.segment.ring().is_roomy()) {
+        if gate.is_waited_at() && self.segment.ring().is_roomy() {
+            self.wake(gate, ARMED_FOR_ROOM);
+        }
+    }
+
+    /// After a block was freed; the same. With no message under way nothing else would wake it.
+    pub fn note_block(&self) {
+        let gate = &self.segment.control().room;
+        if gate.is_waited_at()
+            && (self.segment.ring().is_empty() || self.segment.blocks().is_roomy())
+        {
             self.wake(gate, ARMED_FOR_ROOM);
         }
     }

@@ -198,6 +198,11 @@ impl<'a> Blocks<'a> {
         seen.is_head() && seen.count() == run.count && seen.turn() == run.turn
     }
 
+    /// Whether half of the units are free.
+    pub fn is_roomy(&self) -> bool {
+        self.used_count() * 2 <= self.units.len()
+    }
+
     /// Units that are out.
     pub fn used_count(&self) -> usize {
         (0..self.units.len())

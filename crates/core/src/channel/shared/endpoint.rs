@@ -472,7 +472,7 @@ impl Endpoint {
         };
         let done = read(segment.record_bytes(ring.index_of(record)));
         ring.release(record);
-        self.attachment.note_room(false);
+        self.attachment.note_room();
         Ok(Some(done))
     }
 
@@ -505,7 +505,7 @@ impl Endpoint {
         let run = descriptor.run(segment);
         let run = run.filter(|run| segment.blocks().transfer(*run, slot));
         ring.release(record);
-        self.attachment.note_room(false);
+        self.attachment.note_room();
         let Some(run) = run else {
             return Err(Error::corrupted(
                 "segment: a message names a block that is not there: a process has overwritten it",
@@ -601,7 +601,7 @@ impl Drop for Block {
         }
         if self.run.count > 0 {
             self.attachment.segment().blocks().free(self.run);
-            self.attachment.note_room(true);
+            self.attachment.note_block();
         }
         self.attachment.let_go();
     }

@@ -303,6 +303,11 @@ impl<'a> Ring<'a> {
         self.positions.tail.get().saturating_sub(head) <= self.count() / 2
     }
 
+    /// Whether nothing is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.positions.tail.get() <= self.positions.head.get()
+    }
+
     /// Call `visit` with every record from the first that is not free to the last that was claimed.
     /// Records may come and go meanwhile: none is left out that is there all the time, and some may
     /// be visited twice.
