@@ -330,7 +330,7 @@ def test_a_forked_child_goes_on_with_any_stack(stack: Stack, steps: list[tuple])
         stop.set()
         thread.join()
         life.end()
-        del life
+        del life, child
 
 
 @pytest.mark.parametrize(

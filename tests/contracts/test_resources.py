@@ -567,7 +567,7 @@ def test_forked_child_allocates_and_frees_its_parents_blocks(make: Make) -> None
 
         in_forked_child(child)
         assert bytes(buffers[0]) == b"\3" * 64
-        del buffers
+        del buffers, child
 
 
 # --- memory given back --------------------------------------------------------------------------
