@@ -164,7 +164,7 @@ STORIES = [
 
 def tell(make: Callable[[], Story], steps: int | None) -> int:
     story = make()
-    with SharedChannel.create(f"killed-{os.getpid()}", capacity_bytes="64 KiB") as channel:
+    with SharedChannel.create(f"killed-{os.getpid()}", capacity_bytes="128 KiB") as channel:
         story.before(channel)
         done = kill_after(steps, lambda: story.prepare(channel), story.act)
         if done >= 0:
