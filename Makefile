@@ -48,10 +48,10 @@ test: $(BUILT) ## all tests: the core's, then Python's
 
 test-quick: $(BUILT) ## all tests but the stress tests
 	cargo test -p moirai-core --lib
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow and not endurance'
 
 stress: $(BUILT) ## the stress tests alone, a thousand kills of processes among them
-	$(PY) -m pytest tests/stress
+	$(PY) -m pytest -m 'slow or endurance' tests/stress
 
 check: $(BUILT) ## formatting, lints, types, stubs, layers
 	cargo fmt --all --check

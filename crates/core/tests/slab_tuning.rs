@@ -1,11 +1,13 @@
 //! A slab that is tuned while it is used: blocks stay what they are, and the books balance.
 
+use moirai_core::error::Result;
 use moirai_core::resource::large_object::{LargeObjectResource, Options};
 use moirai_core::resource::slab::{EXTRA_CLASSES, MAX_BLOCK_BYTES, SlabResource, max_rounds};
 use moirai_core::resource::system::SystemResource;
-use moirai_core::resource::{Block, HealthReport, Request, Resource};
+use moirai_core::resource::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
 
 fn slab() -> SlabResource {
     SlabResource::new(Arc::new(SystemResource::new())).unwrap()
@@ -209,4 +211,86 @@ fn capacities_are_bounded_and_what_rests_in_magazines_follows_them() {
     let (many, few) = (out(32), out(2));
     assert!(many > 40 * 4096 && few <= 2 * 2 * 4096, "{many} {few}");
     healthy(&slab);
+}
+
+// ---- upstream that frees ----
+
+/// Does something before it grants, as a limit that has garbage collected does.
+struct Collecting {
+    upstream: SystemResource,
+    collect: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+// SAFETY: blocks are the system's, handed through unchanged.
+unsafe impl Resource for Collecting {
+    fn name(&self) -> &'static str {
+        "Collecting"
+    }
+
+    fn allocate(&self, request: Request) -> Result<Block> {
+        let collect = self.collect.lock().unwrap().take();
+        if let Some(collect) = collect {
+            collect();
+        }
+        self.upstream.allocate(request)
+    }
+
+    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { self.upstream.deallocate(address) }
+    }
+
+    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { self.upstream.block_bytes(address) }
+    }
+
+    fn owns(&self, _: NonNull<u8>) -> Ownership {
+        Ownership::Unknown
+    }
+
+    fn statistics(&self) -> Statistics {
+        self.upstream.statistics()
+    }
+
+    fn cached_bytes(&self) -> usize {
+        0
+    }
+
+    fn trim(&self, _: usize) -> usize {
+        0
+    }
+
+    fn check(&self, _: &mut HealthReport) {}
+}
+
+#[test]
+fn a_run_that_is_not_needed_when_it_comes_goes_back() {
+    let upstream = Arc::new(Collecting {
+        upstream: SystemResource::new(),
+        collect: Mutex::new(None),
+    });
+    let slab = Arc::new(SlabResource::new(upstream.clone()).unwrap());
+    let mut live = Live::default();
+    // All of one run: the next request asks upstream for another, which frees what is out.
+    for _ in 0..64 * 1024 / 4096 {
+        live.take(&slab, 4096, 64, 1);
+    }
+    let drawn = upstream.statistics().current_count;
+    let (freeing, freed) = (Arc::clone(&slab), std::mem::take(&mut live));
+    *upstream.collect.lock().unwrap() = Some(Box::new(move || {
+        let mut freed = freed;
+        while freed.0.len() > 4 {
+            freed.give(&freeing, 0);
+        }
+        std::mem::forget(freed);
+    }));
+    live.take(&slab, 4096, 64, 2);
+    assert!(
+        upstream.collect.lock().unwrap().is_none(),
+        "upstream was asked"
+    );
+    assert_eq!(upstream.statistics().current_count, drawn);
+    healthy(&*slab);
+    live.give(&slab, 0);
 }

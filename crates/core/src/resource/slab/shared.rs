@@ -124,10 +124,10 @@ impl Shared {
     }
 
     pub(super) fn return_run(&self, class: &mut Class, run: *mut Run) {
-        let (base, index, purged) = {
+        let (index, purged) = {
             // SAFETY: runs in the lists are live boxes, and the class's lock is held.
             let run = unsafe { &*run };
-            (run.base, run.index, run.purged_bytes())
+            (run.index, run.purged_bytes())
         };
         unlist_partial(class, run);
         class.runs.swap_remove(index);
@@ -136,10 +136,19 @@ impl Shared {
             unsafe { (*moved).index = index };
         }
         class.purged_bytes -= purged;
+        // SAFETY: made by `draw_run`, removed from every list, and every block of it is free.
+        unsafe { self.dissolve(run) };
+    }
+
+    /// Give a run's memory back to upstream.
+    ///
+    /// # Safety
+    /// `run` was made by `draw_run`, is in no list, and none of its blocks is out.
+    unsafe fn dissolve(&self, run: *mut Run) {
+        // SAFETY: the caller's promise: nobody else knows it.
+        let base = unsafe { Box::from_raw(run) }.base;
         self.units.set(base.as_ptr() as usize, 0);
-        // SAFETY: made by `draw_run`, removed from every list.
-        drop(unsafe { Box::from_raw(run) });
-        // SAFETY: drawn from upstream, and every block of it is free.
+        // SAFETY: drawn from upstream by `draw_run`, and every block of it is free.
         unsafe { self.upstream.deallocate(base) };
     }
 
@@ -222,16 +231,19 @@ impl Shared {
         };
         let drawn = self.draw_run(class, colour);
         let mut guard = self.classes[class].lock();
-        let refusal = match drawn {
-            Ok(run) => {
-                list_run(&mut guard, run);
-                None
+        // What other threads freed meanwhile, or the limit's collection did, serves as well; a run
+        // that is listed without need would stay, empty, until somebody needs it.
+        if let Some(taken) = self.take_locked(&mut guard, cache) {
+            drop(guard);
+            if let Ok(run) = drawn {
+                // SAFETY: drawn above, in no list.
+                unsafe { self.dissolve(run) };
             }
-            Err(error) => Some(error),
-        };
-        // What other threads freed meanwhile, or the limit's collection did, serves as well.
+            return Ok(taken);
+        }
+        list_run(&mut guard, drawn?);
         let taken = self.take_locked(&mut guard, cache);
-        taken.ok_or_else(|| refusal.expect("a run was listed under this lock"))
+        Ok(taken.expect("a run was listed under this lock"))
     }
 
     /// A block of a class whose lock is held, by way of the calling thread's magazines if it has
