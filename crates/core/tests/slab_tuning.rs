@@ -252,13 +252,12 @@ fn a_run_that_is_not_needed_when_it_comes_goes_back() {
         live.take(&slab, 4096, 64, 1);
     }
     let drawn = upstream.statistics().current_count;
-    let (freeing, freed) = (Arc::clone(&slab), std::mem::take(&mut live));
+    let freeing = Arc::clone(&slab);
+    let mut freed = Live(live.0.split_off(4));
     *upstream.collect.lock().unwrap() = Some(Box::new(move || {
-        let mut freed = freed;
-        while freed.0.len() > 4 {
+        while !freed.0.is_empty() {
             freed.give(&freeing, 0);
         }
-        std::mem::forget(freed);
     }));
     live.take(&slab, 4096, 64, 2);
     assert!(
@@ -267,5 +266,7 @@ fn a_run_that_is_not_needed_when_it_comes_goes_back() {
     );
     assert_eq!(upstream.statistics().current_count, drawn);
     healthy(&*slab);
-    live.give(&slab, 0);
+    while !live.0.is_empty() {
+        live.give(&slab, 0);
+    }
 }
