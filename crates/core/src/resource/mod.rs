@@ -19,9 +19,11 @@ pub mod pool;
 pub mod priority;
 pub mod realtime;
 pub mod registry;
+pub mod shared_memory;
 pub mod slab;
 pub mod statistics;
 pub mod system;
+mod tlsf;
 pub mod transaction;
 
 use crate::error::{Error, Result};
@@ -303,6 +305,11 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Where this resource draws from.
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
+        None
+    }
+
+    /// The shared memory that its blocks are drawn from and handed through from unchanged, if so.
+    fn shared_memory(&self) -> Option<&shared_memory::SharedMemoryResource> {
         None
     }
 

@@ -24,7 +24,7 @@ pub(super) struct Types(Lock<Option<Written>>);
 
 impl Types {
     /// How a dtype is written.
-    fn text_of(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Arc<[u8]>> {
+    pub(super) fn text_of(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Arc<[u8]>> {
         if let Some((known, text)) = &*self.0.lock()
             && known.is(dtype)
         {
@@ -38,7 +38,11 @@ impl Types {
     }
 
     /// The dtype that is written so.
-    fn dtype_of<'py>(&self, py: Python<'py>, text: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+    pub(super) fn dtype_of<'py>(
+        &self,
+        py: Python<'py>,
+        text: &[u8],
+    ) -> PyResult<Bound<'py, PyAny>> {
         if let Some((dtype, known)) = &*self.0.lock()
             && **known == *text
         {

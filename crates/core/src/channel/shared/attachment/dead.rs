@@ -4,11 +4,13 @@ use super::{Attachment, Gone, PROBE_MILLISECONDS, Role, is_used};
 use crate::channel::shared::blocks::Run;
 use crate::channel::shared::descriptor::Descriptor;
 use crate::channel::shared::layout::Slot;
+use crate::channel::shared::reference;
 use crate::channel::shared::ring::Record;
 use crate::channel::shared::segment::ROSTER;
 use crate::channel::shared::word::State;
 use crate::error::Result;
 use crate::os::{self, shared};
+use crate::resource::shared_memory::guests;
 use crate::sync::Ordering;
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
@@ -29,6 +31,7 @@ impl Attachment {
     pub fn probe(&self) -> Result<()> {
         self.probed.store(os::now_milliseconds(), Ordering::Relaxed);
         self.segment.check_length()?;
+        self.forget_orphans();
         let mine = self.slot()?;
         // Somebody else of this process has the lock: he looks, or his work is short.
         let Some(locks) = self.locks.try_lock() else {
@@ -49,6 +52,8 @@ impl Attachment {
             self.reap_dead(file, Some(mine));
             shared::unlock(file, ROSTER);
         }
+        drop(locks);
+        self.take_strays();
         Ok(())
     }
 
@@ -109,11 +114,34 @@ impl Attachment {
                     if let Some(run) = self.run_of(record) {
                         self.segment.blocks().transfer(run, owner);
                     }
+                    self.take_references(record);
                     ring.finish_taken(record);
                 }
                 _ => {}
             }
         });
+    }
+
+    /// What a dead receiver was about to hold by reference is nobody's.
+    fn take_references(&self, record: Record) {
+        for reference in reference::in_record(&self.segment, record) {
+            match guests::known(reference.address.id) {
+                Some(holding) => {
+                    holding.segment().holders().take(reference.parcel);
+                }
+                None => self.strays.lock().push(reference),
+            }
+        }
+    }
+
+    /// The same for segments that must be attached to first. With no lock held.
+    fn take_strays(&self) {
+        let strays = std::mem::take(&mut *self.strays.lock());
+        for reference in strays {
+            if let Ok(Some(holding)) = guests::attach(reference.address) {
+                holding.segment().holders().take(reference.parcel);
+            }
+        }
     }
 
     fn run_of(&self, record: Record) -> Option<Run> {

@@ -15,11 +15,15 @@ mod waking;
 
 use super::doorbell::Doorbell;
 use super::layout::Slot;
+use super::reference::Reference;
 use super::segment::{ROSTER, Segment, reap_names};
 use super::word::SLOT_COUNT;
 use crate::error::{Error, Result};
 use crate::os::{self, shared};
 use crate::resource::fork::{self, ForkLocks};
+use crate::resource::shared_memory::guests;
+use crate::resource::shared_memory::holding::Holding;
+use crate::resource::shared_memory::sent::Carrier;
 use crate::sync::{AtomicU64, AtomicUsize, Lock, Ordering};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -61,16 +65,27 @@ pub struct Attachment {
     /// When the others were looked at last, in milliseconds. Not ordered with anything.
     probed: AtomicU64,
     doorbell: Doorbell,
+    /// What dead receivers took of segments that this process does not know: to be taken back once
+    /// the locks are released.
+    strays: Lock<Vec<Reference>>,
+    /// Segments of others that something was received of, so that the next message finds them.
+    kept: Lock<Vec<Arc<Holding>>>,
 }
 
 impl ForkLocks for Attachment {
     fn lock_all(&self) {
         self.locks.hold();
         self.doorbell.hold();
+        self.strays.hold();
+        self.kept.hold();
     }
 
     unsafe fn unlock_all(&self) {
         // SAFETY: held by `lock_all` on this thread.
+        unsafe { self.kept.release() };
+        // SAFETY: as above.
+        unsafe { self.strays.release() };
+        // SAFETY: as above.
         unsafe { self.doorbell.release(!self.is_here()) };
         if !self.is_here() {
             // The parent's lock must end with the parent: a child has no part in it.
@@ -79,6 +94,25 @@ impl ForkLocks for Attachment {
         }
         // SAFETY: as above.
         unsafe { self.locks.release() };
+    }
+}
+
+impl Carrier for Attachment {
+    fn is_attached(&self) -> bool {
+        // Who has the lock is attached, or about to leave.
+        self.is_here() && self.locks.try_lock().is_none_or(|locks| locks.is_some())
+    }
+
+    fn has_others(&self) -> bool {
+        let Some(locks) = self.locks.try_lock() else {
+            return true;
+        };
+        let file = locks.as_ref().unwrap_or(self.segment.file());
+        shared::is_locked_elsewhere(file, 0, ROSTER).unwrap_or(false)
+    }
+
+    fn can_be_received(&self) -> bool {
+        self.gone(Role::Receiver).is_none() && self.has_others()
     }
 }
 
@@ -125,10 +159,13 @@ impl Attachment {
             users: AtomicUsize::new(1),
             probed: AtomicU64::new(0),
             doorbell: Doorbell::default(),
+            strays: Lock::default(),
+            kept: Lock::default(),
         }
     }
 
     fn register(self) -> Arc<Self> {
+        guests::prepare();
         let attachment = Arc::new(self);
         let weak: Weak<dyn ForkLocks> = Arc::downgrade(&attachment) as Weak<dyn ForkLocks>;
         fork::register(weak);
@@ -178,6 +215,25 @@ impl Attachment {
 
     fn entry(&self) -> Result<&Slot> {
         Ok(&self.segment.slots()[self.slot()?])
+    }
+
+    /// Stay attached to a segment while its maker lives, for the next message of it.
+    pub(super) fn keep(&self, holding: &Arc<Holding>) {
+        let mut kept = self.kept.lock();
+        if !kept.iter().any(|other| Arc::ptr_eq(other, holding)) {
+            kept.push(Arc::clone(holding));
+        }
+    }
+
+    /// Let go of segments whose makers are gone. What is still viewed keeps itself.
+    fn forget_orphans(&self) {
+        let mut kept = self.kept.lock();
+        let (orphans, others) = kept
+            .drain(..)
+            .partition::<Vec<_>, _>(|holding| !holding.has_maker());
+        *kept = others;
+        drop(kept);
+        drop(orphans);
     }
 
     // === coming and going =======================================================================
@@ -243,6 +299,8 @@ impl Attachment {
 
     /// Leave in order. What cannot be had in time is left to those who find the slot unlocked.
     fn detach(&self) {
+        let kept = std::mem::take(&mut *self.kept.lock());
+        drop(kept);
         let mut locks = self.locks.lock();
         let Some(file) = locks.take() else { return };
         let mine = self.slot.load(Ordering::Relaxed);
