@@ -40,7 +40,7 @@ impl SharedMemoryResource {
     }
 }
 
-/// Wait until others have received what was sent by reference; how many messages they have not.
+/// Wait until others have received what was sent by reference; how many are left.
 #[pyfunction]
 pub fn linger(py: Python<'_>, seconds: f64) -> PyResult<usize> {
     const SLICE: Duration = Duration::from_millis(50);

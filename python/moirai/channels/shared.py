@@ -140,9 +140,7 @@ class SharedSender(_native.SharedSender):
         _linger_at_exit()
         return sender
 
-    def send(
-        self, item: Any, timeout_seconds: float | None = None, *, give: bool = False
-    ) -> None:
+    def send(self, item: Any, timeout_seconds: float | None = None, *, give: bool = False) -> None:
         """Send any object that can be pickled; arrays in it are copied once, into shared memory.
 
         Arrays that lie in a `moirai.memory.SharedMemoryResource` are not copied at all: receivers

@@ -196,6 +196,20 @@ impl HealthReport {
     }
 }
 
+/// Refuse an upstream whose blocks are not to be cut up: a child shares them with the process that
+/// it was forked from, and both would cut anew.
+pub(crate) fn may_divide(upstream: &dyn Resource) -> Result<()> {
+    if upstream.shared_memory().is_some() {
+        return Err(Error::invalid(
+            "upstream",
+            "must not be a SharedMemoryResource, got one: after a fork parent and child would cut \
+             up the same blocks; draw from it directly",
+        ));
+    }
+    let mut sources = upstream.sources().into_iter();
+    sources.try_for_each(|source| may_divide(&**source))
+}
+
 /// Blocks that go back together unless all of them are kept.
 struct Group<'a, R: Resource + ?Sized> {
     resource: &'a R,

@@ -384,8 +384,7 @@ impl SharedReceiver {
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
-    /// Receive any message: its kind (bytes, array, object, pickle, object with lent buffers), it, where
-    /// its parts lie.
+    /// Receive any message: its kind, it, where its parts lie.
     fn _receive_any<'py>(
         &self,
         py: Python<'py>,

@@ -237,7 +237,7 @@ impl SharedSender {
         Ok(count)
     }
 
-    /// Send an array by reference; false, and nothing sent, if it does not lie in shared memory.
+    /// Send an array by reference; false if it does not lie in shared memory.
     fn _send_array(
         &self,
         py: Python<'_>,
@@ -256,7 +256,7 @@ impl SharedSender {
         Ok(true)
     }
 
-    /// Send a pickle and the buffers that it left out of band; those in shared memory by reference.
+    /// Send a pickle and the buffers it left out of band; those in shared memory by reference.
     fn _send_object(
         &self,
         py: Python<'_>,
