@@ -1815,7 +1815,7 @@ class SharedSender:
     def _send_object(
         self, pickle: Any, buffers: list[Any], give: bool, timeout_seconds: float | None
     ) -> None:
-        """Send a pickle and the buffers it left out of band; those in shared memory by reference."""
+        """Send a pickle and its out-of-band buffers; those in shared memory by reference."""
     def reserve(
         self,
         shape: int | Sequence[int],

@@ -16,8 +16,8 @@ class SharedMemoryResource(_native.SharedMemoryResource):
     it has let go of it too, or has died. Blocks are whole pages of 4 KiB.
 
     A forked child shares its parent's blocks, as both see what the other writes, and holds them;
-    what it draws itself comes from a file of its own. A resource does not pickle: arrays travel, and
-    whoever receives one is attached by that.
+    what it draws itself comes from a file of its own. A resource does not pickle: arrays travel,
+    and whoever receives one is attached by that.
 
     Args:
         capacity_bytes: Bytes that blocks may take together, as an int or such as "1 GiB"; rounded

@@ -256,7 +256,7 @@ impl SharedSender {
         Ok(true)
     }
 
-    /// Send a pickle and the buffers it left out of band; those in shared memory by reference.
+    /// Send a pickle and its out-of-band buffers; those in shared memory by reference.
     fn _send_object(
         &self,
         py: Python<'_>,

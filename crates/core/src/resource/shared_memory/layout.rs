@@ -1,6 +1,6 @@
 //! What lies where in a segment of blocks, and how a process that attaches finds out that it agrees.
 //!
-//! Everything follows from the capacity; `docs/shared_memory.md` has the same byte by byte.
+//! Everything follows from the capacity; `docs/shared_channels.md` has the same byte by byte.
 
 use super::holders::{Entry, MAX_PAGES, Marks, PARCEL_COUNT, SLOT_COUNT};
 use crate::error::{Error, Result};
@@ -170,7 +170,7 @@ mod tests {
         assert!(Header::new(MAX_CAPACITY + 1, 7).is_err());
     }
 
-    /// What `docs/shared_memory.md` says. Another number is another layout version.
+    /// What `docs/shared_channels.md` says. Another number is another layout version.
     #[test]
     fn everything_lies_where_the_page_says() {
         let header = [
