@@ -321,6 +321,21 @@ pub(crate) unsafe fn shown<'a>(array: &'a Bound<'_, PyAny>) -> Shown<'a> {
     }
 }
 
+/// `NPY_ARRAY_WRITEABLE`.
+const WRITEABLE: c_int = 0x0400;
+
+/// Have an array refuse to be written to, as its `setflags(write=False)` does.
+///
+/// # Safety
+/// `array` is a `numpy.ndarray`, and nobody else changes its flags meanwhile.
+pub(crate) unsafe fn refuse_writes(array: &Bound<'_, PyAny>) {
+    let fields = array.as_ptr().cast::<ArrayFields>();
+    // SAFETY: the caller's promise.
+    let flags = unsafe { &raw mut (*fields).flags };
+    // SAFETY: as above.
+    unsafe { *flags &= !WRITEABLE };
+}
+
 /// Find NumPy's context variable by setting it in an empty context and looking what is there.
 fn find_variable<'py>(
     py: Python<'py>,

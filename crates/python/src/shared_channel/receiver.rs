@@ -175,7 +175,12 @@ impl SharedReceiver {
         offer: Offer,
         writable: bool,
     ) -> PyResult<Option<Parts<'py>>> {
-        let accepted = py.detach(|| self.endpoint.accept_references(offer).map(Sendable));
+        let accept = || self.endpoint.accept_references(offer).map(Sendable);
+        let accepted = if self.endpoint.is_acquainted(offer) {
+            accept()
+        } else {
+            py.detach(accept)
+        };
         let Some((received, rest)) = accepted.map_err(to_py)?.0 else {
             return Ok(None);
         };

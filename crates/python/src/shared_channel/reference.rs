@@ -186,7 +186,8 @@ pub(super) fn received_array<'py>(
         return array.call_method0(intern!(py, "copy"));
     }
     if !writable {
-        array.call_method1(intern!(py, "setflags"), (false,))?;
+        // SAFETY: made above, and nobody else has it.
+        unsafe { abi::refuse_writes(&array) };
     }
     Ok(array)
 }

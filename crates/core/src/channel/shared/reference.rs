@@ -211,15 +211,39 @@ impl Endpoint {
         accepted.unwrap_or(Ok(None))
     }
 
+    /// Whether a message by reference can be received without attaching to a segment first.
+    pub fn is_acquainted(&self, offer: Offer) -> bool {
+        if offer.length < COUNT_BYTES + BYTES {
+            return true;
+        }
+        let mut id = [0u8; 8];
+        let at = self.record_at(offer);
+        // SAFETY: a record of so many bytes; if another takes it meanwhile, the answer is a guess.
+        unsafe {
+            at.as_ptr()
+                .add(COUNT_BYTES)
+                .copy_to(id.as_mut_ptr(), id.len())
+        };
+        self.attachment().kept(u64::from_le_bytes(id)).is_some()
+    }
+
     fn receive_all(&self, references: &[Reference]) -> Result<Option<Vec<Received>>> {
         let mut received = Vec::with_capacity(references.len());
         let mut is_whole = true;
         for reference in references {
-            let Some(holding) = guests::attach(reference.address)? else {
-                is_whole = false;
-                continue;
+            let holding = match self.attachment().kept(reference.address.id) {
+                Some(holding) => holding,
+                None => match guests::attach(reference.address)? {
+                    Some(holding) => {
+                        self.attachment().keep(&holding);
+                        holding
+                    }
+                    None => {
+                        is_whole = false;
+                        continue;
+                    }
+                },
             };
-            self.attachment().keep(&holding);
             let Some(hold) = Hold::accept(&holding, reference.parcel)? else {
                 is_whole = false;
                 continue;

@@ -6,8 +6,9 @@
 //! then, by a compare-and-swap of the exact word; so a block that is on its way or held is seen to be
 //! at every instant, and what a killed process had can be taken back by its slot's number.
 //!
-//! Only who lends counts `lent` up, while he holds the block and before the parcel is there. Whoever
-//! finds no bit, no parcel, no bit again and `lent` unchanged knows that the block is free.
+//! Only who lends counts `lent` up, while he holds the block and before the parcel is there, and notes
+//! then which parcel it is. Whoever finds no bit, no parcel, no bit again and `lent` unchanged knows
+//! that the block is free; of a block that was lent once he need not look at all parcels.
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
@@ -33,7 +34,7 @@ pub const MAX_PAGES: usize = 1 << PAGE_BITS;
 pub struct Entry {
     /// A bit for each process that holds it.
     holders: AtomicU64,
-    /// Parcels that were ever made of it; ordered by the bits.
+    /// A [`Lent`]; ordered by the bits.
     lent: AtomicU32,
     /// Its length. Written before it is lent, read after it was received.
     pages: AtomicU32,
@@ -60,14 +61,54 @@ impl Parcel {
     }
 }
 
+/// How often a block was lent since it began, and the index of the parcel that was made last.
+#[derive(Clone, Copy)]
+struct Lent(u32);
+
+impl Lent {
+    const INDEX_BITS: u32 = PARCEL_COUNT.ilog2();
+
+    fn count(self) -> u32 {
+        self.0 >> Self::INDEX_BITS
+    }
+
+    fn last(self) -> u32 {
+        self.0 & (PARCEL_COUNT as u32 - 1)
+    }
+
+    /// After so many that the count is full it goes on from 2: many.
+    fn one_more(self) -> Self {
+        let full = u32::MAX >> Self::INDEX_BITS;
+        let count = if self.count() == full {
+            2
+        } else {
+            self.count() + 1
+        };
+        Lent(count << Self::INDEX_BITS | self.last())
+    }
+
+    fn noting(self, index: u32) -> Self {
+        Lent(self.count() << Self::INDEX_BITS | index)
+    }
+}
+
+/// One of `count` places; what follows each other lies in another cache line.
+fn spread(index: usize, count: usize) -> usize {
+    const LINE: usize = 8;
+    let index = index % count;
+    if count % LINE != 0 {
+        return index;
+    }
+    let lines = count / LINE;
+    index % lines * LINE + index / lines
+}
+
 /// Counters that all processes share.
 #[repr(C)]
 #[derive(Default)]
 pub struct Marks {
     /// Makes each parcel another one. Only has to differ, so `Relaxed` suffices.
     stamps: AtomicU32,
-    /// Above the highest parcel that was ever used; raised before it is used.
-    parcel_front: AtomicU32,
     /// Above the highest page that was ever used.
     page_front: AtomicU32,
 }
@@ -134,24 +175,33 @@ impl<'a> Holders<'a> {
     /// Whether nobody holds the block, and it is not on its way. If not, it may be a moment later.
     pub fn is_free(&self, page: u32) -> bool {
         let entry = self.entry(page);
-        let lent = entry.lent.load(Ordering::Acquire);
+        let before = Lent(entry.lent.load(Ordering::Acquire));
         let is_held = || entry.holders.load(Ordering::Acquire) != 0;
         if is_held() {
             return false;
         }
+        // Read again: who has let go of it by now had noted his parcel before.
+        let lent = Lent(entry.lent.load(Ordering::Acquire));
+        if lent.count() != before.count() {
+            return false;
+        }
+        let is_on_its_way = match lent.count() {
+            0 => return true,
+            1 => self.word_is_of(lent.last(), page),
+            _ => self.parcels_in_use().any(|parcel| parcel.page() == page),
+        };
         // Who receives holds it before the parcel is gone: look for bits once more.
-        let is_nowhere = lent == 0 || (!self.is_on_its_way(page) && !is_held());
-        is_nowhere && entry.lent.load(Ordering::Acquire) == lent
+        let after = || Lent(entry.lent.load(Ordering::Acquire));
+        !is_on_its_way && !is_held() && after().count() == lent.count()
     }
 
-    fn is_on_its_way(&self, page: u32) -> bool {
-        self.parcels_in_use().any(|parcel| parcel.page() == page)
+    fn word_is_of(&self, index: u32, page: u32) -> bool {
+        let word = self.parcels[index as usize].load(Ordering::Acquire);
+        word & USED != 0 && Parcel { index, word }.page() == page
     }
 
     fn parcels_in_use(&self) -> impl Iterator<Item = Parcel> {
-        let front = self.marks.parcel_front.load(Ordering::Acquire) as usize;
-        let parcels = &self.parcels[..front.min(self.parcels.len())];
-        parcels.iter().enumerate().filter_map(|(index, word)| {
+        self.parcels.iter().enumerate().filter_map(|(index, word)| {
             let word = word.load(Ordering::Acquire);
             let index = index as u32;
             (word & USED != 0).then_some(Parcel { index, word })
@@ -160,23 +210,36 @@ impl<'a> Holders<'a> {
 
     /// A parcel of a block that `slot` holds; `None` if too many are on their way.
     pub fn lend(&self, page: u32, slot: usize, given: bool) -> Option<Parcel> {
-        self.entry(page).lent.fetch_add(1, Ordering::AcqRel);
-        let stamp = u64::from(self.marks.stamps.fetch_add(1, Ordering::Relaxed));
+        let lent = &self.entry(page).lent;
+        let change = |change: fn(Lent, u32) -> Lent, index: u32| {
+            let mut seen = lent.load(Ordering::Relaxed);
+            while let Err(now) = lent.compare_exchange(
+                seen,
+                change(Lent(seen), index).0,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
+                seen = now;
+            }
+        };
+        change(|lent, _| lent.one_more(), 0);
+        let stamp = self.marks.stamps.fetch_add(1, Ordering::Relaxed);
         let word = USED
             | if given { GIVEN } else { 0 }
             | (slot as u64) << SLOT_SHIFT
             | u64::from(page) << PAGE_SHIFT
-            | stamp << STAMP_SHIFT;
-        for (index, place) in self.parcels.iter().enumerate() {
-            if place.load(Ordering::Relaxed) & USED != 0 {
+            | u64::from(stamp) << STAMP_SHIFT;
+        let count = self.parcels.len();
+        for step in 0..count {
+            let index = spread(stamp as usize % count + step, count);
+            let place = &self.parcels[index];
+            if place.load(Ordering::Relaxed) != 0 {
                 continue;
             }
-            let index = index as u32;
-            self.marks
-                .parcel_front
-                .fetch_max(index + 1, Ordering::AcqRel);
             let claimed = place.compare_exchange(0, word, Ordering::AcqRel, Ordering::Relaxed);
             if claimed.is_ok() {
+                let index = index as u32;
+                change(Lent::noting, index);
                 return Some(Parcel { index, word });
             }
         }

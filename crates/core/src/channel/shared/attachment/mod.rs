@@ -217,6 +217,14 @@ impl Attachment {
         Ok(&self.segment.slots()[self.slot()?])
     }
 
+    /// A segment that it stays attached to.
+    pub(super) fn kept(&self, id: u64) -> Option<Arc<Holding>> {
+        let kept = self.kept.lock();
+        kept.iter()
+            .find(|holding| holding.id() == id)
+            .map(Arc::clone)
+    }
+
     /// Stay attached to a segment while its maker lives, for the next message of it.
     pub(super) fn keep(&self, holding: &Arc<Holding>) {
         let mut kept = self.kept.lock();

@@ -324,6 +324,12 @@ impl Endpoint {
         })
     }
 
+    /// Where the bytes of a message in the ring are.
+    pub(super) fn record_at(&self, offer: Offer) -> NonNull<u8> {
+        let segment = self.attachment.segment();
+        segment.record_bytes(segment.ring().index_of(offer.record))
+    }
+
     #[cold]
     fn nothing(&self) -> Result<Option<Offer>> {
         let Some(gone) = self.attachment.gone(Role::Sender) else {
