@@ -474,7 +474,7 @@ class SharedMemoryByHand(Link):
         def send(data: Any) -> None:
             nonlocal place
             while turns[place]:
-                pass
+                os.sched_yield()
             arrays[place][:8] = 1
             turns[place] = 1
             place = (place + 1) % self.places
@@ -488,7 +488,7 @@ class SharedMemoryByHand(Link):
             nonlocal place
             turns[place - 1] = 0  # done with the last one
             while not turns[place]:
-                pass
+                os.sched_yield()
             array = arrays[place]
             place = (place + 1) % self.places
             return array

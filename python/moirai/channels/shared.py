@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from moirai import _native
-from moirai._native import LentBlock, ReceivedView, ReservedArray
+from moirai._native import ReceivedView, ReservedArray
 from moirai.errors import Disconnected, InvalidArgument, Timeout
 from moirai.memory import parse_bytes
 
@@ -244,7 +244,8 @@ class SharedReceiver(_native.SharedReceiver):
         if kind == _PICKLE:
             return pickle.loads(item)
         if kind == _LENT_OBJECT:
-            return _object_of(*item, parts, writable)
+            data, blocks = item
+            return _object_of(data, blocks, parts, writable)
         if kind != _OBJECT:
             return item
         view = memoryview(item)
@@ -333,7 +334,7 @@ def _not_ours(item: object) -> InvalidArgument:
 
 def _object_of(
     data: bytearray,
-    blocks: list[tuple[int, LentBlock]],
+    blocks: list[tuple[int, Any]],
     parts: list[tuple[int, int]],
     writable: bool,
 ) -> Any:

@@ -218,12 +218,10 @@ impl Endpoint {
         }
         let mut id = [0u8; 8];
         let at = self.record_at(offer);
-        // SAFETY: a record of so many bytes; if another takes it meanwhile, the answer is a guess.
-        unsafe {
-            at.as_ptr()
-                .add(COUNT_BYTES)
-                .copy_to(id.as_mut_ptr(), id.len())
-        };
+        // SAFETY: a record of more bytes.
+        let at = unsafe { at.add(COUNT_BYTES) };
+        // SAFETY: as above. If another takes the record meanwhile, the answer is only a guess.
+        unsafe { at.as_ptr().copy_to(id.as_mut_ptr(), id.len()) };
         self.attachment().kept(u64::from_le_bytes(id)).is_some()
     }
 
