@@ -89,10 +89,11 @@ impl Attachment {
             let deaths = &self.segment.control().roles.deaths;
             deaths.fetch_add(1, Ordering::Relaxed);
         }
-        if senders > 0 {
+        // One that died may have changed its slot without having added up.
+        if senders > 0 || died {
             self.count_roles(Some((Role::Sender, index)), how);
         }
-        if receivers > 0 {
+        if receivers > 0 || died {
             self.count_roles(Some((Role::Receiver, index)), how);
         }
         slot.used.store(0, Ordering::Release);
