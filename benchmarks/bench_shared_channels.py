@@ -5,6 +5,7 @@ every subject moves the same messages once, subjects in turn; each pair of proce
 that poll take a core each while they wait; Moirai spins for at most 50 us and then sleeps.
 
 - one way: wall time from the first message to the last, a message;
+- arrays: each is new, eight bytes of it are written, and it is handed over as it is;
 - there and back: one message at a time, 64 bytes;
 - death: the sender is killed with SIGKILL while the receiver waits; time until it is told.
 """
@@ -68,6 +69,14 @@ OBJECTS: dict[str, type[Link]] = {
     "mp-pipe": peers.PipeOfObjects,
     "zmq": peers.ZmqObjects,
     "moirai": peers.MoiraiObjects,
+}
+ARRAY_SIZES = {64 * KIB: 2000, MIB: 2000, 16 * MIB: 500}
+ARRAYS: dict[str, type[Link]] = {
+    "mp-queue": peers.QueueOfArrays,
+    "by-hand": peers.SharedMemoryByHand,
+    "iceoryx2-in-place": peers.IceoryxInPlace,
+    "moirai-lent": peers.MoiraiLent,
+    "moirai-lent-again": peers.MoiraiLentAgain,
 }
 THERE_AND_BACK: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -356,6 +365,11 @@ def render(results: Mapping[str, Any]) -> str:
                 ["", "small dict", "array of 1 MiB"],
                 rows(OBJECTS, [results["small_dict"], results["array"]]),
             ),
+            "**Arrays, handed over as they are: us a message**",
+            harness.markdown_table(
+                ["", *(harness.size_label(int(size)) for size in results["arrays"])],
+                rows(ARRAYS, list(results["arrays"].values())),
+            ),
             "**There and back, 64 B: us**",
             harness.markdown_table(["", "us"], back),
             f"**A receiver is told of its sender's death** after {harness.median(told):.0f} ms"
@@ -374,6 +388,8 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     in_place, view = middle(large, "moirai-in-place"), middle(large, "moirai-copied")
 
     other = middle(large, "iceoryx2-in-place")
+    lent = {int(size): column for size, column in results["arrays"].items()}
+    lent_huge = middle(lent[16 * MIB], "moirai-lent")
 
     def over(text: str, column: Mapping[str, Sequence[float]], peer: str, times: float) -> Goal:
         return Goal(text, middle(column, "moirai") / middle(column, peer), 1 / times)
@@ -393,6 +409,8 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         over("small dict over Pipe", small_dict, "mp-pipe", 3),
         over("array of 1 MiB over mp.Queue", array, "mp-queue", 30),
         over("array of 1 MiB over zmq", array, "zmq", 2),
+        Goal("1 MiB lent, us", middle(lent[MIB], "moirai-lent"), 1.5),
+        Goal("16 MiB lent over 1 MiB", lent_huge / middle(lent[MIB], "moirai-lent"), 1.5),
         Goal("there and back, spinning, us", middle(back, "moirai"), 3.0),
         Goal("there and back with views, us", middle(back, "moirai-in-place"), 4.0),
         over("there and back over Pipe", back, "mp-pipe", 1.0),
@@ -432,6 +450,16 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
         results[name] = table(
             chosen(OBJECTS), rounds, lambda kind, items=items: one_way(kind, MIB, items, 1)
         )
+    results["arrays"] = {}
+    for size, most in ARRAY_SIZES.items():
+        harness.progress(f"arrays, {harness.size_label(size)}")
+        few = max(4, most // share)
+
+        def hand_over(kind: type[Link], size: int = size, few: int = few) -> float:
+            count = few // 20 if kind is peers.QueueOfArrays else few
+            return one_way(kind, size, [b""] * max(4, count), 1)
+
+        results["arrays"][str(size)] = table(chosen(ARRAYS), rounds, hand_over)
     harness.progress("there and back")
     turns = max(20, 3000 // share)
     results["there_and_back"] = table(

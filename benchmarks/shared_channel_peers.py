@@ -435,3 +435,99 @@ class MoiraiRecords(Moirai):
     def receiver(self) -> Receive:
         receiver = self.channel.receiver()
         return lambda: receiver.receive_batch(256, "S64")
+
+
+class QueueOfArrays(Queue):
+    label = "multiprocessing.Queue, arrays"
+
+    def sender(self) -> Send:
+        put, size = self.queue.put, self.size_bytes
+
+        def send(data: Any) -> None:
+            array = np.empty(size, np.uint8)
+            array[:8] = 1
+            put(array)
+
+        return send
+
+
+class SharedMemoryByHand(Link):
+    """Eight places in one block, each with a byte that says whose turn it is; both sides poll."""
+
+    label = "multiprocessing.shared_memory by hand, polled"
+    places = 8
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        from multiprocessing.shared_memory import SharedMemory
+
+        super().__init__(size_bytes, count)
+        self.memory = SharedMemory(create=True, size=self.places * (64 + size_bytes))
+        self.maker = os.getpid()
+        whole = np.frombuffer(self.memory.buf, np.uint8)
+        whole[:] = 0  # its pages are there before it is measured
+        self.turns = whole[: 64 * self.places : 64]
+        self.arrays = whole[64 * self.places :].reshape(self.places, size_bytes)
+
+    def sender(self) -> Send:
+        turns, arrays, place = self.turns, self.arrays, 0
+
+        def send(data: Any) -> None:
+            nonlocal place
+            while turns[place]:
+                os.sched_yield()
+            arrays[place][:8] = 1
+            turns[place] = 1
+            place = (place + 1) % self.places
+
+        return send
+
+    def receiver(self) -> Receive:
+        turns, arrays, place = self.turns, self.arrays, 0
+
+        def receive() -> Any:
+            nonlocal place
+            turns[place - 1] = 0  # done with the last one
+            while not turns[place]:
+                os.sched_yield()
+            array = arrays[place]
+            place = (place + 1) % self.places
+            return array
+
+        return receive
+
+    def close(self) -> None:
+        del self.turns, self.arrays
+        if os.getpid() == self.maker:
+            self.memory.unlink()
+
+
+class MoiraiLent(Moirai):
+    label = "Moirai, a new array in a SharedMemoryResource"
+    same = False
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        Link.__init__(self, size_bytes, count)
+        self.channel = SharedChannel.create(capacity_bytes=MIB)
+
+    def sender(self) -> Send:
+        from moirai import memory
+
+        sender, size = self.channel.sender(), self.size_bytes
+        shared = memory.SharedMemoryResource(max(64 * MIB, 64 * size))
+        memory.use(shared).__enter__()
+        kept = np.zeros(size, np.uint8) if self.same else None
+
+        def send(data: Any) -> None:
+            array = np.empty(size, np.uint8) if kept is None else kept
+            array[:8] = 1
+            sender.send(array)
+
+        return send
+
+    def receiver(self) -> Receive:
+        return self.channel.receiver().receive
+
+
+class MoiraiLentAgain(MoiraiLent):
+    label = "Moirai, the same array again"
+    same = True

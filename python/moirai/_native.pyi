@@ -25,6 +25,7 @@ __all__ = [
     "HealthReport",
     "LargeObjectResource",
     "Lease",
+    "LentBlock",
     "LimitAdaptor",
     "LoopDoorbell",
     "NumaResource",
@@ -44,6 +45,7 @@ __all__ = [
     "Sender",
     "SharedBlock",
     "SharedChannel",
+    "SharedMemoryResource",
     "SharedReceiver",
     "SharedSender",
     "Slab",
@@ -65,6 +67,7 @@ __all__ = [
     "installed",
     "keep_libc_heap",
     "largest_arrays",
+    "linger",
     "lost_blocks",
     "pages_by_node",
     "priority",
@@ -484,6 +487,21 @@ class RealtimeResource(Resource):
         """Whether the kernel must leave the memory where it is; not so in a forked child."""
 
 @disjoint_base
+class SharedMemoryResource(Resource):
+    """Blocks that a SharedChannel sends by reference."""
+
+    def __new__(cls, capacity_bytes: int) -> Self: ...
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that blocks may take together."""
+    @property
+    def lingering_bytes(self) -> int:
+        """Bytes that were freed here and are held by other processes, or on their way to them.
+
+        They are used again when those have let go of them, or have died.
+        """
+
+@disjoint_base
 class PriorityResource(Resource):
     """A resource for each lane; a block goes back to the lane it came from."""
 
@@ -688,6 +706,9 @@ def walk_resources() -> list[
         (number, name, numbers of its sources, counts before, report, (bytes, blocks) held from
         upstream if it counts them, counts after) of each.
     """
+
+def linger(seconds: float) -> int:
+    """Wait until others have received what was sent by reference; how many are left."""
 
 def lost_blocks() -> list[tuple[int, str, int, int]]:
     """(number, name, blocks, bytes) of resources that went while blocks of theirs were out."""
@@ -1626,6 +1647,21 @@ class ReceivedView:
     def __exit__(self, *_exception: object) -> None: ...
 
 @final
+class LentBlock:
+    """Bytes that were received by reference; the block is held until the last view is gone.
+
+    May be dropped in any thread.
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def is_given(self) -> bool:
+        """Whether the sender gave the memory away."""
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
 class ReservedArray:
     """An array in shared memory that is sent when its `with` block ends."""
 
@@ -1724,8 +1760,10 @@ class SharedReceiver:
         """
     def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
-    def _receive_any(self, timeout_seconds: float | None) -> tuple[int, Any, list[tuple[int, int]]]:
-        """Receive any message: its kind (bytes, array, object, pickle), it, where its parts lie."""
+    def _receive_any(
+        self, timeout_seconds: float | None, writable: bool
+    ) -> tuple[int, Any, list[tuple[int, int]]]:
+        """Receive any message: its kind, it, where its parts lie."""
     def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
         """Receive an array without a copy: `with receiver.receive_view() as array:`.
 
@@ -1772,8 +1810,12 @@ class SharedSender:
         """
     def _send_records(self, data: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""
-    def _send_object(self, pickle: Any, buffers: list[Any], timeout_seconds: float | None) -> None:
-        """Send a pickle and the buffers that it left out of band."""
+    def _send_array(self, array: NDArray[Any], give: bool, timeout_seconds: float | None) -> bool:
+        """Send an array by reference; false if it does not lie in shared memory."""
+    def _send_object(
+        self, pickle: Any, buffers: list[Any], give: bool, timeout_seconds: float | None
+    ) -> None:
+        """Send a pickle and its out-of-band buffers; those in shared memory by reference."""
     def reserve(
         self,
         shape: int | Sequence[int],

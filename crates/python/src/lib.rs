@@ -15,6 +15,7 @@ mod pools;
 mod priority;
 mod resource;
 mod shared_channel;
+mod shared_memory;
 mod site;
 mod slab;
 mod transaction;
@@ -78,9 +79,13 @@ mod _native {
     #[pymodule_export]
     use super::shared_channel::handle::SharedChannel;
     #[pymodule_export]
+    use super::shared_channel::lent::LentBlock;
+    #[pymodule_export]
     use super::shared_channel::receiver::SharedReceiver;
     #[pymodule_export]
     use super::shared_channel::sender::SharedSender;
+    #[pymodule_export]
+    use super::shared_memory::{SharedMemoryResource, linger};
     #[pymodule_export]
     use super::slab::Slab;
     #[pymodule_export]
