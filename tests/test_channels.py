@@ -765,7 +765,8 @@ def load_queue_tests() -> list[type]:
     import unittest
 
     found = pytest.importorskip("test.test_queue")
-    module = SimpleNamespace(Queue=Queue, Full=channels.Full, Empty=channels.Empty)
+    names = ("Queue", "Full", "Empty", "ShutDown")
+    module = SimpleNamespace(**{name: getattr(channels, name) for name in names})
 
     def on_ours(mixin: type, name: str) -> type:
         return type(name, (mixin, unittest.TestCase), {"queue": module, "__module__": __name__})

@@ -32,11 +32,12 @@ MIB = 1 << 20
 
 # === CPython's own tests ========================================================================
 
-# Put raises what pickling raises, so that nothing fails later in a thread; and what looks into
-# multiprocessing's objects.
+# Put raises what pickling raises, so that nothing fails later in a thread; closing closes a queue
+# that was not used too; and what looks into multiprocessing's objects.
 NOT_OURS = {
     "test_queue_feeder_donot_stop_onexc",
     "test_queue_feeder_on_queue_feeder_error",
+    "test_closed_queue_empty_exceptions",
     "test_fd_transfer",
     "test_large_fd_transfer",
     "test_missing_fd_transfer",
@@ -478,6 +479,8 @@ def test_a_queue_is_closed_before_its_process_comes() -> None:
     for call in (lambda: jobs.put(1), jobs.get):
         with pytest.raises(ValueError, match="is closed"):
             call()
+    with pytest.raises(OSError, match="is closed"):
+        jobs.empty()
 
 
 def test_what_cannot_be_pickled_is_refused_at_once() -> None:
@@ -505,6 +508,10 @@ def test_queues_are_inherited_only_but_the_simple_one_is_sent() -> None:
     jobs.put(other)
     assert other.get() == "through"
     end(process)
+    jobs.close()
+    for call in (lambda: jobs.put(1), jobs.get, jobs.empty):
+        with pytest.raises(OSError, match="this queue is closed"):
+            call()
 
 
 def test_threads_of_several_processes_share_a_queue() -> None:

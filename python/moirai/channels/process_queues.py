@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from moirai.channels import parcels
 from moirai.channels.shared import SharedChannel, SharedReceiver, SharedSender
-from moirai.errors import Disconnected, Timeout
+from moirai.errors import Closed, Disconnected, Timeout
 
 __all__ = ["Empty", "Full", "JoinableQueue", "Queue", "SimpleQueue"]
 
@@ -56,6 +56,8 @@ class _Line:
             try:
                 parcels.send(self.channel, self.sender, data, buffers, _never)
                 return
+            except Closed:
+                raise _closed_error() from None
             except Disconnected:
                 self.open()
 
@@ -70,6 +72,8 @@ class _Line:
                 return parcels.load(parcels.take(self.receiver, timeout))
             except Timeout:
                 raise Empty from None
+            except Closed:
+                raise _closed_error() from None
             except Disconnected:
                 self.open()
 
@@ -77,6 +81,8 @@ class _Line:
         while True:
             try:
                 return not self.receiver._wait(0)
+            except Closed:
+                raise _closed_error() from None
             except Disconnected:
                 self.open()
 
@@ -86,6 +92,10 @@ class _Line:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Line, (self.channel,)
+
+
+def _closed_error() -> OSError:
+    return OSError("this queue is closed")
 
 
 def _never() -> None:
@@ -116,7 +126,11 @@ class SimpleQueue(Generic[_Item]):
         return item
 
     def empty(self) -> bool:
-        """Whether it holds nothing now."""
+        """Whether it holds nothing now.
+
+        Raises:
+            OSError: This process closed it.
+        """
         return self._line.is_empty()
 
     def close(self) -> None:
@@ -211,7 +225,11 @@ class Queue(Generic[_Item]):
         return self._maxsize - int(self._room.get_value())
 
     def empty(self) -> bool:
-        """Whether nothing can be taken now."""
+        """Whether nothing can be taken now.
+
+        Raises:
+            OSError: This process closed the queue.
+        """
         return self._line.is_empty()
 
     def full(self) -> bool:
