@@ -5,15 +5,15 @@ every subject moves the same messages once, subjects in turn; each pair of proce
 that poll take a core each while they wait; Moirai spins for at most 50 us and then sleeps.
 
 - one way: wall time from the first message to the last, a message;
-- there and back: one message at a time, 64 bytes;
+- there and back: one message at a time, 64 bytes; and the same where each is busy for 200 us first,
+  so that the other sleeps and has to be woken, beside two futexes that do nothing else;
+- silence: the share of a core that a receiver takes while nothing comes;
 - death: the sender is killed with SIGKILL while the receiver waits; time until it is told.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
 import os
 import signal
 import statistics
@@ -27,6 +27,7 @@ import numpy as np
 
 import harness
 import shared_channel_peers as peers
+import shared_channel_waits as waits
 from harness import Goal
 from moirai.channels import SharedChannel
 from moirai.errors import Disconnected
@@ -40,11 +41,13 @@ SIZES = {64: 20_000, 4 * KIB: 10_000, MIB: 200, 16 * MIB: 8}
 WARM_UP = 16
 BATCH = 256
 LIMIT_SECONDS = 30
+BUSY_US = waits.BUSY_NS // 1000
 CORES = sorted(os.sched_getaffinity(0))
 
 ONE_WAY: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
     "mp-pipe": peers.Pipe,
+    "hand-made": peers.HandMade,
     "faster-fifo": peers.FasterFifo,
     "zmq": peers.Zmq,
     "iceoryx2": peers.Iceoryx,
@@ -54,19 +57,26 @@ ONE_WAY: dict[str, type[Link]] = {
     "cloudtoid": peers.Cloudtoid,
     "kickmsg": peers.Kickmsg,
     "kickmsg-in-place": peers.KickmsgInPlace,
+    "moirai-queue": peers.MoiraiQueue,
+    "moirai-pipe": peers.MoiraiPipe,
     "moirai": peers.Moirai,
     "moirai-copied": peers.MoiraiCopied,
     "moirai-in-place": peers.MoiraiInPlace,
 }
 BATCHED: dict[str, type[Link]] = {
+    "faster-fifo": peers.FasterFifoBatches,
     "subetha": peers.SubethaBatches,
     "moirai": peers.MoiraiBatches,
     "moirai-records": peers.MoiraiRecords,
 }
 OBJECTS: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
+    "mp-simple-queue": peers.SimpleQueue,
     "mp-pipe": peers.PipeOfObjects,
+    "faster-fifo": peers.FasterFifo,
     "zmq": peers.ZmqObjects,
+    "moirai-queue": peers.MoiraiQueue,
+    "moirai-pipe": peers.MoiraiPipeOfObjects,
     "moirai": peers.MoiraiObjects,
 }
 THERE_AND_BACK: dict[str, type[Link]] = {
@@ -74,8 +84,30 @@ THERE_AND_BACK: dict[str, type[Link]] = {
     "mp-pipe": peers.Pipe,
     "zmq": peers.Zmq,
     "iceoryx2": peers.Iceoryx,
+    "moirai-pipe": peers.MoiraiPipe,
     "moirai": peers.Moirai,
     "moirai-in-place": peers.MoiraiInPlace,
+}
+PARKED: dict[str, type[Link]] = {
+    "mp-queue": peers.Queue,
+    "mp-pipe": peers.Pipe,
+    "faster-fifo": peers.FasterFifo,
+    "zmq": peers.Zmq,
+    "cloudtoid": peers.Cloudtoid,
+    "kickmsg": peers.Kickmsg,
+    "moirai-pipe": peers.MoiraiPipe,
+    "moirai": peers.Moirai,
+    "moirai-in-place": peers.MoiraiInPlace,
+}
+SILENT: dict[str, type[Link]] = {
+    "mp-queue": peers.Queue,
+    "mp-pipe": peers.Pipe,
+    "faster-fifo": peers.FasterFifo,
+    "zmq": peers.Zmq,
+    "iceoryx2": peers.Iceoryx,
+    "cloudtoid": peers.Cloudtoid,
+    "kickmsg": peers.Kickmsg,
+    "moirai": peers.Moirai,
 }
 
 
@@ -191,40 +223,6 @@ def there_and_back(kind: type[Link], rounds: int) -> float:
     return elapsed / rounds / 1e3
 
 
-def futex_there_and_back(rounds: int) -> float:
-    """Microseconds for two processes that only sleep and wake each other: the limit of blocking."""
-    place = mmap.mmap(-1, mmap.PAGESIZE)
-    words = (ctypes.c_uint32 * 64).from_buffer(place)
-    call = ctypes.CDLL(None).syscall
-    futex, wait, wake = 202, 0, 1
-    addresses = [ctypes.c_void_p(ctypes.addressof(words) + 128 * side) for side in range(2)]
-
-    def give(side: int, value: int) -> None:
-        words[32 * side] = value
-        call(futex, addresses[side], wake, 1, None)
-
-    def take(side: int, value: int) -> None:
-        while words[32 * side] < value:
-            call(futex, addresses[side], wait, value - 1, None)
-
-    def child() -> None:
-        pinned(1)
-        for value in range(1, rounds + 2):
-            take(0, value)
-            give(1, value)
-
-    process = in_child(child)
-    give(0, 1)
-    take(1, 1)
-    started = time.perf_counter_ns()
-    for value in range(2, rounds + 2):
-        give(0, value)
-        take(1, value)
-    elapsed = time.perf_counter_ns() - started
-    os.waitpid(process, 0)
-    return elapsed / rounds / 1e3
-
-
 def copy(size: int, count: int) -> float:
     """Microseconds to copy a message into the same place of this process, again and again."""
     source, place = np.ones(size, np.uint8), np.zeros(size, np.uint8)
@@ -274,8 +272,22 @@ def _too_long(signum: int, frame: Any) -> None:
     raise TimeoutError(f"took longer than {LIMIT_SECONDS} s")
 
 
+class LeftOut(dict[str, str]):
+    """Why a peer has no number, by its label."""
+
+    def note(self, kind: type[Link], where: str, error: BaseException) -> None:
+        reason = " ".join(str(error).split())[:120]
+        text = f"{where}: {type(error).__name__}{': ' if reason else ''}{reason}"
+        self[kind.label] = text
+        harness.progress(f"{kind.label}, {text}")
+
+
 def table(
-    subjects: Mapping[str, type[Link]], rounds: int, run: Callable[[type[Link]], float]
+    subjects: Mapping[str, type[Link]],
+    rounds: int,
+    run: Callable[[type[Link]], float],
+    left_out: LeftOut,
+    where: str,
 ) -> dict[str, list[float]]:
     """Samples by subject, interleaved; a subject that fails is left out, and said so."""
     found: dict[str, list[float]] = defaultdict(list)
@@ -295,7 +307,7 @@ def table(
                 raise
             failed.add(name)
             found.pop(name, None)
-            harness.progress(f"{name} failed: {error!r}")
+            left_out.note(subjects[name], where, error)
     return dict(found)
 
 
@@ -341,7 +353,9 @@ def render(results: Mapping[str, Any]) -> str:
         *(cell(harness.median(v)) for v in results["copy"].values()),
     ]
     back = rows(THERE_AND_BACK, [results["there_and_back"]])
-    back.append(["two futexes, nothing else", cell(harness.median(results["futex"]))])
+    parked = rows(PARKED, [results["parked"]])
+    parked.append(["two futexes, nothing else", cell(harness.median(results["futex"]))])
+    left_out = [f"{label} ({why})" for label, why in results["left_out"].items()]
     told = results["told_ms"]
     return "\n\n".join(
         [
@@ -358,8 +372,14 @@ def render(results: Mapping[str, Any]) -> str:
             ),
             "**There and back, 64 B: us**",
             harness.markdown_table(["", "us"], back),
+            f"**There and back, both asleep until woken, 64 B: us** (less the {BUSY_US} us that the"
+            " other is busy)",
+            harness.markdown_table(["", "us"], parked),
+            "**Silence: % of a core**",
+            harness.markdown_table(["", "%"], rows(SILENT, [results["silence"]])),
             f"**A receiver is told of its sender's death** after {harness.median(told):.0f} ms"
             f" (median of {len(told)}; the longest {max(told):.0f} ms).",
+            f"Left out: {'; '.join(left_out) or 'none'}.",
         ]
     )
 
@@ -391,11 +411,28 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         Goal("1 MiB copied in over np.copyto", view / copied[MIB], 1 / 0.9),
         Goal("1 MiB copied in over iceoryx2", view / middle(large, "iceoryx2"), 1 / 1.3),
         over("small dict over Pipe", small_dict, "mp-pipe", 3),
+        Goal(
+            "small dict, processes.Queue over mp.Queue",
+            middle(small_dict, "moirai-queue") / middle(small_dict, "mp-queue"),
+            1.0,
+        ),
         over("array of 1 MiB over mp.Queue", array, "mp-queue", 30),
         over("array of 1 MiB over zmq", array, "zmq", 2),
         Goal("there and back, spinning, us", middle(back, "moirai"), 3.0),
         Goal("there and back with views, us", middle(back, "moirai-in-place"), 4.0),
         over("there and back over Pipe", back, "mp-pipe", 1.0),
+        Goal(
+            "there and back, processes.Pipe over Pipe",
+            middle(back, "moirai-pipe") / middle(back, "mp-pipe"),
+            1.0,
+        ),
+        Goal(
+            "there and back, woken, over two futexes",
+            middle(results["parked"], "moirai") / harness.median(results["futex"]),
+            1.3,
+        ),
+        over("there and back, woken, over Pipe", results["parked"], "mp-pipe", 1.0),
+        Goal("silence, % of a core", middle(results["silence"], "moirai"), 0.1),
         Goal("told of a death, longest, ms", max(results["told_ms"]), 100.0),
     ]
 
@@ -407,39 +444,56 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     share = 50 if arguments.quick else 1
     names = arguments.configurations
     results: dict[str, Any] = {"one_way": {}, "copy": {}}
+    left_out = LeftOut()
 
     def chosen(subjects: Mapping[str, type[Link]]) -> dict[str, type[Link]]:
         return {k: v for k, v in subjects.items() if names is None or k in names or is_ours(k)}
 
+    def compared(
+        where: str, subjects: Mapping[str, type[Link]], run: Callable[[type[Link]], float]
+    ) -> dict[str, list[float]]:
+        harness.progress(where)
+        return table(chosen(subjects), rounds, run, left_out, where)
+
     for size, most in SIZES.items():
         count = max(4, most // share)
-        harness.progress(f"one way, {harness.size_label(size)}")
-        subjects = {k: v for k, v in chosen(ONE_WAY).items() if size <= v.max_bytes}
         items = [bytes(size)] * count
-        results["one_way"][str(size)] = table(
-            subjects, rounds, lambda kind, size=size, items=items: one_way(kind, size, items, 1)
+        results["one_way"][str(size)] = compared(
+            f"one way, {harness.size_label(size)}",
+            {k: v for k, v in ONE_WAY.items() if size <= v.max_bytes},
+            lambda kind, size=size, items=items: one_way(kind, size, items, 1),
         )
         results["copy"][str(size)] = [copy(size, count) for _ in range(rounds)]
-    harness.progress("batches")
     batches = [[bytes(64)] * BATCH] * max(2, 400 // share)
-    results["batched"] = table(
-        chosen(BATCHED), rounds, lambda kind: one_way(kind, 64, batches, BATCH)
+    results["batched"] = compared(
+        "batches", BATCHED, lambda kind: one_way(kind, 64, batches, BATCH)
     )
-    harness.progress("objects")
     small = [{"id": 7, "name": "frame", "shape": (480, 640)}] * max(4, 10_000 // share)
     arrays = [{"id": 7, "data": np.ones(MIB, np.uint8)}] * max(4, 60 // share)
     for name, items in (("small_dict", small), ("array", arrays)):
-        results[name] = table(
-            chosen(OBJECTS), rounds, lambda kind, items=items: one_way(kind, MIB, items, 1)
+        results[name] = compared(
+            f"objects, {name}", OBJECTS, lambda kind, items=items: one_way(kind, MIB, items, 1)
         )
-    harness.progress("there and back")
     turns = max(20, 3000 // share)
-    results["there_and_back"] = table(
-        chosen(THERE_AND_BACK), rounds, lambda kind: there_and_back(kind, turns)
+    results["there_and_back"] = compared(
+        "there and back", THERE_AND_BACK, lambda kind: there_and_back(kind, turns)
     )
-    results["futex"] = [futex_there_and_back(turns) for _ in range(rounds)]
+
+    def on_other_core(body: Callable[[], None]) -> int:
+        return in_child(lambda: (pinned(1), body()))  # type: ignore[arg-type, return-value]
+
+    naps = max(10, turns // 6)
+    results["parked"] = compared(
+        "woken", PARKED, lambda kind: waits.parked(kind, naps, on_other_core)
+    )
+    results["futex"] = [waits.parked_futexes(naps, on_other_core) for _ in range(rounds)]
+    results["silence"] = compared(
+        "silence", SILENT, lambda kind: waits.silence(kind, 0.05 if arguments.quick else 1.0)
+    )
+    results["left_out"] = dict(left_out)
     harness.progress("deaths")
     results["told_ms"] = [told_after() for _ in range(2 if arguments.quick else 20)]
+    os.sched_setaffinity(0, CORES)
     parameters = {"rounds": rounds, "sizes": SIZES, "batch": BATCH, "quick": arguments.quick}
     return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
 

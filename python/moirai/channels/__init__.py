@@ -22,6 +22,7 @@ from moirai.channels.shared import (
     SharedReceiver,
     SharedSender,
 )
+from moirai.channels.shared_broadcast import SharedBroadcast, SharedSubscription
 
 __all__ = [
     "BatchingSender",
@@ -39,9 +40,11 @@ __all__ = [
     "ReservedArray",
     "Selected",
     "Sender",
+    "SharedBroadcast",
     "SharedChannel",
     "SharedReceiver",
     "SharedSender",
+    "SharedSubscription",
     "ShutDown",
     "SlowPolicy",
     "Subscription",
