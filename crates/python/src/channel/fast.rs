@@ -1,23 +1,86 @@
-//! `Channel.send(item)` and `Channel.receive()` as the interpreter calls them.
+//! `send(item)` and `receive()` of channels and their handles as the interpreter calls them.
 //!
 //! What PyO3 makes of a method reads arguments by their names and counts attachments before it does
 //! anything, which is a third of what a message costs. Here the call with nothing but the message
 //! (or nothing) is tried at once; every other call, and every message that does not go through, is
 //! the method's that PyO3 made.
 
-use super::Channel;
 use super::waker::wake;
+use super::{Channel, Receiver, Sender};
 use moirai_core::channel::{Refused, Side};
+use pyo3::PyClass;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::pyclass::boolean_struct::True;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 use std::ffi::CStr;
 
-/// The methods that PyO3 made.
-static SEND: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-static RECEIVE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+/// A method that PyO3 made.
+type Method = PyOnceLock<Py<PyAny>>;
+
+/// What sends.
+trait Sends: PyClass<Frozen = True> + Sync {
+    fn method() -> &'static Method;
+    /// The channel, if the handle is open.
+    fn channel(&self) -> Option<&Channel>;
+}
+
+/// What receives.
+trait Receives: PyClass<Frozen = True> + Sync {
+    fn method() -> &'static Method;
+    /// The channel, if the handle is open.
+    fn channel(&self) -> Option<&Channel>;
+}
+
+impl Sends for Channel {
+    fn method() -> &'static Method {
+        static METHOD: Method = Method::new();
+        &METHOD
+    }
+
+    #[inline]
+    fn channel(&self) -> Option<&Channel> {
+        Some(self)
+    }
+}
+
+impl Receives for Channel {
+    fn method() -> &'static Method {
+        static METHOD: Method = Method::new();
+        &METHOD
+    }
+
+    #[inline]
+    fn channel(&self) -> Option<&Channel> {
+        Some(self)
+    }
+}
+
+impl Sends for Sender {
+    fn method() -> &'static Method {
+        static METHOD: Method = Method::new();
+        &METHOD
+    }
+
+    #[inline]
+    fn channel(&self) -> Option<&Channel> {
+        self.if_open()
+    }
+}
+
+impl Receives for Receiver {
+    fn method() -> &'static Method {
+        static METHOD: Method = Method::new();
+        &METHOD
+    }
+
+    #[inline]
+    fn channel(&self) -> Option<&Channel> {
+        self.if_open()
+    }
+}
 
 type Function = unsafe extern "C" fn(
     *mut ffi::PyObject,
@@ -44,33 +107,47 @@ fn definition(
 
 /// Put these functions in the place of the methods.
 pub(crate) fn install(py: Python<'_>) -> PyResult<()> {
-    let class = py.get_type::<Channel>();
-    let send_doc = c"send($self, item, timeout_seconds=None)\n--\n\n\
-                     Put a message in, waiting while the channel is full.";
-    let receive_doc = c"receive($self, timeout_seconds=None)\n--\n\n\
-                        Take the oldest message, waiting while there is none.";
-    for (made, name, function, doc) in [
-        (&SEND, c"send", send as Function, send_doc),
-        (&RECEIVE, c"receive", receive, receive_doc),
-    ] {
-        let key = PyString::intern(py, &name.to_string_lossy());
-        let method = class.getattr(&key)?.unbind();
-        if made.set(py, method).is_err() {
-            return Ok(());
-        }
-        let definition = definition(name, function, doc);
-        // SAFETY: the class is one, and the definition lives as long as the process.
-        let descriptor = unsafe { ffi::PyDescr_NewMethod(class.as_type_ptr(), definition) };
-        // SAFETY: a new reference, or null with an exception set.
-        let descriptor = unsafe { Bound::from_owned_ptr_or_err(py, descriptor) }?;
-        class.setattr(key, descriptor)?;
+    install_send::<Channel>(py)?;
+    install_send::<Sender>(py)?;
+    install_receive::<Channel>(py)?;
+    install_receive::<Receiver>(py)
+}
+
+fn install_send<S: Sends>(py: Python<'_>) -> PyResult<()> {
+    let doc = c"send($self, item, timeout_seconds=None)\n--\n\n\
+                Put a message in, waiting while the channel is full.";
+    replace::<S>(py, S::method(), c"send", send::<S>, doc)
+}
+
+fn install_receive<R: Receives>(py: Python<'_>) -> PyResult<()> {
+    let doc = c"receive($self, timeout_seconds=None)\n--\n\n\
+                Take the oldest message, waiting while there is none.";
+    replace::<R>(py, R::method(), c"receive", receive::<R>, doc)
+}
+
+fn replace<C: PyClass>(
+    py: Python<'_>,
+    made: &Method,
+    name: &'static CStr,
+    function: Function,
+    doc: &'static CStr,
+) -> PyResult<()> {
+    let class = py.get_type::<C>();
+    let key = PyString::intern(py, &name.to_string_lossy());
+    if made.set(py, class.getattr(&key)?.unbind()).is_err() {
+        return Ok(());
     }
-    Ok(())
+    let definition = definition(name, function, doc);
+    // SAFETY: the class is one, and the definition lives as long as the process.
+    let descriptor = unsafe { ffi::PyDescr_NewMethod(class.as_type_ptr(), definition) };
+    // SAFETY: a new reference, or null with an exception set.
+    let descriptor = unsafe { Bound::from_owned_ptr_or_err(py, descriptor) }?;
+    class.setattr(key, descriptor)
 }
 
 /// # Safety
-/// Called by the interpreter as the method of a channel.
-unsafe extern "C" fn send(
+/// Called by the interpreter as the method of an `S`.
+unsafe extern "C" fn send<S: Sends>(
     this: *mut ffi::PyObject,
     arguments: *const *mut ffi::PyObject,
     count: ffi::Py_ssize_t,
@@ -80,31 +157,32 @@ unsafe extern "C" fn send(
     let py = unsafe { Python::assume_attached() };
     if count == 1 && names.is_null() {
         // SAFETY: the object is borrowed from the caller.
-        let channel = unsafe { Borrowed::from_ptr(py, this) };
+        let object = unsafe { Borrowed::from_ptr(py, this) };
         // SAFETY: the method's descriptor has checked the class.
-        let channel = unsafe { channel.cast_unchecked::<Channel>() };
-        // SAFETY: there is one argument.
-        let item = unsafe { *arguments };
-        // SAFETY: it is borrowed from the caller.
-        let item = unsafe { Borrowed::from_ptr(py, item) }.to_owned().unbind();
-        let line = &channel.get().line;
-        match line.push(item) {
-            Ok(None) => return py.None().into_ptr(),
-            Ok(called) => {
-                Python::attach(|py| wake(py, line, Side::Receivers, called));
-                return py.None().into_ptr();
+        let object = unsafe { object.cast_unchecked::<S>() };
+        if let Some(channel) = object.get().channel() {
+            // SAFETY: there is one argument.
+            let item = unsafe { *arguments };
+            // SAFETY: it is borrowed from the caller.
+            let item = unsafe { Borrowed::from_ptr(py, item) }.to_owned().unbind();
+            match channel.line.push(item) {
+                Ok(None) => return py.None().into_ptr(),
+                Ok(called) => {
+                    Python::attach(|py| wake(py, &channel.line, Side::Receivers, called));
+                    return py.None().into_ptr();
+                }
+                // Bound, it is dropped as by an attached thread.
+                Err(Refused::Full(item) | Refused::Closed(item)) => drop(item.into_bound(py)),
             }
-            // Bound, it is dropped as by an attached thread.
-            Err(Refused::Full(item) | Refused::Closed(item)) => drop(item.into_bound(py)),
         }
     }
     // SAFETY: what the interpreter gave.
-    unsafe { call(py, &SEND, this, arguments, count, names) }
+    unsafe { call(py, S::method(), this, arguments, count, names) }
 }
 
 /// # Safety
-/// Called by the interpreter as the method of a channel.
-unsafe extern "C" fn receive(
+/// Called by the interpreter as the method of an `R`.
+unsafe extern "C" fn receive<R: Receives>(
     this: *mut ffi::PyObject,
     arguments: *const *mut ffi::PyObject,
     count: ffi::Py_ssize_t,
@@ -114,19 +192,19 @@ unsafe extern "C" fn receive(
     let py = unsafe { Python::assume_attached() };
     if count == 0 && names.is_null() {
         // SAFETY: the object is borrowed from the caller.
-        let channel = unsafe { Borrowed::from_ptr(py, this) };
+        let object = unsafe { Borrowed::from_ptr(py, this) };
         // SAFETY: the method's descriptor has checked the class.
-        let channel = unsafe { channel.cast_unchecked::<Channel>() };
-        let line = &channel.get().line;
-        if let Ok((message, called)) = line.pop() {
+        let object = unsafe { object.cast_unchecked::<R>() };
+        let popped = object.get().channel().map(|it| (it, it.line.pop()));
+        if let Some((channel, Ok((message, called)))) = popped {
             if called.is_some() {
-                Python::attach(|py| wake(py, line, Side::Senders, called));
+                Python::attach(|py| wake(py, &channel.line, Side::Senders, called));
             }
             return message.into_ptr();
         }
     }
     // SAFETY: what the interpreter gave.
-    unsafe { call(py, &RECEIVE, this, arguments, count, names) }
+    unsafe { call(py, R::method(), this, arguments, count, names) }
 }
 
 /// Call the method that PyO3 made.
@@ -136,7 +214,7 @@ unsafe extern "C" fn receive(
 #[cold]
 unsafe fn call(
     py: Python<'_>,
-    method: &PyOnceLock<Py<PyAny>>,
+    method: &Method,
     this: *mut ffi::PyObject,
     arguments: *const *mut ffi::PyObject,
     count: ffi::Py_ssize_t,
@@ -151,7 +229,9 @@ unsafe fn call(
     let mut all = vec![this];
     for index in 0..(count + named) as usize {
         // SAFETY: so many arguments are there.
-        all.push(unsafe { *arguments.add(index) });
+        let argument = unsafe { arguments.add(index) };
+        // SAFETY: as above.
+        all.push(unsafe { *argument });
     }
     let Some(method) = method.get(py) else {
         // Never: it is set before this function is put in its place.
