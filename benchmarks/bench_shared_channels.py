@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 
 import harness
+import shared_channel_ours as ours
 import shared_channel_peers as peers
 import shared_channel_waits as waits
+from forked import LIMIT_SECONDS, end_children, in_child, pinned, unpinned
 from harness import Goal
 from moirai.channels import SharedChannel
 from moirai.errors import Disconnected
@@ -40,9 +42,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = {64: 20_000, 4 * KIB: 10_000, MIB: 200, 16 * MIB: 8}
 WARM_UP = 16
 BATCH = 256
-LIMIT_SECONDS = 30
 BUSY_US = waits.BUSY_NS // 1000
-CORES = sorted(os.sched_getaffinity(0))
 
 ONE_WAY: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -57,17 +57,17 @@ ONE_WAY: dict[str, type[Link]] = {
     "cloudtoid": peers.Cloudtoid,
     "kickmsg": peers.Kickmsg,
     "kickmsg-in-place": peers.KickmsgInPlace,
-    "moirai-queue": peers.MoiraiQueue,
-    "moirai-pipe": peers.MoiraiPipe,
-    "moirai": peers.Moirai,
-    "moirai-copied": peers.MoiraiCopied,
-    "moirai-in-place": peers.MoiraiInPlace,
+    "moirai-queue": ours.MoiraiQueue,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-copied": ours.MoiraiCopied,
+    "moirai-in-place": ours.MoiraiInPlace,
 }
 BATCHED: dict[str, type[Link]] = {
     "faster-fifo": peers.FasterFifoBatches,
     "subetha": peers.SubethaBatches,
-    "moirai": peers.MoiraiBatches,
-    "moirai-records": peers.MoiraiRecords,
+    "moirai": ours.MoiraiBatches,
+    "moirai-records": ours.MoiraiRecords,
 }
 OBJECTS: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -75,18 +75,18 @@ OBJECTS: dict[str, type[Link]] = {
     "mp-pipe": peers.PipeOfObjects,
     "faster-fifo": peers.FasterFifo,
     "zmq": peers.ZmqObjects,
-    "moirai-queue": peers.MoiraiQueue,
-    "moirai-pipe": peers.MoiraiPipeOfObjects,
-    "moirai": peers.MoiraiObjects,
+    "moirai-queue": ours.MoiraiQueue,
+    "moirai-pipe": ours.MoiraiPipeOfObjects,
+    "moirai": ours.MoiraiObjects,
 }
 THERE_AND_BACK: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
     "mp-pipe": peers.Pipe,
     "zmq": peers.Zmq,
     "iceoryx2": peers.Iceoryx,
-    "moirai-pipe": peers.MoiraiPipe,
-    "moirai": peers.Moirai,
-    "moirai-in-place": peers.MoiraiInPlace,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-in-place": ours.MoiraiInPlace,
 }
 PARKED: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -95,9 +95,9 @@ PARKED: dict[str, type[Link]] = {
     "zmq": peers.Zmq,
     "cloudtoid": peers.Cloudtoid,
     "kickmsg": peers.Kickmsg,
-    "moirai-pipe": peers.MoiraiPipe,
-    "moirai": peers.Moirai,
-    "moirai-in-place": peers.MoiraiInPlace,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-in-place": ours.MoiraiInPlace,
 }
 SILENT: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
@@ -107,7 +107,7 @@ SILENT: dict[str, type[Link]] = {
     "iceoryx2": peers.Iceoryx,
     "cloudtoid": peers.Cloudtoid,
     "kickmsg": peers.Kickmsg,
-    "moirai": peers.Moirai,
+    "moirai": ours.Moirai,
 }
 
 
@@ -117,26 +117,6 @@ def is_ours(name: str) -> bool:
 
 
 # === measuring ==================================================================================
-
-
-def pinned(core: int) -> None:
-    """Stay on one of the cores there are."""
-    os.sched_setaffinity(0, {CORES[core % len(CORES)]})
-
-
-def in_child(body: Callable[[], None]) -> int:
-    """Run a function in a forked process; its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(2 * LIMIT_SECONDS)
-        body()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def one_way(kind: type[Link], size: int, items: Sequence[Any], per_call: int) -> float:
@@ -302,6 +282,7 @@ def table(
                 found[name].append(run(subjects[name]))
             finally:
                 signal.alarm(0)
+                end_children()
         except Exception as error:
             if is_ours(name):
                 raise
@@ -479,21 +460,16 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
         "there and back", THERE_AND_BACK, lambda kind: there_and_back(kind, turns)
     )
 
-    def on_other_core(body: Callable[[], None]) -> int:
-        return in_child(lambda: (pinned(1), body()))  # type: ignore[arg-type, return-value]
-
     naps = max(10, turns // 6)
-    results["parked"] = compared(
-        "woken", PARKED, lambda kind: waits.parked(kind, naps, on_other_core)
-    )
-    results["futex"] = [waits.parked_futexes(naps, on_other_core) for _ in range(rounds)]
+    results["parked"] = compared("woken", PARKED, lambda kind: waits.parked(kind, naps))
+    results["futex"] = [waits.parked_futexes(naps) for _ in range(rounds)]
     results["silence"] = compared(
         "silence", SILENT, lambda kind: waits.silence(kind, 0.05 if arguments.quick else 1.0)
     )
     results["left_out"] = dict(left_out)
     harness.progress("deaths")
     results["told_ms"] = [told_after() for _ in range(2 if arguments.quick else 20)]
-    os.sched_setaffinity(0, CORES)
+    unpinned()
     parameters = {"rounds": rounds, "sizes": SIZES, "batch": BATCH, "quick": arguments.quick}
     return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
 

@@ -8,12 +8,11 @@ import os
 import time
 from collections.abc import Callable
 
+from forked import in_child
 from shared_channel_peers import Link
 
 BUSY_NS = 200_000
 """Longer than anybody spins: whoever waits for the other has gone to sleep by then."""
-
-InChild = Callable[[Callable[[], None]], int]
 
 
 def be_busy() -> None:
@@ -35,7 +34,7 @@ def parked_round_trips(send: Callable[[], None], receive: Callable[[], None], ro
     return sorted(found)[rounds // 2] / 1e3
 
 
-def parked(kind: type[Link], rounds: int, in_child: InChild) -> float:
+def parked(kind: type[Link], rounds: int) -> float:
     """Microseconds for 64 bytes to go and come back between two that sleep until they are woken."""
     request, reply = kind(64, rounds + 1), kind(64, rounds + 1)
     data = bytes(64)
@@ -53,7 +52,7 @@ def parked(kind: type[Link], rounds: int, in_child: InChild) -> float:
             send(data)
         os.read(go[0], 1)
 
-    process = in_child(child)
+    process = in_child(child, core=1)
     os.read(ready[0], 1)
     receive = reply.receiver()
     os.write(go[1], b"1")
@@ -92,7 +91,7 @@ class Futexes:
             self.call(self.NUMBER, self.addresses[side], self.WAIT, value - 1, None)
 
 
-def parked_futexes(rounds: int, in_child: InChild) -> float:
+def parked_futexes(rounds: int) -> float:
     """Microseconds there and back over two futexes, and nothing else."""
     futexes = Futexes()
 
@@ -102,7 +101,7 @@ def parked_futexes(rounds: int, in_child: InChild) -> float:
             be_busy()
             futexes.give(1)
 
-    process = in_child(child)
+    process = in_child(child, core=1)
     taken = iter(range(1, rounds + 1))
     elapsed = parked_round_trips(
         lambda: futexes.give(0), lambda: futexes.take(1, next(taken)), rounds
