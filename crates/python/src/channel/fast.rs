@@ -226,12 +226,21 @@ unsafe fn call(
         // SAFETY: the names are a tuple.
         unsafe { ffi::PyTuple_Size(names) }
     };
-    let mut all = vec![this];
-    for index in 0..(count + named) as usize {
+    let given = (count + named) as usize;
+    let mut few = [std::ptr::null_mut(); 4];
+    let mut many = Vec::new();
+    let all = if given < few.len() {
+        &mut few[..=given]
+    } else {
+        many.resize(given + 1, std::ptr::null_mut());
+        &mut many[..]
+    };
+    all[0] = this;
+    for (index, place) in all[1..].iter_mut().enumerate() {
         // SAFETY: so many arguments are there.
         let argument = unsafe { arguments.add(index) };
         // SAFETY: as above.
-        all.push(unsafe { *argument });
+        *place = unsafe { *argument };
     }
     let Some(method) = method.get(py) else {
         // Never: it is set before this function is put in its place.
