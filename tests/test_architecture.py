@@ -35,11 +35,12 @@ REPORTS_MUST_NOT_IMPORT = {
 }  # fmt: skip
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
-# The buffer protocol, NumPy's C API, the interpreter's stack and slots, messages in their places.
-# The buffer protocol, NumPy's C API, the interpreter's stack, and descriptors from elsewhere.
+# The buffer protocol, NumPy's C API, the interpreter's stack, slots and methods, messages in their
+# places, and descriptors from elsewhere.
 BINDINGS_WITH_UNSAFE = (
     "buffer",
     "channel/awaitable",
+    "channel/fast",
     "channel/mod",
     "channel/queue",
     "numpy",

@@ -1775,6 +1775,8 @@ class SharedReceiver:
             Disconnected: No sender is left, and everything that was sent is received.
             InvalidArgument: The next message is an object; it stays in the channel.
         """
+    def _wait(self, timeout_seconds: float | None) -> bool:
+        """Wait until there is a message, without taking it; whether there is one."""
     def _arm(self) -> None:
         """Ask for the doorbell to ring when there is a message. Try once more afterwards."""
     @property

@@ -94,7 +94,7 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::channel::awaitable::install_send_slot(module.py());
-        Ok(())
+        super::channel::fast::install(module.py())
     }
 
     /// End the background thread that lets kept memory age; it starts again when needed.

@@ -412,6 +412,13 @@ impl SharedReceiver {
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
+    /// Wait until there is a message, without taking it; whether there is one.
+    fn _wait(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<bool> {
+        let mut patience = Patience::new("poll", timeout("timeout_seconds", timeout_seconds)?);
+        let attempt = || self.endpoint.peek().map_err(to_py);
+        Ok(until(py, &self.endpoint, 0, &mut patience, attempt)?.is_some())
+    }
+
     /// Ask for the doorbell to ring when there is a message. Try once more afterwards.
     fn _arm(&self) -> PyResult<()> {
         self.endpoint
