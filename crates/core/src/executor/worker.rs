@@ -14,7 +14,7 @@ use std::sync::Arc;
 const FAIR_TURNS: u32 = 61;
 /// Looks for work before it sleeps: at least, at most.
 const FEWEST_LOOKS: u32 = 32;
-const MOST_LOOKS: u32 = 1024;
+const MOST_LOOKS: u32 = 256;
 /// What sleeping and waking cost, more or less.
 const SHORT_SLEEP_NANOSECONDS: u64 = 50_000;
 

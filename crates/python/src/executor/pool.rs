@@ -2,7 +2,7 @@
 
 use super::call::{Arguments, Call};
 use super::future::{self, Future};
-use super::{RUNNING, Ran, Shared, Task, WORKER, add, current_worker, run};
+use super::{RUNNING, Ran, Shared, Task, WORKER, add, current_worker, let_leave, run};
 use crate::argument::count;
 use crate::errors::{Closed, InvalidArgument};
 use crate::lane;
@@ -22,6 +22,8 @@ import_exception!(concurrent.futures.thread, BrokenThreadPool);
 /// How long a worker keeps the interpreter while others may want it. Python code lets others in
 /// by itself; functions written in C do not.
 const KEEP: Duration = Duration::from_millis(1);
+/// What a thread takes from queueing a task to waiting for it.
+const SUBMITTER_LEAVES_NANOSECONDS: u64 = 1_500;
 /// Tasks between two looks at the clock.
 const CLOCK_TURNS: u32 = 32;
 
@@ -527,7 +529,11 @@ fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) -> PyR
             return Ok(());
         }
         let (who, mut looks) = (worker.index(), worker.begin_rest());
-        let rest = py.detach(|| shared.scheduler.rest(who, &mut looks));
+        let rest = py.detach(|| {
+            let rest = shared.scheduler.rest(who, &mut looks);
+            let_leave(SUBMITTER_LEAVES_NANOSECONDS);
+            rest
+        });
         worker.end_rest(rest, looks);
         if rest == Rest::Closed {
             return Ok(());

@@ -1,7 +1,7 @@
 //! Waiting for a task: run it if nobody has begun it, help with what it needs, then sleep.
 
 use super::future::Future;
-use super::{RUNNING, Ran, Shared, add, current_worker, run};
+use super::{RUNNING, Ran, Shared, add, current_worker, let_leave, run};
 use crate::argument::timeout;
 use crate::errors::Disconnected;
 use moirai_core::executor::Worker;
@@ -18,7 +18,9 @@ const DEEPEST: u32 = 100;
 /// The same for tasks that are only likely to be needed.
 const DEEPEST_RELATED: u32 = 20;
 /// Looks at a task before the thread that waits for it sleeps.
-const LOOKS: u32 = 512;
+const LOOKS: u32 = 128;
+/// What a worker takes from the end of its last task to its rest.
+const WORKER_LEAVES_NANOSECONDS: u64 = 1_000;
 /// How long the first thread sleeps before it looks for a signal that came just before it slept.
 /// Only Python's main thread handles signals; the others sleep undisturbed.
 const NAP: Duration = Duration::from_millis(500);
@@ -128,10 +130,14 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
         return Ok(task.is_over());
     }
     let soon = || {
-        (0..LOOKS).any(|round| {
+        let found = (0..LOOKS).any(|round| {
             spin(round & 31);
             task.is_over()
-        })
+        });
+        if found {
+            let_leave(WORKER_LEAVES_NANOSECONDS);
+        }
+        found
     };
     if py.detach(soon) {
         return Ok(true);
