@@ -442,6 +442,89 @@ def test_interrupt_ends_a_wait(run_python, timeout):
     assert run_python(source).split() == ["interrupted", "8", "True"]
 
 
+# === groups =====================================================================================
+
+
+def test_group_ends_when_all_of_its_tasks_have_ended(executor):
+    done = []
+
+    def grow(group, depth):
+        if depth:
+            group.submit(grow, group, depth - 1)
+            group.submit(grow, group, depth - 1)
+        done.append(depth)
+
+    with executor.group() as group:
+        future = group.submit(grow, group, 4)
+    assert len(done) == 2**5 - 1
+    assert future.done()
+    assert not group.is_cancelled
+    with pytest.raises(errors.Closed, match="the block of this group has ended"):
+        group.submit(abs, 1)
+
+
+def test_first_failure_cancels_the_rest_and_all_are_raised():
+    begun, failed = threading.Event(), threading.Event()
+
+    def watch(group):
+        begun.set()
+        failed.wait(WAIT_SECONDS)
+        while not group.is_cancelled:
+            os.sched_yield()
+        raise KeyError("told")
+
+    def fail():
+        begun.wait(WAIT_SECONDS)
+        failed.set()
+        raise_error()
+
+    later = []
+
+    def use(executor):
+        with executor.group() as group:
+            group.submit(watch, group)
+            begun.wait(WAIT_SECONDS)
+            group.submit(fail)
+            # The two workers are taken, or this one finds the group cancelled.
+            later.extend(group.submit(failed.wait, WAIT_SECONDS) for _ in range(3))
+
+    with Executor(2) as executor, pytest.raises(ExceptionGroup) as caught:
+        use(executor)
+    assert [type(error) for error in caught.value.exceptions] == [ValueError, KeyError]
+    assert all(future.done() for future in later)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(ValueError, ExceptionGroup), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_failure_of_the_block_cancels_the_group(gate, error, raised):
+    futures = []
+
+    def use(executor):
+        with executor.group() as group:
+            futures.append(group.submit(abs, 1))
+            raise error("asked to fail")
+
+    with Executor(1) as executor:
+        opened = gate(executor)
+        with pytest.raises(raised, match=r"raised|asked to fail"):
+            use(executor)
+        assert futures[0].cancelled()
+        opened.set()
+
+
+def test_group_that_was_cancelled_runs_nothing_more(gate):
+    with Executor(1) as executor:
+        opened = gate(executor)
+        with executor.group() as group:
+            before = group.submit(abs, 1)
+            group.cancel()
+            after = group.submit(abs, 1)
+        assert before.cancelled()
+        assert after.cancelled()
+        opened.set()
+
+
 # === the end ====================================================================================
 
 

@@ -8,6 +8,7 @@ What a forked child has is told in docs/executor.md.
 from __future__ import annotations
 
 from moirai.executor.future import Future
+from moirai.executor.group import TaskGroup
 from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
 from moirai.executor.threads import Executor
 from moirai.memory import Priority
@@ -17,5 +18,6 @@ __all__ = [
     "ExecutorStatistics",
     "Future",
     "Priority",
+    "TaskGroup",
     "WorkerStatistics",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from moirai.errors import InvalidArgument, Timeout
+from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
 
 __all__ = ["BaseExecutor"]
@@ -23,7 +24,7 @@ _LARGEST_CHUNK = 1024
 
 
 class BaseExecutor(concurrent.futures.Executor):
-    """`map` and `map_unordered` over any backend that can queue chunks of calls.
+    """`map`, `map_unordered` and `group` over any backend that can queue chunks of calls.
 
     A backend has `submit`, `submit_many`, `shutdown`, and the two below.
     """
@@ -85,6 +86,10 @@ class BaseExecutor(concurrent.futures.Executor):
         futures = self._chunks(fn, iterables, chunksize, priority, node)
         deadline = None if timeout is None else time.monotonic() + timeout
         return _as_they_end(futures, deadline)
+
+    def group(self) -> TaskGroup:
+        """Tasks that end with a `with` block; the first failure cancels the rest."""
+        return TaskGroup(self)
 
     def _chunks(
         self,

@@ -210,6 +210,7 @@ fn withdraw(shared: &Shared, task: &Task) -> bool {
     // Nobody has seen its future yet, so nobody is to be told.
     match task.cancel(true) {
         Cancel::Done(call, _) => {
+            add(&shared.tally.cancelled);
             shared.died();
             drop(call);
             true
@@ -512,6 +513,7 @@ impl WorkerHandle {
         shared.scheduler.close();
         for task in shared.scheduler.take_all() {
             if let Some(future) = future_of(py, &task) {
+                add(&shared.tally.failed);
                 let failure = BrokenThreadPool::new_err(BROKEN);
                 future.get().finish(future.bind(py), Err(failure));
             }
