@@ -20,12 +20,13 @@ LAYERS = [
     {"memory"},
     {"pools"},
     {"channels"},
+    {"executor"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"channels", "memory", "pools"}
+FACADES = {"channels", "executor", "memory", "pools"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.
@@ -43,6 +44,7 @@ BINDINGS_WITH_UNSAFE = (
     "channel/fast",
     "channel/mod",
     "channel/queue",
+    "executor/call",
     "numpy",
     "pools/buffer",
     "pools/vector",

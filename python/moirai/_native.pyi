@@ -16,12 +16,14 @@ __all__ = [
     "AdaptiveResource",
     "Arena",
     "ArenaResource",
+    "BareExecutor",
     "BareQueue",
     "Batch",
     "Buffer",
     "BufferPool",
     "Channel",
     "ChannelStatistics",
+    "Future",
     "HealthReport",
     "LargeObjectResource",
     "Lease",
@@ -60,6 +62,7 @@ __all__ = [
     "Vector",
     "VectorPool",
     "Waiting",
+    "WorkerHandle",
     "build_profile",
     "current_lane",
     "handler_of",
@@ -1590,6 +1593,135 @@ class BareQueue(Generic[_Item]):
         """Items that were not dealt with yet."""
     def __len__(self) -> int: ...
 
+@disjoint_base
+class Future:
+    """The state of a call. Its Python class is a concurrent.futures.Future too."""
+
+    def __new__(cls) -> Self: ...
+    def cancel(self) -> bool:
+        """Withdraw the task if nobody has begun it; whether it is cancelled."""
+    def cancelled(self) -> bool:
+        """Whether it was withdrawn."""
+    def running(self) -> bool:
+        """Whether somebody is at it."""
+    def done(self) -> bool:
+        """Whether it is over."""
+    def result(self, timeout: float | None = None) -> Any:
+        """What the task returned, or its exception raised; waits for the end.
+
+        Without a timeout, the thread that waits runs the task if nobody has begun it.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            Timeout: It has not ended in time; it goes on.
+            CancelledError: It was cancelled.
+            Disconnected: It was queued by the parent of this process and had not ended at the fork.
+        """
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception that the task raised, or None; waits for the end.
+
+        As `result`.
+        """
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call a function with this future at the end, or now if it is over.
+
+        It is called in the thread that ends the task. What it raises is logged.
+        """
+    def set_running_or_notify_cancel(self) -> bool:
+        """For executors that run a future's task: whether to run it."""
+    def set_result(self, result: Any) -> None:
+        """Set the result of a future that was made by hand."""
+    def set_exception(self, exception: BaseException) -> None:
+        """Set the exception of a future that was made by hand."""
+    @property
+    def _state(self) -> str: ...
+    @property
+    def _condition(self) -> Any: ...
+    @property
+    def _waiters(self) -> list[Any]: ...
+    @property
+    def _result(self) -> Any: ...
+    @property
+    def _exception(self) -> BaseException | None: ...
+
+@disjoint_base
+class BareExecutor:
+    """The mechanism of an executor; the threads are started and joined by its Python class."""
+
+    def __new__(
+        cls,
+        kind: type[Future],
+        *,
+        node_of_worker: Sequence[int],
+        order: Sequence[Sequence[int]],
+        node_ids: Sequence[int],
+        outsiders_help: bool,
+    ) -> Self: ...
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+        """Queue a call of a function; its future.
+
+        Args:
+            function: What is called, in a copy of this moment's context.
+            arguments: Its arguments.
+            keywords: Its keyword arguments, but for `priority` and `node`: how urgent the task is
+                (a Priority), and the id of the node whose workers are to take it first.
+
+        Raises:
+            Closed: After `shutdown`; a RuntimeError.
+            InvalidArgument: `priority` is no Priority, or `node` has no workers.
+        """
+    def queue_calls(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        /,
+        *,
+        star: bool,
+        priority: Any = None,
+        node: int | None = None,
+    ) -> list[Any]:
+        """Queue a call of a function for each of some arguments; their futures, in order."""
+    def queue_chunks(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        size: int,
+        /,
+        *,
+        star: bool,
+        priority: Any = None,
+        node: int | None = None,
+    ) -> list[Any]:
+        """Queue calls of a function, `size` of them to a task; the tasks' futures, in order. Each
+        gives a list of results up to the first failure, and that or None."""
+    def close(self) -> None:
+        """Take no more calls; workers end when nothing is queued."""
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+    @property
+    def is_broken(self) -> bool:
+        """Whether a worker could not be set up."""
+    def cancel_queued(self) -> None:
+        """Cancel what is queued."""
+    def renew(self) -> None:
+        """In a forked child: workers and queues of its own, and none of the parent's tasks."""
+    def counts(self) -> tuple[dict[str, int], list[dict[str, int]]]:
+        """What was done so far: counts for the executor, and for each worker."""
+
+@final
+class WorkerHandle:
+    """What a worker's thread has of an executor: not the object, which may go before it."""
+
+    def work(self, who: int) -> None:
+        """Be the worker `who` until the executor is closed and nothing is queued."""
+    def close(self) -> None:
+        """Take no more calls; as `BareExecutor.close`."""
+    def give_up(self) -> None:
+        """A worker cannot be set up: whatever is queued fails, and nothing more is taken."""
+
 @final
 class LoopDoorbell:
     """The bell of one event loop."""
@@ -1761,7 +1893,7 @@ class SharedReceiver:
     def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
     def _receive_any(
-        self, timeout_seconds: float | None, writable: bool
+        self, timeout_seconds: float | None, *, writable: bool = False
     ) -> tuple[int, Any, list[tuple[int, int]]]:
         """Receive any message: its kind, it, where its parts lie."""
     def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
@@ -1815,9 +1947,15 @@ class SharedSender:
     def _send_array(self, array: NDArray[Any], give: bool, timeout_seconds: float | None) -> bool:
         """Send an array by reference; false if it does not lie in shared memory."""
     def _send_object(
-        self, pickle: Any, buffers: list[Any], give: bool, timeout_seconds: float | None
+        self,
+        pickle: Any,
+        buffers: list[Any],
+        timeout_seconds: float | None,
+        *,
+        give: bool = False,
+        references: bool = True,
     ) -> None:
-        """Send a pickle and its out-of-band buffers; those in shared memory by reference."""
+        """Send a pickle and its out-of-band buffers; those in shared memory by reference, if allowed."""
     def reserve(
         self,
         shape: int | Sequence[int],

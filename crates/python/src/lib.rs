@@ -8,6 +8,7 @@ mod argument;
 mod buffer;
 mod channel;
 mod errors;
+mod executor;
 mod lane;
 mod numa;
 mod numpy;
@@ -43,6 +44,10 @@ mod _native {
     use super::channel::waker::LoopDoorbell;
     #[pymodule_export]
     use super::channel::{Channel, ChannelStatistics, select_channels, select_channels_async};
+    #[pymodule_export]
+    use super::executor::future::Future;
+    #[pymodule_export]
+    use super::executor::pool::{BareExecutor, WorkerHandle};
     #[pymodule_export]
     use super::lane::current_lane;
     #[pymodule_export]

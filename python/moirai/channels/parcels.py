@@ -107,7 +107,7 @@ def _send(
     if buffers is None:
         sender.send_bytes(data, timeout_seconds)
     else:
-        sender._send_object(data, list(buffers), timeout_seconds)
+        sender._send_object(data, list(buffers), timeout_seconds, references=False)
 
 
 def send_apart(

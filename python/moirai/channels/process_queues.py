@@ -42,7 +42,7 @@ class _Line:
         if len(data) + sum(map(len, buffers)) + 4096 > self.channel.capacity_bytes:
             return False
         try:
-            self.sender._send_object(data, buffers, 0)
+            self.sender._send_object(data, buffers, 0, references=False)
         except Timeout:
             return False
         except Disconnected:  # a forked child whose parent, which opened the ends, is gone

@@ -170,7 +170,7 @@ class SharedSender(_native.SharedSender):
         views = [buffer.raw() for buffer in buffers]
         if give and any(view.readonly for view in views):
             raise _not_ours(item)
-        self._send_object(data, views, give, timeout_seconds)
+        self._send_object(data, views, timeout_seconds, give=give)
         if give:
             for view in views:
                 if isinstance(view.obj, np.ndarray):
@@ -240,7 +240,7 @@ class SharedReceiver(_native.SharedReceiver):
             Timeout: No message came in time.
             Disconnected: No sender is left, and everything that was sent is received.
         """
-        kind, item, parts = self._receive_any(timeout_seconds, writable)
+        kind, item, parts = self._receive_any(timeout_seconds, writable=writable)
         if kind == _PICKLE:
             return pickle.loads(item)
         if kind == _LENT_OBJECT:

@@ -390,6 +390,7 @@ impl SharedReceiver {
     }
 
     /// Receive any message: its kind, it, where its parts lie.
+    #[pyo3(signature = (timeout_seconds, *, writable=false))]
     fn _receive_any<'py>(
         &self,
         py: Python<'py>,

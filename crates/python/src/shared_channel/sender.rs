@@ -256,14 +256,16 @@ impl SharedSender {
         Ok(true)
     }
 
-    /// Send a pickle and its out-of-band buffers; those in shared memory by reference.
+    /// Send a pickle and its out-of-band buffers; those in shared memory by reference, if allowed.
+    #[pyo3(signature = (pickle, buffers, timeout_seconds, *, give=false, references=true))]
     fn _send_object(
         &self,
         py: Python<'_>,
         pickle: &Bound<'_, PyAny>,
         buffers: Vec<Bound<'_, PyAny>>,
-        give: bool,
         timeout_seconds: Option<f64>,
+        give: bool,
+        references: bool,
     ) -> PyResult<()> {
         let mut patience = Patience::new("send", timeout("timeout_seconds", timeout_seconds)?);
         if buffers.is_empty() {
@@ -278,7 +280,7 @@ impl SharedSender {
             parts.push(Exported::new(buffer, false)?);
         }
         let lengths: Vec<usize> = parts.iter().map(|part| part.bytes().len()).collect();
-        if self.send_with_references(py, &buffers, &parts, &lengths, give, &mut patience)? {
+        if references && self.send_with_references(py, &buffers, &parts, &lengths, give, &mut patience)? {
             return Ok(());
         }
         let plan = plan(&lengths)?;

@@ -1,0 +1,361 @@
+//! One worker: its deque, where it looks for tasks, and how it rests.
+
+use super::lanes::Priority;
+use super::scheduler::{Counts, Queued, Scheduler};
+use crate::os::now_nanoseconds;
+use crate::sync::parker::{Parked, Parker};
+use crate::sync::{AtomicU64, Lock, Ordering, spin};
+use crossbeam_deque::{Steal, Stealer, Worker as Deque};
+use std::cell::Cell;
+use std::sync::Arc;
+
+/// One look in so many goes to the lanes before the own deque, so that a task that queues its own
+/// successor does not keep others out.
+const FAIR_TURNS: u32 = 61;
+/// Looks for work before it sleeps: at least, at most.
+const FEWEST_LOOKS: u32 = 32;
+const MOST_LOOKS: u32 = 256;
+/// What sleeping and waking cost, more or less.
+const SHORT_SLEEP_NANOSECONDS: u64 = 50_000;
+
+/// What others see of a worker.
+pub(super) struct Member<T: 'static> {
+    node: usize,
+    /// All nodes by distance from its own, itself first.
+    order: Vec<usize>,
+    /// The workers of each of these nodes, itself too.
+    neighbours: Vec<Vec<usize>>,
+    /// Until its thread enters. The number changes when a start is taken back, so that a thread
+    /// that comes too late finds that it is not wanted any more.
+    entrance: Lock<(u64, Option<Deque<T>>)>,
+    pub(super) stealer: Stealer<T>,
+    pub(super) parker: Parker,
+    pub(super) tally: Tally,
+}
+
+impl<T: 'static> Member<T> {
+    pub(super) fn new(node: usize, order: &[usize], node_of_worker: &[usize]) -> Self {
+        let deque = Deque::new_lifo();
+        let of_node = |node: &usize| {
+            let all = node_of_worker.iter().enumerate();
+            all.filter(|(_, of)| *of == node)
+                .map(|(who, _)| who)
+                .collect()
+        };
+        Member {
+            node,
+            order: order.to_vec(),
+            neighbours: order.iter().map(of_node).collect(),
+            stealer: deque.stealer(),
+            entrance: Lock::new((0, Some(deque))),
+            parker: Parker::default(),
+            tally: Tally::default(),
+        }
+    }
+}
+
+impl<T: 'static> Member<T> {
+    /// The number of the next start.
+    pub(super) fn next_start(&self) -> u64 {
+        self.entrance.lock().0
+    }
+
+    /// Take a start back; false if the thread has entered.
+    pub(super) fn take_back(&self) -> bool {
+        let mut entrance = self.entrance.lock();
+        entrance.0 += 1;
+        entrance.1.is_some()
+    }
+}
+
+/// [`Counts`] as they are counted; read by reports only, so `Relaxed` suffices. Apart from what
+/// other workers write.
+#[derive(Default)]
+#[repr(align(128))]
+pub(super) struct Tally {
+    from_lanes: AtomicU64,
+    from_own: AtomicU64,
+    stolen_same_node: AtomicU64,
+    stolen_cross_node: AtomicU64,
+    failed_steals: AtomicU64,
+    parks: AtomicU64,
+    pub(super) wakes: AtomicU64,
+}
+
+impl Tally {
+    #[inline]
+    pub(super) fn add(&self, count: &AtomicU64) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// As `add`, for a count that only its worker writes.
+    #[inline]
+    fn step(&self, count: &AtomicU64) {
+        count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self) -> Counts {
+        Counts {
+            from_lanes: self.from_lanes.load(Ordering::Relaxed),
+            from_own: self.from_own.load(Ordering::Relaxed),
+            stolen_same_node: self.stolen_same_node.load(Ordering::Relaxed),
+            stolen_cross_node: self.stolen_cross_node.load(Ordering::Relaxed),
+            failed_steals: self.failed_steals.load(Ordering::Relaxed),
+            parks: self.parks.load(Ordering::Relaxed),
+            wakes: self.wakes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Why a rest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// There is something to look for.
+    Work,
+    /// The scheduler is closed and nothing is queued: the worker is to end.
+    Closed,
+}
+
+/// A worker, in its own thread. It begins as one that looks for work.
+pub struct Worker<T: 'static> {
+    scheduler: Arc<Scheduler<T>>,
+    index: usize,
+    deque: Deque<T>,
+    turn: Cell<u32>,
+    /// How often to look before sleeping: more while sleeps are short.
+    looks: Cell<u32>,
+    searching: Cell<bool>,
+}
+
+impl<T: 'static> Worker<T> {
+    pub(super) fn new(scheduler: Arc<Scheduler<T>>, index: usize, start: u64) -> Option<Self> {
+        let deque = {
+            let mut entrance = scheduler.members[index].entrance.lock();
+            if entrance.0 != start {
+                return None;
+            }
+            entrance.1.take()?
+        };
+        Some(Worker {
+            deque,
+            scheduler,
+            index,
+            turn: Cell::new(0),
+            looks: Cell::new(FEWEST_LOOKS),
+            searching: Cell::new(true),
+        })
+    }
+
+    /// The scheduler it works for.
+    pub fn scheduler(&self) -> &Arc<Scheduler<T>> {
+        &self.scheduler
+    }
+
+    /// Its place among the workers.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Its node.
+    pub fn node(&self) -> usize {
+        self.member().node
+    }
+
+    #[inline]
+    fn member(&self) -> &Member<T> {
+        &self.scheduler.members[self.index]
+    }
+
+    /// Queue a task where this worker takes it first, last come first served.
+    #[inline]
+    pub fn push(&self, task: T) -> Queued {
+        self.deque.push(task);
+        self.scheduler.queued()
+    }
+
+    /// Take the task that was pushed last out of the deque, if it is the one that `is_it`.
+    #[inline]
+    pub fn take_back(&self, is_it: impl Fn(&T) -> bool) -> Option<T> {
+        let task = self.deque.pop()?;
+        if is_it(&task) {
+            return Some(task);
+        }
+        self.deque.push(task);
+        None
+    }
+
+    /// The next task, for a worker that has a seat.
+    #[inline]
+    pub fn take(&self) -> Option<T> {
+        let task = self.look();
+        if task.is_some() && self.searching.replace(false) {
+            self.scheduler.found();
+        }
+        task
+    }
+
+    fn look(&self) -> Option<T> {
+        let member = self.member();
+        let tally = &member.tally;
+        let turn = self.turn.get().wrapping_add(1);
+        self.turn.set(turn);
+        let lanes = || member.order.iter().map(|node| self.scheduler.lanes(*node));
+        let take = |priority| lanes().find_map(|lanes| lanes.take(priority));
+        let urgent = lanes()
+            .find_map(|lanes| lanes.take_overdue())
+            .or_else(|| take(Priority::Realtime))
+            .or_else(|| take(Priority::High))
+            .or_else(|| {
+                if turn % FAIR_TURNS == 0 {
+                    take(Priority::Normal)
+                } else {
+                    None
+                }
+            });
+        if urgent.is_some() {
+            tally.step(&tally.from_lanes);
+            return urgent;
+        }
+        if let Some(task) = self.deque.pop() {
+            tally.step(&tally.from_own);
+            return Some(task);
+        }
+        if let Some(task) = take(Priority::Normal) {
+            tally.step(&tally.from_lanes);
+            return Some(task);
+        }
+        if let Some(task) = self.steal_from_any() {
+            return Some(task);
+        }
+        let last = take(Priority::Background);
+        if last.is_some() {
+            tally.step(&tally.from_lanes);
+        }
+        last
+    }
+
+    /// The oldest task of another worker: of the own node first, then by distance. Where it begins
+    /// within a node changes each time.
+    fn steal_from_any(&self) -> Option<T> {
+        let member = self.member();
+        let tally = &member.tally;
+        for (distance, node) in member.neighbours.iter().enumerate() {
+            for step in 0..node.len() {
+                let who = node[(step + self.turn.get() as usize) % node.len()];
+                if who == self.index {
+                    continue;
+                }
+                if let Some(task) = steal(&self.scheduler.members[who].stealer) {
+                    tally.step(if distance == 0 {
+                        &tally.stolen_same_node
+                    } else {
+                        &tally.stolen_cross_node
+                    });
+                    return Some(task);
+                }
+            }
+        }
+        if self.scheduler.members.len() > 1 {
+            tally.step(&tally.failed_steals);
+        }
+        None
+    }
+
+    /// A task that is likely to be a descendant of the one this worker waits for: of its own deque,
+    /// or of the deque of the worker that is at that one.
+    pub fn take_related(&self, runner: Option<usize>) -> Option<T> {
+        let tally = &self.member().tally;
+        if let Some(task) = self.deque.pop() {
+            tally.step(&tally.from_own);
+            return Some(task);
+        }
+        let runner = runner.filter(|runner| *runner != self.index)?;
+        let task = steal(&self.scheduler.members[runner].stealer)?;
+        let same = self.scheduler.members[runner].node == self.node();
+        tally.step(if same {
+            &tally.stolen_same_node
+        } else {
+            &tally.stolen_cross_node
+        });
+        Some(task)
+    }
+
+    /// Sleep until there is something to look for.
+    pub fn rest(&self) -> Rest {
+        let mut looks = self.begin_rest();
+        let rest = self.scheduler.rest(self.index, &mut looks);
+        self.end_rest(rest, looks);
+        rest
+    }
+
+    /// This worker looks for work from now on, as [`Scheduler::rest`] wants it; how often.
+    pub fn begin_rest(&self) -> u32 {
+        if !self.searching.replace(true) {
+            self.scheduler.idle.search();
+        }
+        self.looks.get()
+    }
+
+    /// What came of [`Scheduler::rest`].
+    pub fn end_rest(&self, rest: Rest, looks: u32) {
+        self.looks.set(looks);
+        if rest == Rest::Closed {
+            self.searching.set(false);
+        }
+    }
+
+    /// As [`Scheduler::take_seat`].
+    pub fn take_seat(&self) -> bool {
+        self.scheduler.take_seat()
+    }
+
+    /// Give the seat back, before a rest.
+    pub fn leave_seat(&self) {
+        self.scheduler.leave_seat();
+    }
+}
+
+impl<T: 'static> Scheduler<T> {
+    /// Have the worker `who`, which looks for work, sleep until there is some. It looks some more
+    /// first, more often while its sleeps are short.
+    pub fn rest(&self, who: usize, looks: &mut u32) -> Rest {
+        let is_due = || self.has_work() || self.is_done();
+        loop {
+            let found = (0..*looks).any(|round| {
+                spin(round & 31);
+                is_due()
+            });
+            if !found && self.idle.sleep(who, is_due) {
+                let member = &self.members[who];
+                member.tally.step(&member.tally.parks);
+                let since = now_nanoseconds();
+                while member.parker.park(None) != Parked::Called {}
+                member.parker.rearm();
+                // A look more would have spared a short sleep, and none a long one.
+                *looks = if now_nanoseconds() - since < SHORT_SLEEP_NANOSECONDS {
+                    (*looks * 2).min(MOST_LOOKS)
+                } else {
+                    (*looks / 2).max(FEWEST_LOOKS)
+                };
+            }
+            if self.has_work() {
+                return Rest::Work;
+            }
+            if self.is_done() {
+                self.found();
+                return Rest::Closed;
+            }
+        }
+    }
+}
+
+#[inline]
+pub(super) fn steal<T>(stealer: &Stealer<T>) -> Option<T> {
+    loop {
+        match stealer.steal() {
+            Steal::Success(task) => return Some(task),
+            Steal::Empty => return None,
+            Steal::Retry => std::hint::spin_loop(),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What a task is to do: call a Python function, once or for each of some arguments, in a context.
+
+#![allow(unsafe_code)] // contexts, which PyO3 has no safe interface for
+
+use super::future::Future;
+use pyo3::exceptions::PyException;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+
+/// How the arguments are given to the function.
+pub(super) enum Arguments {
+    /// All at once.
+    Once(Py<PyTuple>, Option<Py<PyDict>>),
+    /// One call for each, which is its only argument.
+    Each(Vec<Py<PyAny>>),
+    /// One call for each, which are its arguments.
+    EachStar(Vec<Py<PyAny>>),
+}
+
+/// A call that is to be made, and the future that gets the outcome.
+pub(super) struct Call {
+    function: Py<PyAny>,
+    arguments: Arguments,
+    context: Py<PyAny>,
+    future: Py<Future>,
+}
+
+impl Call {
+    /// A call in a copy of the context of this moment.
+    pub(super) fn new(
+        function: &Bound<'_, PyAny>,
+        arguments: Arguments,
+        future: &Py<Future>,
+    ) -> PyResult<Self> {
+        let py = function.py();
+        // SAFETY: attached.
+        let context = unsafe { ffi::PyContext_CopyCurrent() };
+        // SAFETY: the answer is a new reference, or null with an exception set.
+        let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
+        Ok(Call {
+            function: function.clone().unbind(),
+            arguments,
+            context: context?.unbind(),
+            future: future.clone_ref(py),
+        })
+    }
+
+    pub(super) fn into_future(self) -> Py<Future> {
+        self.future
+    }
+
+    pub(super) fn future(&self) -> &Py<Future> {
+        &self.future
+    }
+
+    /// Make it.
+    pub(super) fn make(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let context = self.context.as_ptr();
+        // SAFETY: a context, which is alive.
+        if unsafe { ffi::PyContext_Enter(context) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        let outcome = self.make_here(py);
+        // SAFETY: entered above, in this thread; what was entered since was left again.
+        if unsafe { ffi::PyContext_Exit(context) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        outcome
+    }
+
+    fn make_here(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let function = self.function.bind(py);
+        match &self.arguments {
+            Arguments::Once(arguments, keywords) => {
+                let keywords = keywords.as_ref().map(|keywords| keywords.bind(py));
+                function
+                    .call(arguments.bind(py), keywords)
+                    .map(Bound::unbind)
+            }
+            Arguments::Each(items) => each(py, items, |item| function.call1((item,))),
+            Arguments::EachStar(items) => each(py, items, |item| {
+                function.call1(item.bind(py).cast::<PyTuple>()?)
+            }),
+        }
+    }
+}
+
+/// The results up to the first that fails, and why that one does: a list, and an exception or None.
+fn each<'py>(
+    py: Python<'py>,
+    items: &[Py<PyAny>],
+    call: impl Fn(&Py<PyAny>) -> PyResult<Bound<'py, PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let mut results = Vec::with_capacity(items.len());
+    let mut failure = py.None();
+    for item in items {
+        match call(item) {
+            Ok(result) => results.push(result),
+            Err(error) if error.is_instance_of::<PyException>(py) => {
+                failure = error.into_value(py).into_any();
+                break;
+            }
+            Err(stop) => return Err(stop),
+        }
+    }
+    let results = PyList::new(py, results)?;
+    Ok((results, failure).into_pyobject(py)?.into_any().unbind())
+}

@@ -1,0 +1,475 @@
+//! `BareFuture`: what concurrent.futures needs of a future, with its locks made when asked for.
+
+use super::Shared;
+use super::Task;
+use super::wait::{self, help};
+use crate::errors::Timeout;
+use moirai_core::executor::task::{Audience, Cancel, Stage};
+use moirai_core::sync::Mutex;
+use moirai_core::sync::parker::Parker;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyType};
+use pyo3::{PyTypeInfo, import_exception, intern};
+use std::cell::RefCell;
+use std::sync::{Arc, MutexGuard, OnceLock};
+
+import_exception!(concurrent.futures, CancelledError);
+import_exception!(concurrent.futures, InvalidStateError);
+
+/// How a task ended.
+enum Outcome {
+    None,
+    Value(Py<PyAny>),
+    Failure(Py<PyAny>),
+}
+
+/// Who is to be told of the end.
+#[derive(Default)]
+struct Watchers {
+    parkers: Vec<Arc<Parker>>,
+    callbacks: Vec<Py<PyAny>>,
+}
+
+/// What most futures never need.
+#[derive(Default)]
+struct Watch {
+    watchers: Mutex<Watchers>,
+    condition: OnceLock<Py<PyAny>>,
+    waiters: OnceLock<Py<PyList>>,
+}
+
+thread_local! {
+    /// What the next future that this thread makes is about: Python's call takes no such thing.
+    static NEXT: RefCell<Option<(Arc<Task>, Arc<Shared>)>> = const { RefCell::new(None) };
+}
+
+/// The state of a call. Its Python class is a concurrent.futures.Future too.
+#[pyclass(frozen, subclass, module = "moirai.executor")]
+pub struct Future {
+    task: Arc<Task>,
+    shared: Option<Arc<Shared>>,
+    /// Locked for moments, in which no Python code runs.
+    outcome: Mutex<Outcome>,
+    watch: OnceLock<Box<Watch>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// A future of the class `kind` for an empty task.
+pub(super) fn make(
+    kind: &Bound<'_, PyType>,
+    task: Arc<Task>,
+    shared: Arc<Shared>,
+) -> PyResult<Py<Future>> {
+    NEXT.set(Some((task, shared)));
+    let future = kind.call0();
+    if future.is_err() {
+        NEXT.take();
+    }
+    Ok(future?.cast_into::<Future>()?.unbind())
+}
+
+impl Future {
+    pub(super) fn task(&self) -> &Arc<Task> {
+        &self.task
+    }
+
+    pub(super) fn shared(&self) -> Option<&Arc<Shared>> {
+        self.shared.as_ref()
+    }
+
+    fn watch(&self) -> &Watch {
+        self.watch.get_or_init(Box::default)
+    }
+
+    /// Have a parker called at the end. False: it is over.
+    pub(super) fn call_at_end(&self, parker: &Arc<Parker>) -> bool {
+        let mut watchers = lock(&self.watch().watchers);
+        // Under the lock: who ends it takes the watchers after that.
+        if !self.task.watch() {
+            return false;
+        }
+        watchers.parkers.push(Arc::clone(parker));
+        true
+    }
+
+    /// Do not call a parker any more.
+    pub(super) fn leave(&self, parker: &Arc<Parker>) {
+        let mut watchers = lock(&self.watch().watchers);
+        watchers.parkers.retain(|other| !Arc::ptr_eq(other, parker));
+    }
+
+    /// Store the outcome and tell everybody.
+    pub(super) fn finish(&self, slf: &Bound<'_, Future>, outcome: PyResult<Py<PyAny>>) {
+        let py = slf.py();
+        let outcome = match outcome {
+            Ok(value) => Outcome::Value(value),
+            Err(error) => Outcome::Failure(error.into_value(py).into_any()),
+        };
+        let how = match outcome {
+            Outcome::Failure(_) => "add_exception",
+            _ => "add_result",
+        };
+        *lock(&self.outcome) = outcome;
+        self.end(slf, how, false);
+    }
+
+    /// As `finish`, for one that somebody took to cancel it.
+    pub(super) fn finish_cancelled(&self, slf: &Bound<'_, Future>) {
+        self.end(slf, "add_cancelled", true);
+    }
+
+    #[inline]
+    fn end(&self, slf: &Bound<'_, Future>, how: &str, cancelled: bool) {
+        let audience = match self.task.finish(cancelled) {
+            Some(audience) => audience,
+            None => {
+                let end = || Some(self.task.finish_locked(cancelled));
+                let ended = self.end_locked(slf, how, end);
+                ended.expect("whoever has a task ends it")
+            }
+        };
+        self.tell(slf, audience);
+    }
+
+    /// End it while its condition is held, as those who wait with `concurrent.futures.wait` expect.
+    #[cold]
+    fn end_locked(
+        &self,
+        slf: &Bound<'_, Future>,
+        how: &str,
+        end: impl FnOnce() -> Option<Audience>,
+    ) -> Option<Audience> {
+        let py = slf.py();
+        let watch = self.watch();
+        let Some(condition) = watch.condition.get().map(|it| it.bind(py)) else {
+            return end();
+        };
+        let acquired = condition.call_method0(intern!(py, "acquire"));
+        if let Err(error) = &acquired {
+            error.clone_ref(py).write_unraisable(py, Some(slf));
+        }
+        let ended = end();
+        if ended.is_some() {
+            if let Err(error) = tell_waiters(slf, watch, how, condition) {
+                error.write_unraisable(py, Some(slf));
+            }
+        }
+        if acquired.is_ok()
+            && let Err(error) = condition.call_method0(intern!(py, "release"))
+        {
+            error.write_unraisable(py, Some(slf));
+        }
+        ended
+    }
+
+    fn tell(&self, slf: &Bound<'_, Future>, audience: Audience) {
+        if !audience.watched {
+            return;
+        }
+        let watchers = std::mem::take(&mut *lock(&self.watch().watchers));
+        for parker in watchers.parkers {
+            parker.call();
+        }
+        for callback in watchers.callbacks {
+            call_back(slf, callback.bind(slf.py()));
+        }
+    }
+
+    fn withdraw(&self, slf: &Bound<'_, Future>) -> bool {
+        let mut call = None;
+        let audience = match self.task.cancel(false) {
+            Cancel::Done(taken, audience) => {
+                call = taken;
+                Some(audience)
+            }
+            Cancel::Late => None,
+            Cancel::Locked => {
+                self.end_locked(slf, "add_cancelled", || match self.task.cancel(true) {
+                    Cancel::Done(taken, audience) => {
+                        call = taken;
+                        Some(audience)
+                    }
+                    _ => None,
+                })
+            }
+        };
+        let Some(audience) = audience else {
+            return self.task.stage() == Stage::Cancelled;
+        };
+        if let Some(shared) = &self.shared {
+            super::add(&shared.tally.cancelled);
+            shared.died();
+        }
+        self.tell(slf, audience);
+        drop(call);
+        true
+    }
+
+    /// The outcome of one that is over.
+    fn outcome(&self, py: Python<'_>) -> PyResult<Result<Py<PyAny>, Py<PyAny>>> {
+        match &*lock(&self.outcome) {
+            Outcome::Value(value) => Ok(Ok(value.clone_ref(py))),
+            Outcome::Failure(error) => Ok(Err(error.clone_ref(py))),
+            Outcome::None => Err(CancelledError::new_err(())),
+        }
+    }
+
+    /// Wait until it is over.
+    fn wait(slf: &Bound<'_, Future>, timeout: Option<f64>) -> PyResult<()> {
+        let future = slf.get();
+        if future.task.is_over() {
+            return Ok(());
+        }
+        if timeout.is_none() {
+            help(slf.py(), future)?;
+            if future.task.is_over() {
+                return Ok(());
+            }
+        }
+        if wait::park(slf.py(), future, timeout)? {
+            return Ok(());
+        }
+        Err(Timeout::new_err(format!(
+            "timeout: the task has not ended within {} s; it goes on",
+            timeout.unwrap_or_default()
+        )))
+    }
+
+    fn end_by_hand(slf: &Bound<'_, Future>, outcome: PyResult<Py<PyAny>>) -> PyResult<()> {
+        let future = slf.get();
+        // One that nobody runs: it was made by hand.
+        if future.shared.is_some() || future.task.is_over() {
+            let state = future.state();
+            return Err(InvalidStateError::new_err(format!(
+                "{state}: the outcome of this future is set by its executor"
+            )));
+        }
+        future.finish(slf, outcome);
+        Ok(())
+    }
+}
+
+fn tell_waiters(
+    slf: &Bound<'_, Future>,
+    watch: &Watch,
+    how: &str,
+    condition: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let py = slf.py();
+    if let Some(waiters) = watch.waiters.get() {
+        for waiter in waiters.bind(py).iter() {
+            waiter.call_method1(how, (slf,))?;
+        }
+    }
+    condition.call_method0(intern!(py, "notify_all"))?;
+    Ok(())
+}
+
+/// Call a function with the future; what it raises is logged, as in concurrent.futures.
+fn call_back(slf: &Bound<'_, Future>, callback: &Bound<'_, PyAny>) {
+    let py = slf.py();
+    let Err(error) = callback.call1((slf,)) else {
+        return;
+    };
+    let log = || -> PyResult<()> {
+        let report = py.import("moirai.executor.reporting")?;
+        report.call_method1("callback_failed", (slf, error.value(py)))?;
+        Ok(())
+    };
+    if let Err(another) = log() {
+        another.write_unraisable(py, Some(slf));
+    }
+}
+
+#[pymethods]
+impl Future {
+    #[new]
+    fn new() -> Self {
+        let (task, shared) = match NEXT.take() {
+            Some((task, shared)) => (task, Some(shared)),
+            None => (Arc::new(Task::empty()), None),
+        };
+        Future {
+            task,
+            shared,
+            outcome: Mutex::new(Outcome::None),
+            watch: OnceLock::new(),
+        }
+    }
+
+    /// Withdraw the task if nobody has begun it; whether it is cancelled.
+    fn cancel(slf: &Bound<'_, Self>) -> bool {
+        slf.get().withdraw(slf)
+    }
+
+    /// Whether it was withdrawn.
+    fn cancelled(&self) -> bool {
+        self.task.stage() == Stage::Cancelled
+    }
+
+    /// Whether somebody is at it.
+    fn running(&self) -> bool {
+        self.task.stage() == Stage::Running
+    }
+
+    /// Whether it is over.
+    fn done(&self) -> bool {
+        self.task.is_over()
+    }
+
+    /// What the task returned, or its exception raised; waits for the end.
+    #[pyo3(signature = (timeout = None))]
+    fn result(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
+        Self::wait(slf, timeout)?;
+        let outcome = slf.get().outcome(slf.py())?;
+        outcome.map_err(|error| PyErr::from_value(error.into_bound(slf.py())))
+    }
+
+    /// The exception that the task raised, or None; waits for the end.
+    #[pyo3(signature = (timeout = None))]
+    fn exception(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Option<Py<PyAny>>> {
+        Self::wait(slf, timeout)?;
+        Ok(slf.get().outcome(slf.py())?.err())
+    }
+
+    /// Call a function with this future at the end, or now if it is over.
+    fn add_done_callback(slf: &Bound<'_, Self>, r#fn: Bound<'_, PyAny>) {
+        let future = slf.get();
+        {
+            let mut watchers = lock(&future.watch().watchers);
+            if future.task.watch() {
+                watchers.callbacks.push(r#fn.unbind());
+                return;
+            }
+        }
+        call_back(slf, &r#fn);
+    }
+
+    /// For executors that run a future's task: whether to run it.
+    fn set_running_or_notify_cancel(&self) -> PyResult<bool> {
+        match self.task.stage() {
+            Stage::Cancelled => Ok(false),
+            Stage::Running if self.shared.is_none() => Ok(true),
+            _ => Err(PyRuntimeError::new_err("Future in unexpected state")),
+        }
+    }
+
+    /// Set the result of a future that was made by hand.
+    fn set_result(slf: &Bound<'_, Self>, result: Py<PyAny>) -> PyResult<()> {
+        Self::end_by_hand(slf, Ok(result))
+    }
+
+    /// Set the exception of a future that was made by hand.
+    fn set_exception(slf: &Bound<'_, Self>, exception: Bound<'_, PyAny>) -> PyResult<()> {
+        Self::end_by_hand(slf, Err(PyErr::from_value(exception)))
+    }
+
+    #[getter]
+    #[pyo3(name = "_state")]
+    fn state(&self) -> &'static str {
+        match self.task.stage() {
+            Stage::Pending => "PENDING",
+            Stage::Running => "RUNNING",
+            Stage::Cancelled => "CANCELLED_AND_NOTIFIED",
+            Stage::Finished => "FINISHED",
+        }
+    }
+
+    #[getter]
+    #[pyo3(name = "_condition")]
+    fn condition(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let watch = self.watch();
+        if let Some(condition) = watch.condition.get() {
+            return Ok(condition.clone_ref(py));
+        }
+        let threading = py.import(intern!(py, "threading"))?;
+        let made = threading.call_method0(intern!(py, "Condition"))?.unbind();
+        let condition = watch.condition.get_or_init(|| made).clone_ref(py);
+        // After the condition is there: whoever finds the lock finds the condition.
+        self.task.lock_end();
+        Ok(condition)
+    }
+
+    #[getter]
+    #[pyo3(name = "_waiters")]
+    fn waiters(&self, py: Python<'_>) -> Py<PyList> {
+        let made = || PyList::empty(py).unbind();
+        self.watch().waiters.get_or_init(made).clone_ref(py)
+    }
+
+    #[getter]
+    #[pyo3(name = "_result")]
+    fn peek_result(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        match &*lock(&self.outcome) {
+            Outcome::Value(value) => Some(value.clone_ref(py)),
+            _ => None,
+        }
+    }
+
+    #[getter]
+    #[pyo3(name = "_exception")]
+    fn peek_exception(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        match &*lock(&self.outcome) {
+            Outcome::Failure(error) => Some(error.clone_ref(py)),
+            _ => None,
+        }
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let py = slf.py();
+        let future = slf.get();
+        let kind = slf.get_type().name()?;
+        let end = if let Some(value) = future.peek_result(py) {
+            format!(" returned {}", value.bind(py).get_type().name()?)
+        } else if let Some(error) = future.peek_exception(py) {
+            format!(" raised {}", error.bind(py).get_type().name()?)
+        } else {
+            String::new()
+        };
+        let state = match future.task.stage() {
+            Stage::Pending => "pending",
+            Stage::Running => "running",
+            Stage::Cancelled => "cancelled",
+            Stage::Finished => "finished",
+        };
+        Ok(format!("<{kind} at {:p} state={state}{end}>", slf.as_ptr()))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Ok(outcome) = self.outcome.try_lock() {
+            match &*outcome {
+                Outcome::Value(it) | Outcome::Failure(it) => visit.call(it)?,
+                Outcome::None => {}
+            }
+        }
+        if let Some(watch) = self.watch.get() {
+            visit.call(watch.condition.get())?;
+            visit.call(watch.waiters.get())?;
+            if let Ok(watchers) = watch.watchers.try_lock() {
+                for callback in &watchers.callbacks {
+                    visit.call(callback)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let outcome = std::mem::replace(&mut *lock(&self.outcome), Outcome::None);
+        let watchers = self
+            .watch
+            .get()
+            .map(|it| std::mem::take(&mut *lock(&it.watchers)));
+        drop((outcome, watchers));
+    }
+}
+
+/// Whether a class is the one that futures here are made of, or one below it.
+pub(super) fn is_kind(kind: &Bound<'_, PyType>) -> PyResult<bool> {
+    kind.is_subclass(&Future::type_object(kind.py()))
+}

@@ -1,0 +1,180 @@
+"""What every executor offers beyond concurrent.futures, in terms of queueing chunks of calls."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import queue
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from moirai.errors import InvalidArgument, Timeout
+from moirai.executor.group import TaskGroup
+from moirai.memory import Priority
+
+__all__ = ["BaseExecutor"]
+
+_Result = TypeVar("_Result")
+# What a task of `map` gives: results up to the first failure, and that or None.
+_Chunk = tuple[list[Any], BaseException | None]
+
+_CHUNKS_PER_WORKER = 8
+_LARGEST_CHUNK = 1024
+
+
+class BaseExecutor(concurrent.futures.Executor):
+    """`map`, `map_unordered` and `group` over any backend that can queue chunks of calls.
+
+    A backend has `submit`, `submit_many`, `shutdown`, and the two below.
+    """
+
+    @property
+    @abstractmethod
+    def max_workers(self) -> int:
+        """How many tasks run at once, at most."""
+
+    @abstractmethod
+    def _queue_chunks(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        size: int,
+        *,
+        star: bool,
+        priority: Priority | None,
+        node: int | None,
+    ) -> Sequence[concurrent.futures.Future[_Chunk]]:
+        """Queue ``fn(item)``, or ``fn(*item)`` if `star`, for each item, `size` to a task."""
+
+    def map(
+        self,
+        fn: Callable[..., _Result],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | Literal["auto"] = "auto",
+        priority: Priority | None = None,
+        node: int | None = None,
+    ) -> Iterator[_Result]:
+        """Call a function for each item of the iterables, side by side; the results in order.
+
+        The iterables are read to their end first. A failure is raised in its place; what has not
+        begun by then is cancelled.
+
+        Args:
+            fn: The function.
+            iterables: Where its arguments come from, one from each; the shortest ends it.
+            timeout: Seconds from now after which waiting for a result raises Timeout; None: never.
+            chunksize: Calls to a task; "auto": an eighth of each worker's share, at most 1024.
+            priority: How urgent the tasks are.
+            node: Id of the node whose workers are to take them first.
+        """
+        futures = self._chunks(fn, iterables, chunksize, priority, node)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return _in_order(futures, deadline)
+
+    def map_unordered(
+        self,
+        fn: Callable[..., _Result],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | Literal["auto"] = "auto",
+        priority: Priority | None = None,
+        node: int | None = None,
+    ) -> Iterator[_Result]:
+        """As `map`, but the results come as their tasks end."""
+        futures = self._chunks(fn, iterables, chunksize, priority, node)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return _as_they_end(futures, deadline)
+
+    def group(self) -> TaskGroup:
+        """Tasks that end with a `with` block; the first failure cancels the rest."""
+        return TaskGroup(self)
+
+    def _chunks(
+        self,
+        fn: Callable[..., Any],
+        iterables: Sequence[Iterable[Any]],
+        chunksize: int | Literal["auto"],
+        priority: Priority | None,
+        node: int | None,
+    ) -> list[concurrent.futures.Future[_Chunk]]:
+        star = len(iterables) != 1
+        items = list(zip(*iterables, strict=False) if star else iterables[0])
+        if isinstance(chunksize, int) and not isinstance(chunksize, bool) and chunksize >= 1:
+            size = chunksize
+        elif chunksize == "auto":
+            share = len(items) // (self.max_workers * _CHUNKS_PER_WORKER)
+            size = max(1, min(share, _LARGEST_CHUNK))
+        else:
+            raise InvalidArgument(
+                f'chunksize: must be "auto" or an int of at least 1, got {chunksize!r}'
+            )
+        if not items:
+            return []
+        found = self._queue_chunks(fn, items, size, star=star, priority=priority, node=node)
+        return list(found)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else deadline - time.monotonic()
+
+
+def _results(chunk: _Chunk) -> Iterator[Any]:
+    """One by one, keeping none of them."""
+    results, failure = chunk
+    del chunk
+    results.reverse()
+    while results:
+        yield results.pop()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None  # or the frame and the exception keep each other
+
+
+def _in_order(
+    futures: list[concurrent.futures.Future[_Chunk]], deadline: float | None
+) -> Iterator[Any]:
+    futures.reverse()
+    try:
+        while futures:
+            # The future goes before its results do, so that nothing keeps what was handed out.
+            yield from _results(_result_or_cancel(futures.pop(), _left(deadline)))
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _result_or_cancel(future: concurrent.futures.Future[_Chunk], timeout: float | None) -> _Chunk:
+    try:
+        return future.result(timeout)
+    finally:
+        future.cancel()
+        del future
+
+
+def _as_they_end(
+    futures: list[concurrent.futures.Future[_Chunk]], deadline: float | None
+) -> Iterator[Any]:
+    ended: queue.SimpleQueue[concurrent.futures.Future[_Chunk]] = queue.SimpleQueue()
+    left = len(futures)
+    try:
+        for future in futures:
+            future.add_done_callback(ended.put)
+        while left:
+            try:
+                limit = _left(deadline)
+                future = ended.get(timeout=None if limit is None else max(0.0, limit))
+            except queue.Empty:
+                message = f"timeout: {left} of {len(futures)} tasks have not ended in time"
+                raise Timeout(message) from None
+            left -= 1
+            futures.remove(future)
+            chunk = future.result()
+            del future
+            yield from _results(chunk)
+    finally:
+        for each in futures:
+            each.cancel()

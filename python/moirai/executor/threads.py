@@ -1,0 +1,264 @@
+"""`Executor`: calls run by threads of this process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+from moirai import _native
+from moirai.errors import InvalidArgument
+from moirai.executor.future import Future
+from moirai.executor.interface import BaseExecutor
+from moirai.executor.reporting import initializer_failed
+from moirai.executor.sizing import (
+    cpu_of_workers,
+    cpu_quota,
+    default_worker_count,
+    steal_order,
+    working_nodes,
+)
+from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
+from moirai.memory import Priority, Topology
+
+__all__ = ["Executor"]
+
+_Result = TypeVar("_Result")
+Affinity = Literal["auto", "node", "core"] | None
+
+_MOST_WORKERS = 1 << 12
+_numbers = itertools.count()
+_executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+# Every worker's thread that may still run, with how to end it: executors may go before workers do.
+_workers: weakref.WeakKeyDictionary[threading.Thread, _native.WorkerHandle]
+_workers = weakref.WeakKeyDictionary()
+
+
+class Executor(_native.BareExecutor, BaseExecutor):
+    """A `concurrent.futures.Executor` over threads, with native queues, workers and futures.
+
+    Any thread may use it, tasks of its own too: a task that waits for another runs it, if nobody
+    has begun it, so nested submits do not wait for each other. A forked child has it empty, with
+    workers of its own.
+
+    Args:
+        max_workers: How many tasks run at once, at most; None: one for each CPU that the process
+            may use by affinity, cpuset and control group. Threads are started as they are needed.
+        thread_name_prefix: What the threads' names begin with.
+        initializer: Called in each worker's thread before its first task; when it raises, the
+            executor is broken. With one, only workers run tasks, never a thread that waits.
+        initargs: Its arguments.
+        affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
+            the kernel puts it; "auto": "node" where there are several nodes, else None.
+        topology: The machine; None reads it.
+
+    Raises:
+        InvalidArgument: An argument is outside its range.
+
+    Source:
+        Chase and Lev, Dynamic circular work-stealing deque, SPAA 2005; Wagner and Calder,
+        Leapfrogging, PPoPP 1993, for what a worker does while it waits.
+    """
+
+    _max_workers: int
+    _threads: set[threading.Thread]
+    _prefix: str
+    _initializer: Callable[..., object] | None
+    _initargs: tuple[Any, ...]
+    _cpus: list[tuple[int, ...]]
+
+    def __new__(
+        cls,
+        max_workers: int | None = None,
+        thread_name_prefix: str = "",
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        affinity: Affinity = "auto",
+        topology: Topology | None = None,
+    ) -> Executor:
+        machine = Topology.read() if topology is None else topology
+        if max_workers is None:
+            max_workers = default_worker_count(machine, cpu_quota())
+        if isinstance(max_workers, bool) or not isinstance(max_workers, int):
+            kind = type(max_workers).__name__
+            raise TypeError(f"max_workers: must be an int or None, got {kind}")
+        if not 1 <= max_workers <= _MOST_WORKERS:
+            # In concurrent.futures' words, which its tests look for.
+            raise InvalidArgument(
+                "max_workers must be greater than 0, and at most "
+                f"{_MOST_WORKERS}, got {max_workers}"
+            )
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if affinity not in ("auto", "node", "core", None):
+            raise InvalidArgument(
+                f'affinity: must be "auto", "node", "core" or None, got {affinity!r}'
+            )
+        nodes = working_nodes(machine)
+        places = cpu_of_workers(machine, max_workers)
+        self = super().__new__(
+            cls,
+            Future,
+            node_of_worker=[place for place, _, _ in places],
+            order=steal_order(machine),
+            node_ids=[node.id for node in nodes],
+            outsiders_help=initializer is None,
+        )
+        self._max_workers = max_workers
+        self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
+        self._initializer, self._initargs = initializer, initargs
+        if affinity == "auto":
+            affinity = "node" if len(nodes) > 1 else None
+        self._cpus = [
+            () if affinity is None or cpu is None else (cpu,) if affinity == "core" else cpus
+            for _, cpu, cpus in places
+        ]
+        self._reset_threads()
+        _executors.add(self)
+        return self
+
+    def _reset_threads(self) -> None:
+        self._threads = set()
+        self._lock = threading.Lock()
+
+    @property
+    def max_workers(self) -> int:
+        """How many tasks run at once, at most."""
+        return self._max_workers
+
+    @property
+    def _broken(self) -> bool:
+        return self.is_broken
+
+    @property
+    def _shutdown(self) -> bool:
+        return self.is_closed
+
+    def submit_many(
+        self,
+        fn: Callable[..., _Result],
+        *iterables: Iterable[Any],
+        priority: Priority | None = None,
+        node: int | None = None,
+    ) -> list[Future[_Result]]:
+        """Queue a call of a function for each item of the iterables; their futures, in order.
+
+        Cheaper than as many `submit`, and either all are queued or, after `shutdown`, none.
+
+        Args:
+            fn: The function.
+            iterables: Where its arguments come from, one from each; the shortest ends it.
+            priority: How urgent the tasks are; None: Priority.NORMAL.
+            node: Id of the node whose workers are to take them first; None: the submitter's.
+
+        Raises:
+            Closed: After `shutdown`; a RuntimeError.
+        """
+        star = len(iterables) != 1
+        items = zip(*iterables, strict=False) if star else iterables[0]
+        return self.queue_calls(fn, items, star=star, priority=priority, node=node)
+
+    def _queue_chunks(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        size: int,
+        *,
+        star: bool,
+        priority: Priority | None,
+        node: int | None,
+    ) -> Sequence[Future[Any]]:
+        return self.queue_chunks(fn, items, size, star=star, priority=priority, node=node)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; what is queued is still run, unless it is cancelled.
+
+        Args:
+            wait: Whether to wait until the workers have ended. Ctrl-C ends the wait.
+            cancel_futures: Whether to cancel what has not begun.
+        """
+        self.close()
+        if cancel_futures:
+            self.cancel_queued()
+        if wait:
+            with self._lock:
+                threads = list(self._threads)
+            for thread in threads:
+                _join(thread)
+
+    def statistics(self) -> ExecutorStatistics:
+        """Counts since the executor was made; taken one by one while it works."""
+        whole, workers = self.counts()
+        each = tuple(WorkerStatistics(**worker) for worker in workers)
+        return ExecutorStatistics(**whole, workers=each)
+
+    def _start_worker(self, handle: _native.WorkerHandle, who: int) -> None:
+        """Called by the native part, in whichever thread queues a task that needs one."""
+        thread = threading.Thread(
+            name=f"{self._prefix}_{who}",
+            target=_work,
+            args=(handle, who, self._cpus[who], self._initializer, self._initargs),
+        )
+        with self._lock:
+            # Before it starts: a signal's exception may come when it has.
+            self._threads.add(thread)
+            _workers[thread] = handle
+            try:
+                thread.start()
+            except Exception:
+                self._threads.discard(thread)
+                del _workers[thread]
+                raise
+
+    def _after_fork(self) -> None:
+        self.renew()
+        self._reset_threads()
+
+
+def _work(
+    handle: _native.WorkerHandle,
+    who: int,
+    cpus: tuple[int, ...],
+    initializer: Callable[..., object] | None,
+    initargs: tuple[Any, ...],
+) -> None:
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    if initializer is not None:
+        try:
+            initializer(*initargs)
+        except BaseException as error:
+            initializer_failed(error)
+            handle.give_up()
+    del initializer, initargs
+    handle.work(who)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for the end of a thread; not of this one, nor of one whose start was interrupted."""
+    if thread.ident is not None and thread is not threading.current_thread():
+        thread.join()
+
+
+def _end_all() -> None:
+    """Before the interpreter waits for its threads: workers run what is queued, then end."""
+    workers = list(_workers.items())
+    for _, handle in workers:
+        handle.close()
+    for thread, _ in workers:
+        _join(thread)
+
+
+def _after_fork_in_child() -> None:
+    _workers.clear()
+    for executor in list(_executors):
+        executor._after_fork()
+
+
+# As concurrent.futures does, for the same reason: atexit comes after the threads were joined.
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_after_fork_in_child)

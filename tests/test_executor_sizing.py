@@ -1,0 +1,93 @@
+"""How many workers there are, on which nodes, and whom they steal from first."""
+
+from types import MappingProxyType
+
+import pytest
+
+from moirai.executor import Executor
+from moirai.executor.sizing import (
+    cpu_of_workers,
+    cpu_quota,
+    default_worker_count,
+    steal_order,
+    working_nodes,
+)
+from moirai.memory import NumaNode, Topology
+
+
+def machine(*cpus_by_node, allowed=None, distances=None):
+    count = len(cpus_by_node)
+    table = distances or [[10 if a == b else 20 for b in range(count)] for a in range(count)]
+    nodes = tuple(
+        NumaNode(index, cpus, 1 << 30, MappingProxyType(dict(enumerate(table[index]))))
+        for index, cpus in enumerate(cpus_by_node)
+    )
+    online = tuple(sorted(cpu for cpus in cpus_by_node for cpu in cpus))
+    return Topology(nodes, online, (), online if allowed is None else allowed, tuple(range(count)))
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"proc/self/cgroup": "0::/a/b\n"}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+            },
+            2.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/x\n3:memory:/y\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        ({"proc/self/cgroup": "4:cpu:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1\n"}, None),
+        ({}, None),
+    ],
+)
+def test_quota_is_the_least_along_the_groups(tmp_path, files, quota):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert cpu_quota(tmp_path) == quota
+
+
+@pytest.mark.parametrize(("quota", "count"), [(None, 3), (0.2, 1), (1.5, 2), (9.0, 3)])
+def test_workers_are_as_many_as_cpus_and_quota_allow(quota, count):
+    topology = machine((0, 1), (2, 3), allowed=(0, 2, 3))
+    assert default_worker_count(topology, quota) == count
+
+
+def test_workers_are_spread_over_the_nodes_and_then_over_their_cpus():
+    topology = machine((0, 1), (2,), (3,), allowed=(0, 1, 2))
+    assert [node.id for node in working_nodes(topology)] == [0, 1]
+    assert cpu_of_workers(topology, 4) == [
+        (0, 0, (0, 1)),
+        (1, 2, (2,)),
+        (0, 1, (0, 1)),
+        (0, 0, (0, 1)),
+    ]
+
+
+def test_the_nearest_node_is_stolen_from_first():
+    distances = [[10, 30, 20], [30, 10, 20], [20, 30, 10]]
+    topology = machine((0,), (1,), (2,), distances=distances)
+    assert steal_order(topology) == [[0, 2, 1], [1, 2, 0], [2, 0, 1]]
+
+
+def test_executor_of_a_machine_with_nodes_takes_tasks_for_one_of_them():
+    # CPUs that are not there: nobody is kept on them.
+    topology = machine((0,), (1,))
+    with Executor(2, affinity=None, topology=topology) as executor:
+        assert executor.submit(pow, 2, 3, node=1).result(60) == 8
+        assert [it.result(60) for it in executor.submit_many(abs, [-1], node=0)] == [1]
+        assert sum(executor.map(abs, range(-9, 0), node=1)) == 45
+    assert {worker.node for worker in executor.statistics().workers} == {0, 1}
