@@ -20,12 +20,13 @@ LAYERS = [
     {"memory"},
     {"pools"},
     {"channels"},
+    {"pressure"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"channels", "memory", "pools"}
+FACADES = {"channels", "memory", "pools", "pressure"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.
