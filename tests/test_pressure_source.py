@@ -202,6 +202,24 @@ def test_a_budget_counts_children_once(tree: Tree) -> None:
     assert source.read().used_bytes == 107 * MIB
 
 
+def test_a_child_counts_the_whole_family_against_the_budget(tree: Tree) -> None:
+    tree.family({"50": ["51", "52"]})
+    for name, resident in (("50", 200), ("51", 60), ("52", 70)):
+        tree.process(resident_mib=resident, name=name)
+        tree.proportional(name, resident - 10)
+    source = Source(root=tree.root, process_id=51, budget_process_id=50, budget_bytes="1 GiB")
+    source.read()
+    assert source.read().used_bytes == 300 * MIB
+
+    (tree.root / "proc/50/statm").unlink()
+    assert (
+        Source(root=tree.root, process_id=51, budget_process_id=50, budget_bytes="1 GiB")
+        .read()
+        .used_bytes
+        == 60 * MIB
+    )
+
+
 def test_another_process_is_read_by_its_number(tree: Tree) -> None:
     tree.process(resident_mib=17, name="99")
     assert read(tree, process_id=99).resident_bytes == 17 * MIB

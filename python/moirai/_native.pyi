@@ -1829,7 +1829,12 @@ class PressureSource:
     """Reads how much memory a process, its control groups and the machine use."""
 
     def __new__(
-        cls, *, root: str, process: str, budget_bytes: int | None = None
+        cls,
+        *,
+        root: str,
+        process: str,
+        budget_bytes: int | None = None,
+        eldest: int | None = None,
     ) -> PressureSource: ...
     def read(self) -> _SampleTuple | None:
         """Read everything now, as a tuple; None if the process is gone.
@@ -1853,6 +1858,7 @@ class PressureSampler:
         root: str,
         process: str,
         budget_bytes: int | None,
+        eldest: int | None,
         shortest_seconds: float,
         longest_seconds: float,
         capacity: int,

@@ -66,15 +66,16 @@ pub struct PressureSource(Lock<Source>);
 #[pymethods]
 impl PressureSource {
     #[new]
-    #[pyo3(signature = (*, root, process, budget_bytes=None))]
+    #[pyo3(signature = (*, root, process, budget_bytes=None, eldest=None))]
     fn new(
         root: PathBuf,
         process: &str,
         budget_bytes: Option<&Bound<'_, PyAny>>,
+        eldest: Option<u32>,
     ) -> PyResult<Self> {
         let budget = optional_bytes("budget_bytes", budget_bytes)?;
         Ok(PressureSource(Lock::new(Source::new(
-            &root, process, budget,
+            &root, process, budget, eldest,
         ))))
     }
 
@@ -106,13 +107,14 @@ pub struct PressureSampler(Sampler);
 #[pymethods]
 impl PressureSampler {
     #[new]
-    #[pyo3(signature = (*, root, process, budget_bytes, shortest_seconds, longest_seconds, capacity,
+    #[pyo3(signature = (*, root, process, budget_bytes, eldest, shortest_seconds, longest_seconds, capacity,
                         fence_margin_bytes, fence_ledger))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         root: PathBuf,
         process: String,
         budget_bytes: Option<&Bound<'_, PyAny>>,
+        eldest: Option<u32>,
         shortest_seconds: f64,
         longest_seconds: f64,
         capacity: &Bound<'_, PyAny>,
@@ -130,6 +132,7 @@ impl PressureSampler {
             root,
             process,
             budget: optional_bytes("budget_bytes", budget_bytes)?,
+            eldest,
             shortest: shortest.min(longest),
             longest,
             capacity: count("capacity", capacity, 1..=1 << 20)?,

@@ -58,6 +58,7 @@ class Sampler:
         root: str | os.PathLike[str] = "/",
         process_id: int | None = None,
         budget_bytes: int | str | None = None,
+        budget_process_id: int | None = None,
         shortest_seconds: float = 0.005,
         longest_seconds: float = 1.0,
         capacity: int = 1024,
@@ -70,6 +71,8 @@ class Sampler:
             process_id: The process to sample; default: this one.
             budget_bytes: A limit of your own for the process and its children, as an int or such
                 as "2 GiB".
+            budget_process_id: The process that the budget is for, with its children; default: the
+                one that is sampled, also after a fork.
             shortest_seconds: Shortest time between two samples; > 0.
             longest_seconds: Longest time between two samples; at least the shortest.
             capacity: Samples to keep; from 1 to 1048576.
@@ -88,19 +91,22 @@ class Sampler:
                 f"fence: only this process can be fenced in, got process_id={process_id}"
             )
         budget = optional_bytes(budget_bytes, "budget_bytes")
-        self._arguments = (root, process_id, budget)
+        # Of a child that goes on sampling, the parent stays the one that the budget is for.
+        eldest = budget_process_id or (os.getpid() if process_id is None else process_id)
+        self._arguments = (root, process_id, budget, eldest)
         self._source: Source | None = None
         self._native = _native.PressureSampler(
             root=os.fspath(root),
             process=process_text(process_id),
             budget_bytes=budget,
+            eldest=eldest,
             shortest_seconds=shortest_seconds,
             longest_seconds=longest_seconds,
             capacity=capacity,
             fence_margin_bytes=None if fence is None else fence.margin_bytes,
             fence_ledger=None if fence is None else fence.ledger,
         )
-        self._has_fence = fence is not None
+        self.fence = fence
         self._is_wanted = False
 
     def start(self) -> None:
@@ -154,8 +160,13 @@ class Sampler:
         """
         source = self._source
         if source is None:
-            root, process_id, budget = self._arguments
-            source = Source(root=root, process_id=process_id, budget_bytes=budget)
+            root, process_id, budget, eldest = self._arguments
+            source = Source(
+                root=root,
+                process_id=process_id,
+                budget_bytes=budget,
+                budget_process_id=eldest,
+            )
             self._source = source
         return source.read()
 
@@ -201,7 +212,7 @@ def _after_fork_in_child() -> None:
         try:
             sampler._native.start()
         except Exception:  # The child must come up; without a thread no fence may stay behind.
-            if sampler._has_fence:
+            if sampler.fence is not None:
                 _native.lift_inherited_fence()
 
 

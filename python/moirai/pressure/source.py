@@ -29,6 +29,7 @@ class Source:
         root: str | os.PathLike[str] = "/",
         process_id: int | None = None,
         budget_bytes: int | str | None = None,
+        budget_process_id: int | None = None,
     ) -> None:
         """Prepare to read; files are opened at the first reading and stay open.
 
@@ -37,6 +38,8 @@ class Source:
             process_id: The process to read about; default: this one.
             budget_bytes: A limit of your own for the process and its children, as an int or such
                 as "2 GiB".
+            budget_process_id: The process that the budget is for, with its children; default: the
+                one that is read about.
 
         Raises:
             InvalidArgument: An argument is outside its range.
@@ -46,6 +49,7 @@ class Source:
             root=os.fspath(root),
             process=self._process,
             budget_bytes=optional_bytes(budget_bytes, "budget_bytes"),
+            eldest=budget_process_id,
         )
 
     def read(self) -> Sample:

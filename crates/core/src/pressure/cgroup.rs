@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// Version 1 says "no limit" by a number near 2^63.
 const UNLIMITED: u64 = 1 << 60;
+/// Time for which a reading of the file cache holds, far from the limit.
+const CACHE_NANOSECONDS: u64 = 500_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Version {
@@ -29,6 +31,10 @@ pub(super) struct Group {
     pub(super) limit: Option<u64>,
     /// Whether `limit` is where the kernel slows the group down, not where it kills.
     pub(super) is_high: bool,
+    /// File cache that is not, and that is, in active use; when it was read, and at what usage.
+    cache: (u64, u64),
+    cache_at: u64,
+    cache_usage: u64,
     pub(super) used: u64,
     pub(super) without_cache: u64,
 }
@@ -56,6 +62,9 @@ impl Group {
             folder: folder.into(),
             limit: None,
             is_high: false,
+            cache: (0, 0),
+            cache_at: 0,
+            cache_usage: 0,
             used: 0,
             without_cache: 0,
         }
@@ -79,19 +88,37 @@ impl Group {
     }
 
     /// Read how much is used. False if the group is gone.
-    pub(super) fn read_usage(&mut self, page: &mut Page, reopen: bool) -> bool {
-        let Some(usage) = self.usage.number(page, reopen) else {
+    ///
+    /// How much of it is file cache costs several times as much to read as the rest, and so is
+    /// read again only with `full`, after a while, when the usage has moved, or near the limit.
+    pub(super) fn read_usage(&mut self, page: &mut Page, now: u64, full: bool) -> bool {
+        let Some(usage) = self.usage.number(page, full) else {
             return false;
         };
+        let limit = self.limit.unwrap_or(u64::MAX);
+        let (inactive, active) = self.cache;
+        if full
+            || now.saturating_sub(self.cache_at) >= CACHE_NANOSECONDS
+            || usage.abs_diff(self.cache_usage) > limit / 64
+            || usage.saturating_sub(inactive + active) > limit / 2
+        {
+            self.read_cache(page, full);
+            self.cache_at = now;
+            self.cache_usage = usage;
+        }
+        self.used = usage.saturating_sub(self.cache.0);
+        self.without_cache = self.used.saturating_sub(self.cache.1);
+        true
+    }
+
+    fn read_cache(&mut self, page: &mut Page, reopen: bool) {
         let names: [&[u8]; 2] = match self.version {
             Version::One => [b"total_inactive_file", b"total_active_file"],
             Version::Two => [b"inactive_file", b"active_file"],
         };
         let stat = self.stat.read(page, reopen).unwrap_or_default();
         let [inactive, active] = fields(stat, names).map(Option::unwrap_or_default);
-        self.used = usage.saturating_sub(inactive);
-        self.without_cache = self.used.saturating_sub(active);
-        true
+        self.cache = (inactive, active);
     }
 
     /// Bytes left without file cache; `None` without a limit.

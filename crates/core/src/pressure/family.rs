@@ -27,15 +27,21 @@ impl Member {
 
 pub(super) struct Family {
     processes: PathBuf,
+    /// The number of the eldest, if it is not the process itself.
+    eldest: Option<String>,
+    /// For one of an eldest's family: what all used when last looked at, and itself of that.
+    all: Option<(u64, u64)>,
     own: Option<Member>,
     children: Vec<Member>,
     read_at: Option<u64>,
 }
 
 impl Family {
-    pub(super) fn new(processes: PathBuf) -> Self {
+    pub(super) fn new(processes: PathBuf, eldest: Option<String>) -> Self {
         Family {
             processes,
+            eldest,
+            all: None,
             own: None,
             children: Vec::new(),
             read_at: None,
@@ -44,6 +50,24 @@ impl Family {
 
     /// Look who is there, and how much each has.
     pub(super) fn look(&mut self, process: &str, now: u64) {
+        self.all = None;
+        let Some(eldest) = self.eldest.take() else {
+            self.look_below(process, now);
+            return;
+        };
+        // When the eldest is gone, each that is left counts itself and those below it.
+        match (self.resident(&eldest), self.resident(process)) {
+            (Some(of_eldest), Some(own)) => {
+                self.look_below(&eldest, now);
+                let (first, others) = self.bytes(of_eldest);
+                self.all = Some((first + others, own));
+                self.eldest = Some(eldest);
+            }
+            _ => self.look_below(process, now),
+        }
+    }
+
+    fn look_below(&mut self, process: &str, now: u64) {
         let mut found = Vec::new();
         children_of(&self.processes, process, &mut found);
         let seen_before = found.len() == self.children.len()
@@ -111,6 +135,9 @@ impl Family {
 
     /// Bytes of the process, whose resident set is `resident` now, and those of its children.
     pub(super) fn bytes(&mut self, resident: u64) -> (u64, u64) {
+        if let Some((all, own)) = self.all {
+            return (resident, all.saturating_sub(own));
+        }
         let own = self.own.as_mut().map_or(resident, |own| {
             own.resident_now = resident;
             own.bytes()

@@ -32,6 +32,8 @@ pub struct SamplerSettings {
     pub process: String,
     /// The user's own limit for the process and its children.
     pub budget: Option<u64>,
+    /// The process that the budget is for, with its children, if it is not the one sampled.
+    pub eldest: Option<u32>,
     /// Shortest time between two samples.
     pub shortest: Duration,
     /// Longest time between two samples.
@@ -135,7 +137,12 @@ impl Sampler {
             return Ok(());
         }
         let settings = &self.settings;
-        let mut source = Source::new(&settings.root, &settings.process, settings.budget);
+        let mut source = Source::new(
+            &settings.root,
+            &settings.process,
+            settings.budget,
+            settings.eldest,
+        );
         let mut fence = None;
         if let Some(asked) = &settings.fence {
             // In a child the soft limit is where its parent's fence stood.
@@ -345,6 +352,7 @@ mod tests {
             root: "/".into(),
             process: "self".into(),
             budget: Some(1 << 40),
+            eldest: None,
             shortest: Duration::from_millis(1),
             longest: Duration::from_millis(2),
             capacity: 4,

@@ -135,7 +135,14 @@ pub struct Source {
 
 impl Source {
     /// A source for `process` (`self` or a number) under `root`, where `/proc` and `/sys` are.
-    pub fn new(root: &Path, process: &str, budget: Option<u64>) -> Self {
+    ///
+    /// A budget is for the process `eldest`, which may be another, and its children.
+    pub fn new(root: &Path, process: &str, budget: Option<u64>, eldest: Option<u32>) -> Self {
+        let own_number = match process {
+            "self" => os::process::process_id(),
+            _ => process.parse().unwrap_or(0),
+        };
+        let eldest = eldest.filter(|eldest| *eldest != own_number);
         let processes = root.join("proc");
         let own = processes.join(process);
         Source {
@@ -151,7 +158,7 @@ impl Source {
             mounts: own.join("mountinfo"),
             membership_then: Vec::new(),
             groups: Vec::new(),
-            family: Family::new(processes),
+            family: Family::new(processes, eldest.map(|number| number.to_string())),
             budget,
             fenced_data_limit: None,
             address_space_limit: None,
@@ -231,11 +238,11 @@ impl Source {
         self.stalled_millionths = text.as_deref().and_then(stalled_millionths);
     }
 
-    fn read_groups(&mut self, far: u64, full: bool) {
+    fn read_groups(&mut self, far: u64, now: u64, full: bool) {
         for group in &mut self.groups {
             let Some(limit) = group.limit else { continue };
             let is_near = full || group.room().is_none_or(|room| room <= far);
-            if is_near && !group.read_usage(&mut self.page, full) {
+            if is_near && !group.read_usage(&mut self.page, now, full) {
                 continue;
             }
             let kind = if group.is_high {
@@ -286,7 +293,7 @@ impl Source {
         self.bounds.clear();
         // A bound whose room was far more than the least of the last reading has not lost it since.
         let far = self.least_room.saturating_mul(FAR);
-        self.read_groups(far, full);
+        self.read_groups(far, now, full);
         self.read_host(resident, now, full);
         let faults = self.read_faults(full);
 
@@ -314,6 +321,15 @@ impl Source {
         );
 
         let room = |bound: &&Bound| bound.limit.saturating_sub(bound.used);
+        // A fence adds this to the room, which was read after it: what was unmapped in between must
+        // not count twice.
+        let data = match self.fenced_data_limit {
+            Some(_) => {
+                let text = self.status.read(&mut self.page, false)?;
+                data.min(page_counts(text)[5])
+            }
+            None => data,
+        };
         let nearest = self.bounds.iter().min_by_key(room);
         let deadly_room = |bound: &&Bound| bound.limit.saturating_sub(bound.without_cache);
         let deadly = self
@@ -382,12 +398,12 @@ mod tests {
 
     #[test]
     fn a_process_that_does_not_exist_has_no_sample() {
-        assert_eq!(Source::new(Path::new("/"), "0", None).read(), None);
+        assert_eq!(Source::new(Path::new("/"), "0", None, None).read(), None);
     }
 
     #[test]
     fn the_own_process_has_one() {
-        let mut source = Source::new(Path::new("/"), "self", Some(1 << 50));
+        let mut source = Source::new(Path::new("/"), "self", Some(1 << 50), None);
         let sample = source.read().expect("this process lives");
         assert!(sample.resident > 0);
         assert!(sample.limit > 0);
