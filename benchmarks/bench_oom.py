@@ -59,9 +59,9 @@ def own_group() -> Path | None:
 
 
 @contextlib.contextmanager
-def limited_group(limit: int) -> Iterator[Path | None]:
-    """A group below the own one with a limit; None where none can be made."""
-    own = own_group()
+def limited_group(limit: int, *, wanted: bool = True) -> Iterator[Path | None]:
+    """A group below the own one with a limit; None where none is wanted or can be made."""
+    own = own_group() if wanted else None
     folder = None if own is None else own / f"moirai-bench-oom-{os.getpid()}"
     try:
         assert folder is not None
@@ -90,12 +90,14 @@ def stand_in_killer(process: subprocess.Popen[str], limit: int) -> None:
         time.sleep(0.002)
 
 
-def run(scenario: str, mode: str, seed: int, limit: int) -> dict[str, Any]:
-    """Run one program to its end, whatever that is."""
-    with limited_group(limit) as group:
+def run(
+    scenario: str, mode: str, seed: int, limit: int, sized_for: int, *, in_group: bool
+) -> dict[str, Any]:
+    """Run one program, which is too large for `sized_for`, to its end, whatever that is."""
+    with limited_group(limit, wanted=in_group) as group:
         counted = "budget" if group is None else "group"
         script = Path(__file__).with_name("oom_scenarios.py")
-        command = [sys.executable, str(script), scenario, mode, str(seed), str(limit), counted]
+        command = [sys.executable, str(script), scenario, mode, str(seed), str(sized_for), counted]
         if group is not None:
             join = f"echo $$ > '{group}/cgroup.procs' && exec \"$@\""
             command = ["sh", "-c", join, "sh", *command]
@@ -137,7 +139,7 @@ def share(runs: list[dict[str, Any]], *outcomes: str) -> float:
 def measure(arguments: argparse.Namespace) -> harness.Report:
     limit = arguments.limit_mib * MIB
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    with limited_group(limit) as group:
+    with limited_group(limit, wanted=not arguments.stand_in) as group:
         by_kernel = group is not None
     columns = [*modes(), DOUBLED]
     for scenario in arguments.scenarios:
@@ -145,7 +147,9 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
         for seed in range(arguments.seeds):
             for column in columns:
                 mode, factor = ("none", 2) if column == DOUBLED else (column, 1)
-                rows[column].append(run(scenario, mode, seed, factor * limit))
+                rows[column].append(
+                    run(scenario, mode, seed, factor * limit, limit, in_group=by_kernel)
+                )
         harness.progress(f"{scenario}: " + ", ".join(f"{c} {cell(r)}" for c, r in rows.items()))
     return report(found, columns, limit, by_kernel, arguments)
 
@@ -181,7 +185,7 @@ def report(
     killer = (
         "The kernel killed, in a control group of version 1."
         if by_kernel
-        else "No limited control group can be made here: a stand-in killed, by the resident set."
+        else "A stand-in killed, by the resident set: no limited control group was made here."
     )
     finished = {
         column: [
@@ -223,6 +227,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="runs of each program (5; 1 when quick)")
     parser.add_argument("--limit-mib", type=int, default=256, help="the limit (256)")
     parser.add_argument("--scenarios", type=lambda names: names.split(","), help="comma separated")
+    parser.add_argument(
+        "--stand-in",
+        action="store_true",
+        help="kill without a control group, as where none can be made",
+    )
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
     quick = ["huge_array", "huge_reserved"] if arguments.quick else list(SCENARIOS)

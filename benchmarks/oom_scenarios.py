@@ -106,9 +106,8 @@ def unbounded_cache(program: Program) -> None:
         return count * size
 
     program.register("cache", shrink, size=lambda: len(cache) * size)
-    for _ in steps(program, 3 * program.limit // size):
-        # About half of what is asked for was asked for before.
-        key = int(program.random.paretovariate(0.2)) % (2 * program.limit // size)
+    for _ in steps(program, 4 * program.limit // size):
+        key = program.random.randrange(17 * program.limit // (10 * size))
         if key in cache:
             continue
         try:

@@ -239,6 +239,24 @@ def test_while_there_is_pressure_it_goes_on_freeing() -> None:
     assert program.used_mib == 750
 
 
+def test_of_those_that_share_a_limit_one_acts_first() -> None:
+    program = Program(used_mib=700)
+    program.cache("cache", 150)
+    guard = program.guard(leads=lambda: False)
+    for _ in range(4):
+        program.step(guard, 0.25)
+    assert program.asked == []
+    program.step(guard, 0.25)
+    assert len(program.asked) == 1
+
+
+def test_in_an_emergency_all_act() -> None:
+    program = Program(used_mib=800)
+    program.cache("cache", 160)
+    program.step(program.guard(leads=lambda: False))
+    assert len(program.asked) == 1
+
+
 def test_an_action_that_frees_nothing_rests_longer_each_time() -> None:
     registry = Registry()
     times: list[float] = []

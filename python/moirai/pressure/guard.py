@@ -29,6 +29,8 @@ log = logging.getLogger("moirai.pressure")
 
 # Time between two rounds of actions, by stage.
 _ROUND_SECONDS = {Stage.GENTLE: 0.5, Stage.AGGRESSIVE: 0.2, Stage.EMERGENCY: 0.05}
+# Those that share a limit leave the first rounds to one of them, for so long.
+_FOLLOW_SECONDS = 1.0
 # A round wants to free down to this share of the limit less than where gentle begins.
 _BELOW_GENTLE = 0.05
 _RECORDS_KEPT = 1000
@@ -84,6 +86,7 @@ class Guard:
         stall_seconds: float = 30.0,
         action_timeout_seconds: float = 10.0,
         forecast_seconds: float = 1.0,
+        leads: Callable[[], bool] | None = None,
     ) -> None:
         """Prepare a guard.
 
@@ -103,6 +106,8 @@ class Guard:
             action_timeout_seconds: An action that takes longer is left to itself, and not asked
                 again before it came back; > 0.
             forecast_seconds: Time between two observations for the forecaster; > 0.
+            leads: Whether this process acts at once. The others under the same limit follow after a
+                second, or at emergency. Default: what the sampler's fence says; without one, yes.
 
         Raises:
             InvalidArgument: A number is outside its range.
@@ -124,6 +129,8 @@ class Guard:
         self._stall_seconds = stall_seconds
         self._action_timeout_seconds = action_timeout_seconds
         self._forecast_seconds = forecast_seconds
+        self._leads = leads
+        self._pressed_since: float | None = None
         self._clock = StageClock(self.thresholds)
         self._known: dict[Registration, Action] = {}
         self._busy: dict[int, Call] = {}
@@ -276,12 +283,24 @@ class Guard:
                 self._tell(self._on_stage, stage, sample)
             for cap in self._caps:
                 cap.adapt(sample.time_seconds, under_pressure=stage >= Stage.GENTLE)
-            if stage >= Stage.GENTLE:
+            if stage < Stage.GENTLE:
+                self._pressed_since = None
+            elif self._is_turn(sample, stage):
                 since = sample.time_seconds - self._round_seconds
                 if since >= _ROUND_SECONDS[stage] or stage > before:
                     self._round(sample, stage, self._excess(sample))
             self._watch_for_stall(sample, stage)
             return stage
+
+    def _is_turn(self, sample: Sample, stage: Stage) -> bool:
+        """Whether to act now, or to leave it to the one that leads."""
+        if self._pressed_since is None:
+            self._pressed_since = sample.time_seconds
+        if stage is Stage.EMERGENCY or sample.time_seconds - self._pressed_since >= _FOLLOW_SECONDS:
+            return True
+        if self._leads is not None:
+            return self._leads()
+        return not isinstance(self.source, Sampler) or self.source.statistics().is_leader
 
     def _look_ahead(self, sample: Sample) -> None:
         if self._forecaster is None or sample.limit_bytes is None:
