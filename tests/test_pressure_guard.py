@@ -599,6 +599,16 @@ def test_what_is_built_in_gives_memory_back() -> None:
 Runner = Callable[..., str]
 
 
+def test_a_program_may_end_without_stopping_its_guard(run_python: Runner) -> None:
+    for _ in range(5):
+        run_python("""
+            from moirai.pressure import Guard, Sampler
+
+            guard = Guard(Sampler(longest_seconds=0.005)).start()
+            guard.source.next(timeout_seconds=60)
+        """)
+
+
 def test_a_guard_goes_on_in_a_forked_child(run_python: Runner) -> None:
     run_python("""
         import os, threading

@@ -14,12 +14,14 @@ from moirai.pressure.process import current, reserve, start, stop
 from moirai.pressure.registry import Registration, Registry, register
 from moirai.pressure.sampler import Sampler, SamplerStatistics
 from moirai.pressure.samples import Bound, ReadsSamples, Sample, TraceSource
+from moirai.pressure.serving import AsgiCap, WsgiCap
 from moirai.pressure.source import Source
 from moirai.pressure.stages import Forecasts, Outlook, Stage, Thresholds
 
 __all__ = [
     "Action",
     "ActionRecord",
+    "AsgiCap",
     "Bound",
     "ConcurrencyCap",
     "Fence",
@@ -37,6 +39,7 @@ __all__ = [
     "Stage",
     "Thresholds",
     "TraceSource",
+    "WsgiCap",
     "current",
     "register",
     "reserve",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -517,4 +518,11 @@ def _after_fork_in_child() -> None:
             log.exception("the guard does not run in this child")
 
 
+def _stop_all() -> None:
+    """Before the interpreter goes: no thread may come back to it from a wait afterwards."""
+    for guard in list(_guards):
+        guard.stop()
+
+
 os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_stop_all)

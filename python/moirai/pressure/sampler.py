@@ -153,7 +153,7 @@ class Sampler:
     def read_now(self) -> Sample:
         """Read once more, in the calling thread; for who cannot go by the newest sample.
 
-        Behind a fence the bound "data" is not told from it: it is left out.
+        Behind a fence, what that lets the process map is a limit too, of the kind "data".
 
         Raises:
             Closed: The process is gone.
