@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -353,17 +354,19 @@ def test_arguments_of_the_sampler_are_checked() -> None:
 
 
 def test_a_sampler_ends_with_its_last_reference(tree: Tree) -> None:
-    def count() -> int:
-        names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-        return sum(name.read_text() == "moirai-sampler\n" for name in names)
-
-    before = count()
+    before = set(os.listdir("/proc/self/task"))
     sampler = Sampler(root=tree.root)
     sampler.start()
-    assert count() == before + 1
+    (thread,) = set(os.listdir("/proc/self/task")) - before
+    task = Path("/proc/self/task", thread)
+    assert (task / "comm").read_text() == "moirai-sampler\n"
     del sampler
     gc.collect()
-    assert count() == before
+    # It has left the sampler; the system's thread is gone a moment later.
+    deadline = time.monotonic() + 60
+    while task.exists():
+        assert time.monotonic() < deadline, "the thread does not end"
+        os.sched_yield()
 
 
 def test_a_forked_child_goes_on_with_samples_of_its_own(run_python) -> None:  # type: ignore[no-untyped-def]
