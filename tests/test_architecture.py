@@ -21,12 +21,13 @@ LAYERS = [
     {"pools"},
     {"channels"},
     {"executor"},
+    {"pressure"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"channels", "executor", "memory", "pools"}
+FACADES = {"channels", "executor", "memory", "pools", "pressure"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.

@@ -37,6 +37,8 @@ __all__ = [
     "PoolResource",
     "PoolStatistics",
     "PooledBuffer",
+    "PressureSampler",
+    "PressureSource",
     "PriorityResource",
     "RealtimeResource",
     "ReceivedView",
@@ -70,13 +72,17 @@ __all__ = [
     "installed",
     "keep_libc_heap",
     "largest_arrays",
+    "lift_inherited_fence",
     "linger",
     "lost_blocks",
     "pages_by_node",
     "priority",
+    "retained_heap_bytes",
     "select_channels",
     "select_channels_async",
     "stop_background",
+    "trim_libc_heap",
+    "trim_resources",
     "uninstall",
     "use",
     "walk_resources",
@@ -1985,3 +1991,87 @@ class SharedSender:
         """Whether it was closed."""
     def close(self) -> None:
         """Close it. Receivers get what was sent; after the last sender's close they are told."""
+
+_SampleTuple = tuple[
+    float,
+    int,
+    int | None,
+    str | None,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    tuple[float | None, int | None, int | None],
+]
+
+@final
+class PressureSource:
+    """Reads how much memory a process, its control groups and the machine use."""
+
+    def __new__(
+        cls,
+        *,
+        root: str,
+        process: str,
+        budget_bytes: int | None = None,
+        eldest: int | None = None,
+    ) -> PressureSource: ...
+    def read(self) -> _SampleTuple | None:
+        """Read everything now, as a tuple; None if the process is gone.
+
+        Seconds, used, limit, bound, without cache, resident, anonymous, data, children, faults,
+        (share of time stalled, limit hits, kills).
+        """
+    def bounds(self) -> list[tuple[str, Any, int, int, int]]:
+        """Every limit as of the last reading, the own group's first, as tuples.
+
+        Kind, folder, used, without cache, limit.
+        """
+
+@final
+class PressureSampler:
+    """Samples a source on a thread of its own."""
+
+    def __new__(
+        cls,
+        *,
+        root: str,
+        process: str,
+        budget_bytes: int | None,
+        eldest: int | None,
+        shortest_seconds: float,
+        longest_seconds: float,
+        capacity: int,
+        fence_margin_bytes: int | None,
+        fence_ledger: str | None,
+    ) -> PressureSampler: ...
+    def start(self) -> None:
+        """Take a sample and start the thread; does nothing if it runs."""
+    def stop(self) -> None:
+        """End the thread and lift its fence; does nothing if it does not run."""
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs in this process."""
+    def latest(self) -> tuple[int, _SampleTuple] | None:
+        """Number and tuple of the newest sample; None before `start`."""
+    def history(self, count: int) -> list[_SampleTuple]:
+        """The newest `count` samples, oldest first."""
+    def wait(self, seen: int, *, timeout_seconds: float | None = None) -> int | None:
+        """Wait for a sample after number `seen`: its number, 0 when the time has passed, None once
+        stopped."""
+    def statistics(self) -> tuple[int, float, float, float, int | None, int, bool]:
+        """(samples, seconds reading, largest delay, interval, fence room, sharers, leads)."""
+
+def retained_heap_bytes() -> int | None:
+    """Free bytes that libc's heap keeps; None where it cannot tell."""
+
+def trim_resources() -> int:
+    """Have every live resource give the memory that it keeps back to the system; how much."""
+
+def trim_libc_heap() -> None:
+    """Have libc give the free memory of its heap back to the kernel."""
+
+def lift_inherited_fence() -> None:
+    """Lift the soft limit on private memory that a parent's fence left in this forked child."""

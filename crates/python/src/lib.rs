@@ -13,6 +13,7 @@ mod lane;
 mod numa;
 mod numpy;
 mod pools;
+mod pressure;
 mod priority;
 mod resource;
 mod shared_channel;
@@ -70,6 +71,11 @@ mod _native {
     use super::pools::ticket::Ticket;
     #[pymodule_export]
     use super::pools::vector::{Vector, VectorPool};
+    #[pymodule_export]
+    use super::pressure::{
+        PressureSampler, PressureSource, lift_inherited_fence, retained_heap_bytes, trim_libc_heap,
+        trim_resources,
+    };
     #[pymodule_export]
     use super::priority::{PriorityResource, RealtimeResource};
     #[pymodule_export]

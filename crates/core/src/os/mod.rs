@@ -5,6 +5,7 @@
 pub mod event;
 pub mod locked;
 pub mod numa;
+pub mod process;
 pub mod shared;
 
 use crate::sync::AtomicU32;
