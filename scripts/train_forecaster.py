@@ -3,9 +3,9 @@
     python scripts/train_forecaster.py TRACES [--output FILE]
 
 TRACES is a folder of CSV files with the columns t_seconds, rss_bytes and limit_bytes, named
-KIND-OUTCOME-PROGRAM-RUN.csv. Recordings are stretched by `TIME_SCALE`: one recorded second stands for
-ten. Intervals and confidence are calibrated on forecasts for programs that the trees have not seen
-(folds by program).
+KIND-OUTCOME-PROGRAM-RUN.csv. Recordings are stretched by `TIME_SCALE`: one recorded second stands
+for ten. Intervals and confidence are calibrated on forecasts for programs that the trees have not
+seen (folds by program).
 
 The trees see the shape of use, never the limit. Those for a crossing learn from the recorded limit
 and from lines drawn at other heights of the same recordings, so that they cannot learn how the
@@ -26,7 +26,7 @@ import numpy as np
 from boosting import Array, Settings, fit
 from numpy.typing import NDArray
 
-from moirai.pressure.features import HORIZONS, NAMES, crossing_features, describe
+from moirai.pressure.features import HORIZONS, LEAST_BINS, NAMES, crossing_features, describe
 from moirai.pressure.history import History
 from moirai.pressure.model import Ensemble
 
@@ -35,17 +35,22 @@ OUTPUT = Path(__file__).parents[1] / "python" / "moirai" / "pressure" / "forecas
 TIME_SCALE = 10.0
 STEP = 2
 CRITICAL_RATIO = 0.9
-# Other lines, as shares of a recording's peak; 1.06: a run that peaks at 85 % of its limit.
-LINES = (0.75, 0.85, 0.95, 1.06)
+# Other lines and their weights. A run that stays below the line is also seen under a limit of which
+# its peak is 85 %, under generous limits, and with lines below its peak; one that reaches the line
+# under lower limits.
 RECORDED_WEIGHT = 2.0
+LINES_OF_PEAK = ((CRITICAL_RATIO / 0.85, 1.0), (1.5, 0.5), (2.5, 0.5), (0.75, 0.5), (0.85, 0.5),
+                 (0.95, 0.5))  # fmt: skip
+LINES_OF_LIMIT = ((0.54, 0.5), (0.675, 0.5))
 FOLD_COUNT = 4
+CONFIDENCE_GROUPS = 16
 # Relative errors below this use, as a share of the scale, are not weighted up further.
 LEAST_SHARE = 0.02
 
 MIDDLE = Settings(quantile=0.5, depth=4, rounds=60, rate=0.15)
-LOW = Settings(quantile=0.05, depth=4, rounds=60, rate=0.15)
-HIGH = Settings(quantile=0.95, depth=4, rounds=60, rate=0.15)
-CROSSING = Settings(quantile=None, depth=3, rounds=60, rate=0.15, row_share=0.2)
+LOW = Settings(quantile=0.08, depth=4, rounds=60, rate=0.15)
+HIGH = Settings(quantile=0.92, depth=4, rounds=60, rate=0.15)
+CROSSING = Settings(quantile=None, depth=3, rounds=120, rate=0.08, row_share=0.4)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def describe_traces(traces: Sequence[Trace], step: int = STEP) -> Table:
         alive = life(trace)
         for index in range(alive):
             history.add(float(trace.seconds[index]), float(trace.used[index]))
-            if index % step:
+            if index % step or history.bin_count < LEAST_BINS:
                 continue
             described, scale = describe(history.window())
             rows.append(described)
@@ -167,12 +172,6 @@ class Crossings:
     label: Array
     weight: Array
     trace: NDArray[np.int64]
-    horizon: NDArray[np.int64]
-    is_recorded: NDArray[np.bool_]
-
-    def where(self, kept: NDArray[np.bool_]) -> Crossings:
-        """Only some of the lines."""
-        return Crossings(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
 
 
 def find_crossings(table: Table, traces: Sequence[Trace]) -> Crossings:
@@ -180,9 +179,7 @@ def find_crossings(table: Table, traces: Sequence[Trace]) -> Crossings:
     parts = []
     for number, trace in enumerate(traces):
         members = np.flatnonzero(table.trace == number)
-        peak = trace.used.max()
-        drawn = [share * peak for share in LINES]
-        for line in (CRITICAL_RATIO, *(each for each in drawn if peak <= 1.0 or each < 1.0)):
+        for line, weight in _lines(float(trace.used.max())):
             dead = np.flatnonzero(trace.used >= line / CRITICAL_RATIO)
             alive = int(dead[0]) if len(dead) else len(trace.used)
             at = table.index[members]
@@ -197,22 +194,23 @@ def find_crossings(table: Table, traces: Sequence[Trace]) -> Crossings:
             sure = label | (at + horizon < len(trace.used))
             near, label = near[sure], label[sure]
             gaps = (line - table.now[near]) / table.scale[near]
-            is_recorded = line == CRITICAL_RATIO
-            weight = RECORDED_WEIGHT if is_recorded else 1.0
             parts.append(
                 (
                     crossing_features(table.rows[near], gaps),
                     label.astype(np.float64),
                     np.full(len(near), weight),
                     np.full(len(near), number),
-                    table.horizon[near],
-                    np.full(len(near), is_recorded),
                 )
             )
-    found = Crossings(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-    totals = np.bincount(found.trace, minlength=len(traces))
-    np.divide(found.weight, totals[found.trace], out=found.weight)
-    return found
+    return Crossings(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _lines(peak: float) -> list[tuple[float, float]]:
+    """Lines to cross, as shares of the recorded limit, with their weights."""
+    recorded = (CRITICAL_RATIO, RECORDED_WEIGHT)
+    if peak < CRITICAL_RATIO:
+        return [recorded, *((share * peak, weight) for share, weight in LINES_OF_PEAK)]
+    return [recorded, *LINES_OF_LIMIT]
 
 
 def fit_crossing(crossings: Crossings) -> dict[str, Any]:
@@ -224,8 +222,8 @@ def calibrate(table: Table, traces: Sequence[Trace]) -> dict[str, Any]:
     """Margins and confidence from forecasts for programs held out, fold by fold.
 
     Margins: pooled conformal quantiles (Romano, Patterson, Candès, 2019) over all folds, each
-    recording with the same weight. Confidence: log odds that the error is within 5 % of the limit,
-    quadratic in the logarithm of the interval's width over the limit.
+    recording with the same weight. Confidence: how often the error was within 5 % of the limit, by
+    the interval's width over the limit, never rising with it.
     """
     folds = program_folds(traces, FOLD_COUNT)[table.trace]
     raw = np.empty((len(table.rows), 3))
@@ -246,7 +244,7 @@ def calibrate(table: Table, traces: Sequence[Trace]) -> dict[str, Any]:
         margins[str(horizon)] = float(f"{margin:.3g}")
         calibrated = (width * (1 + 2 * margin)) * table.scale[kept]
         within = np.abs(truth - middle) * table.scale[kept] <= 0.05
-        confidence[str(horizon)] = _fit_logistic(np.log(np.maximum(calibrated, 1e-4)), within)
+        confidence[str(horizon)] = _shares_by_width(calibrated, within)
     return {"margins": margins, "confidence": confidence}
 
 
@@ -256,14 +254,26 @@ def _quantile(values: Array, weights: Array, share: float) -> float:
     return float(values[order[np.searchsorted(totals, share * totals[-1])]])
 
 
-def _fit_logistic(logs: Array, label: NDArray[np.bool_]) -> list[float]:
-    design = np.stack([np.ones_like(logs), logs, logs * logs], axis=1)
-    weights = np.zeros(3)
-    for _ in range(50):
-        odds = 1.0 / (1.0 + np.exp(-design @ weights))
-        curvature = (design * (odds * (1 - odds))[:, None]).T @ design + 1e-6 * np.eye(3)
-        weights += np.linalg.solve(curvature, design.T @ (label - odds))
-    return [float(f"{each:.4g}") for each in weights]
+def _shares_by_width(widths: Array, within: NDArray[np.bool_]) -> list[list[float]]:
+    """Centres of groups of about equal widths, and the share within, made to fall (pooling)."""
+    order = np.argsort(widths)
+    groups = [
+        [float(np.median(widths[part])), float(within[part].mean()), float(len(part))]
+        for part in np.array_split(order, CONFIDENCE_GROUPS)
+    ]
+    pooled: list[list[float]] = []
+    for group in groups:
+        pooled.append(group)
+        while len(pooled) > 1 and pooled[-1][1] >= pooled[-2][1]:
+            centre, share, count = pooled.pop()
+            other = pooled[-1]
+            total = count + other[2]
+            pooled[-1] = [
+                (centre * count + other[0] * other[2]) / total,
+                (share * count + other[1] * other[2]) / total,
+                total,
+            ]
+    return [[float(f"{group[column]:.3g}") for group in pooled] for column in (0, 1)]
 
 
 def train(table: Table, traces: Sequence[Trace]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ LAYERS = [
     {"memory"},
     {"pools"},
     {"channels"},
+    {"pressure"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},

@@ -7,12 +7,27 @@ from numpy.typing import NDArray
 
 from moirai.pressure.history import WINDOW_BINS
 
-__all__ = ["CROSSING_NAMES", "HORIZONS", "NAMES", "SHAPE_BINS", "crossing_features", "describe"]
+__all__ = [
+    "CROSSING_NAMES",
+    "HORIZONS",
+    "LEAST_BINS",
+    "NAMES",
+    "SHAPE_BINS",
+    "crossing_features",
+    "describe",
+]
 
 HORIZONS = (30, 60, 120)
 WINDOWS = (5, 10, 20, 40, 80, 160)
 SHAPE_BINS = 16
 DROP_SHARE = 0.05
+# Fewer bins show no shape; constants are trained from here on.
+LEAST_BINS = 5
+# What is smaller, as a share of the scale, is no shape: whether a still program touches a page now
+# and then tells the recordings' programs apart, and nothing else.
+GRAIN = 1e-3
+# A series is old from here on: what happens later has no age.
+AGE_BINS = 60
 
 _LAST = np.array(WINDOWS) - 1
 _AGO = np.arange(WINDOW_BINS, dtype=np.float64)
@@ -62,9 +77,9 @@ _OVER_GAP = (
     "largest_rise",
     "roughness",
 )
-CROSSING_NAMES = ("horizon", "gap", *(f"{name}_over_gap" for name in _OVER_GAP))
+CROSSING_NAMES = ("horizon", "age", "gap", *(f"{name}_over_gap" for name in _OVER_GAP))
 _OVER_GAP_COLUMNS = [NAMES.index(name) for name in _OVER_GAP]
-_HORIZON_COLUMN = NAMES.index("horizon")
+_PLAIN_COLUMNS = [NAMES.index("horizon"), NAMES.index("age")]
 
 
 def describe(window: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
@@ -81,7 +96,7 @@ def describe(window: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     scale = float(window.max())
     if scale <= 0.0:
         scale = 1.0
-    w = window / scale
+    w = np.rint(window * (1.0 / (GRAIN * scale))) * GRAIN
     now = w[-1]
     back = w[::-1] - now
     rows = np.empty((len(HORIZONS), len(NAMES)))
@@ -100,7 +115,7 @@ def describe(window: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     highs = np.maximum.accumulate(back)[last]
     lows = np.minimum.accumulate(back)[last]
     rows[:, 0] = now
-    rows[:, 1] = n
+    rows[:, 1] = min(n, AGE_BINS)
     if n > 1:
         steps = w[1:] - w[:-1]
         recent = steps[-60:]
@@ -152,14 +167,14 @@ def crossing_features(
         Shape (n, len(CROSSING_NAMES)).
     """
     found = np.empty((len(rows), len(CROSSING_NAMES)))
-    found[:, 0] = rows[:, _HORIZON_COLUMN]
-    found[:, 1] = gap
-    np.divide(rows[:, _OVER_GAP_COLUMNS], found[:, 1:2], out=found[:, 2:])
+    found[:, :2] = rows[:, _PLAIN_COLUMNS]
+    found[:, 2] = gap
+    np.divide(rows[:, _OVER_GAP_COLUMNS], found[:, 2:3], out=found[:, 3:])
     return found
 
 
 def _distances(w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean distance of each stretch of `SHAPE_BINS` bins from the newest one, at every second bin."""
+    """Mean distance of each stretch of `SHAPE_BINS` bins from the newest one, by every second."""
     count = len(w) - SHAPE_BINS + 1
     total = np.zeros(count)
     apart = np.empty(count)

@@ -6,12 +6,11 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from moirai.errors import InvalidArgument
-from moirai.pressure.features import HORIZONS, describe
+from moirai.pressure.features import HORIZONS, LEAST_BINS, describe
 from moirai.pressure.history import History
 from moirai.pressure.model import Model, trained
 from moirai.pressure.record import ForecastScore, Record
@@ -21,12 +20,16 @@ __all__ = ["CRITICAL_RATIO", "Forecast", "Forecaster", "TimeRange", "ValueForeca
 
 # "Critical" is this share of the limit.
 CRITICAL_RATIO = 0.9
-# Seconds between two forecasts that the forecaster makes for its own record.
-_RECORD_SECONDS = 10
-# An alarm: p_critical for this horizon from the first number on; over below the second.
+# A forecast is made at least so often, asked for or not, so that there is a record.
+_OWN_SECONDS = 20
+# Forecasts closer together than this are one promise in the record.
+_PROMISE_SECONDS = 10
+# An alarm: p_critical for this horizon from the first number on, at this share of the limit or
+# more; over below the second number.
 _ALARM_HORIZON = 60
 _ALARM_RAISED = 0.5
 _ALARM_OVER = 0.25
+_ALARM_LEVEL = 0.75
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Forecast:
         trend: "decreasing", "stable", "increasing" or "critical", by `trend_percent`.
         trend_percent: Change in percent of the limit per second, or per the forecaster's unit.
         time_to_critical: When it will be reached.
-        is_alarm: Whether the odds of a crossing within 60 s are even; over below 25 %.
+        is_alarm: From 75 % of the limit on, once the odds of a crossing within 60 s are even,
+            until they are below 25 %.
     """
 
     time_seconds: float
@@ -207,14 +211,15 @@ class Forecaster:
             self._record.observe(now, used, None if limit is None else CRITICAL_RATIO * limit)
             self._bins_until_record -= began
             if self._bins_until_record <= 0 and began:
-                self._bins_until_record = _RECORD_SECONDS
+                self._bins_until_record = _OWN_SECONDS
                 self._forecast()
 
     def forecast(self) -> Forecast:
         """Say what to expect from here; cheap if nothing was observed since the last call.
 
-        Before the first observation nothing is known: values are 0, intervals end at infinity,
-        probabilities and confidence are 0.
+        In the first five seconds of a series nothing is known: values are what was observed last
+        (0 before the first), intervals go from 0 to the limit, the odds of a crossing and the
+        confidence are 0.
         """
         with self._lock:
             return self._forecast()
@@ -231,14 +236,27 @@ class Forecaster:
 
     def _forecast(self) -> Forecast:
         if self._newest is None:
-            self._newest = self._compute() if self._history.bin_count else self._unknown()
+            known = self._history.bin_count >= LEAST_BINS
+            self._newest = self._compute() if known else self._unknown()
         return self._newest
 
     def _unknown(self) -> Forecast:
-        never = TimeRange(math.inf, math.inf, math.inf)
-        horizons = {h: ValueForecast(h, 0.0, 0.0, math.inf, 0.0) for h in HORIZONS}
-        nothing = dict.fromkeys(HORIZONS, 0.0)
-        return Forecast(math.nan, 0.0, None, horizons, nothing, "stable", 0.0, never, False)
+        used, limit = self._used, self._limit
+        high = max(limit, used) if limit is not None and self._history.bin_count else math.inf
+        odds = 1.0 if limit is not None and used >= CRITICAL_RATIO * limit else 0.0
+        p_critical = dict.fromkeys(HORIZONS, odds)
+        horizons = {h: ValueForecast(h, used, 0.0, high, 0.0) for h in HORIZONS}
+        return Forecast(
+            self._time,
+            used,
+            limit,
+            horizons,
+            p_critical,
+            self._trend.kind,
+            self._trend.percent,
+            _time_range(p_critical),
+            False,
+        )
 
     def _compute(self) -> Forecast:
         used, limit = self._used, self._limit
@@ -258,7 +276,10 @@ class Forecaster:
             found = self._model.crossing(rows, gap).tolist() if gap > 0.0 else [1.0] * len(HORIZONS)
             p_critical = dict(zip(HORIZONS, found, strict=True))
         odds = p_critical[_ALARM_HORIZON]
-        self._is_alarm = odds >= (_ALARM_OVER if self._is_alarm else _ALARM_RAISED)
+        if self._is_alarm:
+            self._is_alarm = odds >= _ALARM_OVER
+        elif limit is not None:
+            self._is_alarm = odds >= _ALARM_RAISED and used >= _ALARM_LEVEL * limit
         self._remember(horizons)
         return Forecast(
             self._time,
@@ -273,9 +294,8 @@ class Forecaster:
         )
 
     def _remember(self, horizons: Mapping[int, ValueForecast]) -> None:
-        if self._is_alarm:
-            self._record.raise_alarm(self._time)
-        if self._time - self._promised_at < _RECORD_SECONDS - 0.5:
+        self._record.alarm(self._time, self._is_alarm)
+        if self._time - self._promised_at < _PROMISE_SECONDS - 0.5:
             return
         self._promised_at = self._time
         for horizon, each in horizons.items():

@@ -61,7 +61,7 @@ class Model:
         self._value = Ensemble([value["low"], value["middle"], value["high"]])
         self._crossing = Ensemble([constants["crossing"]])
         self._margins = np.array([constants["margins"][str(h)] for h in HORIZONS])
-        self._confidence = np.array([constants["confidence"][str(h)] for h in HORIZONS])
+        self._confidence = [np.array(constants["confidence"][str(h)]) for h in HORIZONS]
 
     def changes(self, rows: Array) -> Array:
         """Low, middle and high change by each horizon, in units of the scale, calibrated."""
@@ -85,10 +85,11 @@ class Model:
         Args:
             width_ratios: Width of each interval over the limit.
         """
-        logs = np.log(np.maximum(width_ratios, 1e-4))
-        a, b, c = self._confidence.T
-        found: Array = _probability(a + b * logs + c * logs * logs)
-        return found
+        found = [
+            np.interp(ratio, widths, shares)
+            for ratio, (widths, shares) in zip(width_ratios, self._confidence, strict=True)
+        ]
+        return np.array(found)
 
     def crossing(self, rows: Array, gap: float) -> Array:
         """Probability of a rise by `gap` (in units of the scale) within each horizon."""
@@ -97,7 +98,7 @@ class Model:
 
 
 def _probability(logits: Array) -> Array:
-    found: Array = 1.0 / (1.0 + np.exp(-logits))
+    found: Array = 1.0 / (1.0 + np.exp(-np.maximum(logits, -30.0)))
     return found
 
 

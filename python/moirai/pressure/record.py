@@ -10,7 +10,7 @@ from moirai.pressure.features import HORIZONS
 
 __all__ = ["ALARM_SECONDS", "ForecastScore", "HorizonScore", "Record"]
 
-# An alarm is true if the line is reached within this time, false if not.
+# An alarm is true if the line is reached while it lasts or within this time, false if not.
 ALARM_SECONDS = 120.0
 # After a crossing, use must fall below this share of the line before the next one counts.
 _REARM_SHARE = 0.95
@@ -53,7 +53,7 @@ class ForecastScore:
     Attributes:
         horizons: By horizon in seconds.
         alarm_count: Alarms that were raised: `true + false + open`.
-        true_alarm_count: Use reached 90 % of the limit within 120 s.
+        true_alarm_count: Use reached 90 % of the limit while it lasted, or within 120 s.
         false_alarm_count: It did not.
         open_alarm_count: Neither has happened yet (0 or 1).
         crossing_count: Times that use reached 90 % of the limit.
@@ -99,7 +99,7 @@ class Record:
         }
         self._counts = {horizon: [0, 0, 0.0, 0.0] for horizon in HORIZONS}
         self._raised_at: float | None = None
-        self._has_crossed = False
+        self._has_crossed = self._is_on = False
         self._alarms = self._true = self._false = self._crossings = self._missed = 0
         self._leads: deque[float] = deque(maxlen=_KEPT_LEADS)
 
@@ -109,11 +109,12 @@ class Record:
         """Remember a forecast until its time comes; made at least a second after the one before."""
         self._due[horizon].append((now + horizon, value, low, high, unchanged))
 
-    def raise_alarm(self, now: float) -> None:
-        """An alarm was raised; one is open at most."""
-        if self._raised_at is None and not self._has_crossed:
+    def alarm(self, now: float, is_on: bool) -> None:
+        """Say whether the alarm is on; one that comes on above the line warns of nothing."""
+        if is_on and not self._is_on and self._raised_at is None and not self._has_crossed:
             self._raised_at = now
             self._alarms += 1
+        self._is_on = is_on
 
     def observe(self, now: float, used: float, line: float | None) -> None:
         """Settle what is due; `line` is 90 % of the limit, None without one."""
@@ -141,7 +142,8 @@ class Record:
         else:
             if line is None or used < _REARM_SHARE * line:
                 self._has_crossed = False
-            if self._raised_at is not None and now - self._raised_at > ALARM_SECONDS:
+            lasted = -1.0 if self._raised_at is None else now - self._raised_at
+            if lasted > ALARM_SECONDS and not self._is_on:
                 self._false += 1
                 self._raised_at = None
 
@@ -152,7 +154,7 @@ class Record:
         if self._raised_at is not None:
             self._alarms -= 1
             self._raised_at = None
-        self._has_crossed = False
+        self._has_crossed = self._is_on = False
 
     def score(self) -> ForecastScore:
         """Everything settled so far."""
