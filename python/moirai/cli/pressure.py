@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 __all__ = ["SUBCOMMANDS", "SUMMARY", "main"]
 
-SUMMARY = "show how close a process is to the limit of its memory"
+SUMMARY = "show how close memory use is to its limit, and where it is going"
 
 # Each has a `SUMMARY` and a `main(arguments)`.
-SUBCOMMANDS = {"watch": "moirai.cli.pressure_watch"}
+SUBCOMMANDS = {"watch": "moirai.cli.pressure_watch", "replay": "moirai.cli.pressure_replay"}
 
 
 def main(arguments: Sequence[str]) -> int:
