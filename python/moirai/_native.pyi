@@ -1961,7 +1961,7 @@ class SharedSender:
         give: bool = False,
         references: bool = True,
     ) -> None:
-        """Send a pickle and its out-of-band buffers; those in shared memory by reference, if allowed."""
+        """Send a pickle and its buffers; by reference what lies in shared memory, if allowed."""
     def reserve(
         self,
         shape: int | Sequence[int],

@@ -280,7 +280,9 @@ impl SharedSender {
             parts.push(Exported::new(buffer, false)?);
         }
         let lengths: Vec<usize> = parts.iter().map(|part| part.bytes().len()).collect();
-        if references && self.send_with_references(py, &buffers, &parts, &lengths, give, &mut patience)? {
+        if references
+            && self.send_with_references(py, &buffers, &parts, &lengths, give, &mut patience)?
+        {
             return Ok(());
         }
         let plan = plan(&lengths)?;
