@@ -1,5 +1,6 @@
 """What every test shares: fixed seeds, and a fresh interpreter for what would spoil this one."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,10 @@ settings.register_profile(
 )
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("fixed")
+
+# A shell that starts a session in the background has it ignore Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RunPython = Callable[..., str]
 

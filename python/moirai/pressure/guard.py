@@ -172,14 +172,29 @@ class Guard:
                 "step with its samples"
             )
         with self._lock:
-            self.source.start()
-            if self._thread is None:
-                self._stopping = threading.Event()
-                self._worker = Worker()
-                self._thread = threading.Thread(
-                    target=self._watch, args=(self._stopping,), name="moirai-guard", daemon=True
-                )
-                self._thread.start()
+            if self._thread is not None:
+                self.source.start()
+                return self
+            # Threads first: where the fence stands, one may find no memory for its first steps.
+            self._stopping = threading.Event()
+            self._worker = Worker()
+            is_sampling = threading.Event()
+            self._thread = threading.Thread(
+                target=self._watch,
+                args=(self._stopping, is_sampling),
+                name="moirai-guard",
+                daemon=True,
+            )
+            self._thread.start()
+            try:
+                self.source.start()
+            except BaseException:
+                self._stopping.set()
+                self._worker.stop()
+                self._thread = self._worker = None
+                raise
+            finally:
+                is_sampling.set()
             self._is_wanted = True
             _guards.add(self)
         return self
@@ -475,9 +490,10 @@ class Guard:
 
     # The thread.
 
-    def _watch(self, stopping: threading.Event) -> None:
+    def _watch(self, stopping: threading.Event, is_sampling: threading.Event) -> None:
         sampler = self.source
         assert isinstance(sampler, Sampler)
+        is_sampling.wait()
         while not stopping.is_set():
             try:
                 self.step(sampler.next(timeout_seconds=1.0))

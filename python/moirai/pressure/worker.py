@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,49 +30,57 @@ class Call:
 
 
 class Worker:
-    """Runs functions on a thread of its own; one that does not come back is left behind."""
+    """Runs functions on a thread of its own; one that does not come back is left behind.
+
+    `threading.Thread.start` waits until the thread runs, for ever if there is no memory for its
+    first steps, and that is where actions are called. So threads are started without waiting; one
+    that never runs leaves its call undone, as one that does not come back.
+    """
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
         self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._is_started = False
+        self._start()
 
     def call(self, function: Callable[[], int | None], *, timeout_seconds: float) -> Call:
         """Run a function; its `done` is not set if the time has passed.
 
-        Such a function goes on, on a thread that ends with it; the next gets another.
+        Such a function goes on, on a thread that ends with it; the next gets another. If no thread
+        can be started, it runs here.
         """
         call = Call(function)
         with self._condition:
-            if self._thread is None:
+            if not self._is_started:
                 self._start()
-            self._calls.append(call)
-            self._condition.notify()
-        if not call.done.wait(timeout_seconds):
+            if self._is_started:
+                self._calls.append(call)
+                self._condition.notify()
+        if not self._is_started:
+            call.run()
+        elif not call.done.wait(timeout_seconds):
             self._abandon()
         return call
 
-    def _abandon(self) -> threading.Thread | None:
+    def _abandon(self) -> None:
         """Have the thread end after what it is at, and the next call start another."""
         with self._condition:
-            thread, self._thread = self._thread, None
-            self._calls.append(Call(_end))
-            self._condition.notify()
+            if self._is_started:
+                self._calls.append(Call(_end))
+                self._condition.notify()
+            self._is_started = False
             self._calls, self._condition = [], threading.Condition()
-        return thread
 
     def _start(self) -> None:
-        arguments = (self._calls, self._condition)
-        self._thread = threading.Thread(
-            target=_work, args=arguments, name="moirai-actions", daemon=True
-        )
-        self._thread.start()
+        try:
+            _thread.start_new_thread(_work, (self._calls, self._condition))
+        except (MemoryError, RuntimeError):
+            return
+        self._is_started = True
 
     def stop(self) -> None:
-        """End the thread once it has nothing to do; does not wait for what is stuck."""
-        thread = self._abandon()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(1.0)
+        """End the thread once it has nothing to do, without waiting for it."""
+        self._abandon()
 
 
 class _Ended(BaseException):
@@ -83,6 +92,7 @@ def _end() -> int | None:
 
 
 def _work(calls: list[Call], condition: threading.Condition) -> None:
+    threading.current_thread().name = "moirai-actions"
     while True:
         with condition:
             while not calls:
