@@ -10,6 +10,7 @@ RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) $(shell find crates -name '*.r
 RUST_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 BENCHMARKS := $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
 DEMO_RUNS ?= 3
+TEST_PROCESSES ?= 2
 
 # One interpreter for every cargo call, so that clippy, maturin and cargo share their builds.
 export PYO3_PYTHON := $(PY)
@@ -48,11 +49,11 @@ wheel: $(BUILT) ## a wheel under dist, the preloadable library in it
 
 test: $(BUILT) ## all tests: the core's, then Python's
 	cargo test -p moirai-core
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-quick: $(BUILT) ## all tests but the stress tests
 	cargo test -p moirai-core --lib
-	$(PY) -m pytest -m 'not slow and not endurance'
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not endurance'
 
 stress: $(BUILT) ## the stress tests alone, a thousand kills of processes among them
 	$(PY) -m pytest -m 'slow or endurance' tests/stress
