@@ -30,7 +30,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// How often one who waits looks whether the others are alive, in milliseconds.
-pub const PROBE_MILLISECONDS: u64 = 40;
+pub const PROBE_MILLISECONDS: u64 = 75;
 
 /// What a slot has open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
