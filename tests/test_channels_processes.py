@@ -10,6 +10,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +94,12 @@ def nothing_is_left() -> Iterator[None]:
     before = names()
     yield
     gc.collect()
-    assert names() <= before
+    # Tests beside this one make some too, which are soon gone.
+    left = names() - before
+    deadline = time.monotonic() + WAIT
+    while left & names():
+        assert time.monotonic() < deadline, left & names()
+        os.sched_yield()
     assert multiprocessing.active_children() == []
 
 
