@@ -89,7 +89,7 @@ def test_short_recordings_without_a_limit_are_drawn(text, capsys, tmp_path):
 
 def test_an_unknown_subcommand_is_refused(capsys):
     assert cli.main(["pressure", "foresee"]) == 2
-    assert "expected one of replay, got 'foresee'" in capsys.readouterr().err
+    assert "expected one of watch, replay, got 'foresee'" in capsys.readouterr().err
     assert cli.main(["pressure"]) == 2
 
 
