@@ -1,7 +1,7 @@
 """Staying within the memory limit: what is used of it, responses in stages, a fence before it.
 
-The forecaster and its dataclasses are looked up when asked for: they need NumPy, and a guard that
-starts before the program must not import it.
+The forecaster, its dataclasses and `Webhook` are looked up when asked for: they need NumPy and
+HTTP, and a guard that starts before the program must import neither.
 
 Every object here may be used by any number of threads at once, with or without the GIL. What runs
 in the parent of a fork goes on in the child.
@@ -24,6 +24,7 @@ from moirai.pressure.source import Source
 from moirai.pressure.stages import Forecasts, Outlook, Stage, Thresholds
 
 if TYPE_CHECKING:
+    from moirai.pressure.alerts import Webhook
     from moirai.pressure.forecaster import (
         CRITICAL_RATIO,
         Forecast,
@@ -61,6 +62,7 @@ __all__ = [
     "TimeRange",
     "TraceSource",
     "ValueForecast",
+    "Webhook",
     "WsgiCap",
     "current",
     "register",
@@ -74,6 +76,10 @@ _RECORD = {"ForecastScore", "HorizonScore"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Webhook":
+        from moirai.pressure.alerts import Webhook
+
+        return Webhook
     if name in _FORECASTER:
         from moirai.pressure import forecaster
 

@@ -163,6 +163,7 @@ class Guard:
         self._freed_bytes = 0
         self._reserved_bytes = 0
         self._is_wanted = False
+        self._is_relief_asked = False
         self._renew_threads()
 
     def _renew_threads(self) -> None:
@@ -259,6 +260,13 @@ class Guard:
             with self._account:
                 self._reserved_bytes -= wanted
 
+    def relieve(self) -> None:
+        """Ask for one round of what gentle does, at the next sample, whatever the stage is.
+
+        For whoever hears of pressure elsewhere: a scheduler, an operator, the service manager.
+        """
+        self._is_relief_asked = True
+
     def records(self) -> tuple[ActionRecord, ...]:
         """Give the last thousand actions, oldest first."""
         return tuple(self._records)
@@ -300,15 +308,19 @@ class Guard:
             stage = self._clock.update(sample, self._p_critical())
             self._highest = max(self._highest, stage)
             if stage is not before:
-                log.info("%s: %s", stage.name.lower(), _describe(sample))
+                level = logging.WARNING if stage >= Stage.AGGRESSIVE else logging.INFO
+                log.log(level, "%s: %s", stage.name.lower(), _describe(sample))
                 self._tell(self._on_stage, stage, sample)
             is_pressed = stage >= Stage.GENTLE
             for cap in self._caps:
                 cap.adapt(sample.time_seconds, under_pressure=is_pressed)
             if not self.dry_run:
                 self._executors.adapt(sample.time_seconds, under_pressure=is_pressed)
+            asked, self._is_relief_asked = self._is_relief_asked, False
             if stage < Stage.GENTLE:
                 self._pressed_since = None
+                if asked:
+                    self._round(sample, Stage.GENTLE, self._excess(sample))
             elif self._is_turn(sample, stage):
                 since = sample.time_seconds - self._round_seconds
                 if since >= _ROUND_SECONDS[stage] or stage > before:

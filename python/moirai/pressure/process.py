@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,11 +13,15 @@ from moirai.errors import Closed, InvalidArgument
 from moirai.pressure.fence import Fence
 from moirai.pressure.guard import Guard
 from moirai.pressure.sampler import Sampler
+from moirai.pressure.service_manager import PressureNotices
 from moirai.pressure.source import Source, optional_bytes
 
 __all__ = ["current", "reserve", "start", "stop"]
 
+log = logging.getLogger("moirai.pressure")
+
 _current: Guard | None = None
+_notices: PressureNotices | None = None
 
 
 def start(
@@ -43,7 +48,7 @@ def start(
     Raises:
         InvalidArgument: This process has a guard already, or an argument is outside its range.
     """
-    global _current
+    global _current, _notices
     if _current is not None:
         raise InvalidArgument("start: this process has a guard already: stop it first")
     budget = optional_bytes(limit, "limit")
@@ -54,8 +59,21 @@ def start(
     guard = Guard(sampler, **options)
     guard.start()
     _current = guard
+    _notices = _listen(guard)
     atexit.register(stop)
     return guard
+
+
+def _listen(guard: Guard) -> PressureNotices | None:
+    """Have what systemd says of memory pressure ask for a round, where it says something."""
+    notices = PressureNotices.asked_for(os.environ, guard.relieve)
+    if notices is not None:
+        try:
+            notices.start()
+        except OSError as error:
+            log.warning("MEMORY_PRESSURE_WATCH: nothing is heard of it: %s", error)
+            return None
+    return notices
 
 
 def _default_fence(
@@ -75,11 +93,14 @@ def _default_fence(
 
 def stop() -> None:
     """End this process's guard, if it has one."""
-    global _current
+    global _current, _notices
     guard, _current = _current, None
+    notices, _notices = _notices, None
     if guard is None:
         return
     atexit.unregister(stop)
+    if notices is not None:
+        notices.stop()
     sampler = guard.source
     assert isinstance(sampler, Sampler)
     is_last = sampler.statistics().sharer_count == 1
