@@ -58,6 +58,22 @@ def test_the_summary_says_what_the_guard_did(tmp_path: Path) -> None:
     assert content["guarded"]["limit_bytes"] == 300 * MIB
     assert content["guarded"]["bound"] == "budget"
     assert content["limit_bytes"] is None
+    assert content["guarded"]["alarms"] is None  # no room for NumPy, so no forecasts
+
+
+def test_the_summary_says_what_became_of_forecasts(tmp_path: Path) -> None:
+    code = """
+import numpy
+from moirai import pressure
+
+guard = pressure.current()
+block = b"x" * (300 << 20)
+while guard.forecaster is None:
+    guard.source.next(timeout_seconds=60)
+"""
+    done = execute("run", "--limit", "1GiB", "--guard", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "alarms 0: 0 true, 0 false" in done.stderr
 
 
 def test_without_the_option_nothing_is_guarded(tmp_path: Path) -> None:

@@ -290,6 +290,13 @@ class Guard:
         return self._outlook
 
     @property
+    def forecaster(self) -> Forecasts | None:
+        """What forecasts for it; the default one is a `Forecaster`, or None until it is loaded."""
+        if isinstance(self._forecaster, LateForecaster):
+            return self._forecaster.loaded
+        return self._forecaster
+
+    @property
     def stage(self) -> Stage:
         """How hard it responds now."""
         return self._clock.stage
