@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 import harness
+import pressure_groups
 import pressure_sampling
 from harness import Goal
 from moirai.pressure import Forecaster
@@ -430,6 +431,8 @@ def render(results: Mapping[str, Any]) -> str:
             f"{cost['forecast']:.0f}.",
             "**Sampling**",
             pressure_sampling.render(results["sampling"]),
+            "**A guard in real programs**",
+            pressure_groups.render(results["groups"]),
         ]
     )
 
@@ -473,6 +476,7 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         Goal("false alarms an hour", alarms["false_per_hour"], 0.5),
         Goal("observe, µs", results["cost"]["observe_1_hz"], 50),
         *pressure_sampling.goals(results["sampling"]),
+        *pressure_groups.goals(results["groups"]),
     ]  # fmt: skip
 
 
@@ -505,6 +509,7 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     recorded = [each for each in replays if each.is_recorded]
     results = {
         "sampling": pressure_sampling.measure(quick=arguments.quick),
+        "groups": pressure_groups.measure(quick=arguments.quick),
         "values": value_table(recorded),
         "crossing": crossing_table(recorded),
         "alarms": alarm_table(replays),
