@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ from typing import Any
 import numpy as np
 
 import harness
+import pressure_groups
+import pressure_sampling
 from harness import Goal
 from moirai.pressure import Forecaster
 from moirai.pressure.features import HORIZONS
@@ -41,7 +44,6 @@ from train_forecaster import CRITICAL_RATIO, Trace
 QUESTION = __doc__.partition("\n")[0]
 NAME = "bench_pressure"
 
-TRACES = harness.ROOT.parent / "shared" / "pressure" / "traces"
 FEW_TRACES = harness.ROOT / "tests" / "fixtures" / "pressure"
 WARM_UP_SECONDS = 10
 BENIGN_PEAK = 0.85
@@ -427,6 +429,10 @@ def render(results: Mapping[str, Any]) -> str:
             f"**Cost**, CPU µs: `observe` {cost['observe_1_hz']:.0f} at one a second, "
             f"{cost['observe_10_hz']:.0f} at ten; `forecast` after each observation "
             f"{cost['forecast']:.0f}.",
+            "**Sampling**",
+            pressure_sampling.render(results["sampling"]),
+            "**A guard in real programs**",
+            pressure_groups.render(results["groups"]),
         ]
     )
 
@@ -469,6 +475,8 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         Goal("benign runs with a false alarm", alarms["benign_alarmed"], 0.1),
         Goal("false alarms an hour", alarms["false_per_hour"], 0.5),
         Goal("observe, µs", results["cost"]["observe_1_hz"], 50),
+        *pressure_sampling.goals(results["sampling"]),
+        *pressure_groups.goals(results["groups"]),
     ]  # fmt: skip
 
 
@@ -500,6 +508,8 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
             replays += [replay(trace, ratio, model) for ratio in ratios[number]]
     recorded = [each for each in replays if each.is_recorded]
     results = {
+        "sampling": pressure_sampling.measure(quick=arguments.quick),
+        "groups": pressure_groups.measure(quick=arguments.quick),
         "values": value_table(recorded),
         "crossing": crossing_table(recorded),
         "alarms": alarm_table(replays),
@@ -517,10 +527,17 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
 
 def main() -> int:
     parser = harness.argument_parser(QUESTION)
-    parser.add_argument("--traces", type=Path, help="folder of recordings")
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        default=os.environ.get("MOIRAI_TRACES"),
+        help="folder of recordings (MOIRAI_TRACES; when quick, four of the repository)",
+    )
     parser.add_argument("--folds", type=int, help="by program (5; 2 when quick)")
     arguments = parser.parse_args()
-    arguments.traces = arguments.traces or (FEW_TRACES if arguments.quick else TRACES)
+    if arguments.traces is None and not arguments.quick:
+        parser.error("--traces: expected a folder of recordings, got nothing")
+    arguments.traces = arguments.traces or FEW_TRACES
     arguments.folds = arguments.folds or (2 if arguments.quick else 5)
     if not arguments.traces.is_dir():
         parser.error(f"--traces: expected a folder of recordings, got {arguments.traces}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from pressure_trees import MIB
 
+from moirai import pressure
+from moirai.cli import pressure_watch
 from moirai.reports import pressure as report
 
 MOIRAI = [sys.executable, "-m", "moirai"]
@@ -55,6 +58,22 @@ def test_the_summary_says_what_the_guard_did(tmp_path: Path) -> None:
     assert content["guarded"]["limit_bytes"] == 300 * MIB
     assert content["guarded"]["bound"] == "budget"
     assert content["limit_bytes"] is None
+    assert content["guarded"]["alarms"] is None  # no room for NumPy, so no forecasts
+
+
+def test_the_summary_says_what_became_of_forecasts(tmp_path: Path) -> None:
+    code = """
+import numpy
+from moirai import pressure
+
+guard = pressure.current()
+block = b"x" * (300 << 20)
+while guard.forecaster is None:
+    guard.source.next(timeout_seconds=60)
+"""
+    done = execute("run", "--limit", "1GiB", "--guard", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "alarms 0: 0 true, 0 false" in done.stderr
 
 
 def test_without_the_option_nothing_is_guarded(tmp_path: Path) -> None:
@@ -90,6 +109,12 @@ def test_children_of_a_guarded_program_are_guarded_with_it(tmp_path: Path) -> No
     done = execute("run", "--limit", "700MiB", "--guard", "app.py", cwd=tmp_path)
     expected = f"('budget', {700 * MIB}, True)"
     assert done.stdout.splitlines() == [f"fork {expected}", f"spawn {expected}"], done.stderr
+
+
+def test_a_program_without_numpy_is_guarded_without_it(tmp_path: Path) -> None:
+    code = "import sys; print('numpy' in sys.modules)"
+    done = execute("run", "--guard", "--summary", "none", "-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 # Watching.
@@ -137,6 +162,26 @@ WATCHED = report.Watched(
     history=(0.0, 0.5, 1.0),
     bounds=(report.BoundRow("cgroup", "/g", 850 * MIB, 800 * MIB, 1000 * MIB),),
 )
+
+
+def test_the_forecast_is_shown_once_there_is_one() -> None:
+    guard = pressure.Guard(pressure.TraceSource(os.devnull), forecaster=pressure.Forecaster())
+    shown = []
+    for second in range(10):
+        guard.step(pressure.Sample(float(second), (100 + second) * MIB, 1000 * MIB))
+        shown.append([row.horizon_seconds for row in pressure_watch._fan(guard)[0]])
+    assert shown[0] == []
+    assert shown[-1] == [30, 60, 120]
+
+
+def test_a_fan_is_drawn_within_the_limit() -> None:
+    row = report.FanRow(60, 0.5, 0.75, 1.4, 0.25)
+    watched = dataclasses.replace(WATCHED, fan=(row,), trend="increasing")
+    lines = report.to_text(watched).splitlines()
+    assert lines[4:6] == [
+        "  forecast (increasing), and the odds of reaching 90 %:",
+        "  " + "·" * 20 + "▒" * 10 + "█" + "▒" * 9 + "  75.0%  in 60 s: 50.0% to 140.0%, odds 25%",
+    ]
 
 
 def test_a_look_is_written_as_text() -> None:

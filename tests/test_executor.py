@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import traceback
 import weakref
 
@@ -681,3 +682,50 @@ def test_interrupted_system_calls_do_not_disturb_workers(executor):
         assert executor.submit(abs, -1).result(WAIT_SECONDS) == 1
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_fewer_tasks_run_at_once_than_there_are_workers() -> None:
+    with Executor(4) as executor:
+        running, most, lock = 0, 0, threading.Lock()
+
+        def task(_: int) -> None:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            time.sleep(0.001)  # so that others come in if they may
+            with lock:
+                running -= 1
+
+        list(executor.map(task, range(16), chunksize=1))
+        executor.allow(2)
+        most = 0
+        list(executor.map(task, range(32), chunksize=1))
+        assert 1 <= most <= 3  # the third: who waits for a result may run a task itself
+        executor.allow(4)
+        assert executor.allowed_count == 4
+        gate = threading.Barrier(4)
+        assert list(executor.map(lambda _: gate.wait(60) >= 0, range(4), chunksize=1)) == [True] * 4
+
+
+def test_tasks_that_wait_for_tasks_end_when_one_may_run() -> None:
+    with Executor(4) as executor:
+        executor.allow(1)
+
+        def nested(depth: int) -> int:
+            if depth == 0:
+                return 1
+            return sum(child.result() for child in executor.submit_many(nested, [depth - 1] * 3))
+
+        assert executor.submit(nested, 4).result(60) == 81
+
+
+@pytest.mark.parametrize("count", [0, 5, -1])
+def test_at_least_one_task_may_run_and_at_most_one_a_worker(count: int) -> None:
+    with (
+        Executor(4) as executor,
+        pytest.raises(
+            errors.InvalidArgument, match=f"task_count: must be from 1 to 4, got {count}"
+        ),
+    ):
+        executor.allow(count)

@@ -362,7 +362,7 @@ def test_collections_keep_to_their_budget() -> None:
         now[0] += 0.1  # Each collection seems to take 0.1 s.
         return now[0]
 
-    _, collection, _ = built_in_actions(clock)
+    collection = {each.name: each for each in built_in_actions(clock)}["gc"]
     taken = 0
     for _ in range(10):
         if collection.ready(LIMIT):
@@ -591,9 +591,68 @@ def test_what_is_built_in_gives_memory_back() -> None:
         array = np.ones(8 * MIB, dtype=np.uint8)
         del array
     assert pool.statistics().cached_bytes > 0
-    resources: Action = built_in_actions()[0]
+    resources: Action = {each.name: each for each in built_in_actions()}["moirai resources"]
     assert (resources.run(1) or 0) > 0
     assert pool.statistics().cached_bytes == 0
+
+
+def test_pools_give_up_what_is_idle() -> None:
+    from moirai import pools
+
+    actions = {each.name: each for each in built_in_actions()}
+    destroyed: list[object] = []
+    pool = pools.ObjectPool(object, destroy=destroyed.append, min_size=1)
+    buffers = pools.BufferPool()
+    vectors = pools.VectorPool()
+    held = [pool.acquire() for _ in range(4)]
+    for each in held:
+        pool.release(each)
+    buffers.acquire(100).release()
+    vectors.acquire().release()
+    actions["idle pools"].run(1)
+    assert destroyed == []  # what was used just now stays
+    assert actions["pools"].run(1) is None
+    assert len(destroyed) == 3
+    assert (buffers.trim(0), vectors.trim(0)) == (0, 0)
+    assert actions["pools"].stage is Stage.AGGRESSIVE
+
+
+def test_a_pool_that_is_gone_is_not_asked() -> None:
+    from moirai import pools
+    from moirai.pools import live
+
+    pool = pools.ObjectPool(object)
+    before = len(live._pools)
+    del pool
+    gc.collect()
+    assert len(live._pools) < before
+
+
+def test_executors_run_fewer_tasks_under_pressure() -> None:
+    from moirai.executor import Executor
+
+    program = Program(used_mib=850)
+    guard = program.guard()
+    with Executor(8) as executor:
+        program.step(guard)
+        assert executor.allowed_count == 1  # nothing was running
+        assert sum(executor.map(abs, range(100))) == sum(range(100))
+        program.used_mib = 100
+        allowed = []
+        for _ in range(8):
+            program.step(guard, 1.1)
+            allowed.append(executor.allowed_count)
+        assert allowed == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_guard_that_stops_lifts_its_caps(full_tree: object) -> None:
+    from moirai.executor import Executor
+
+    with Executor(4) as executor:
+        with watched(Registry(), full_tree) as guard:
+            while executor.allowed_count == 4:
+                guard.source.next(timeout_seconds=60)  # type: ignore[attr-defined]
+        assert executor.allowed_count == 4
 
 
 Runner = Callable[..., str]

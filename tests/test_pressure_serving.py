@@ -124,3 +124,20 @@ def test_wsgi_gives_its_place_back_after_a_failure() -> None:
 def test_the_time_to_come_back_is_checked(kind: Any) -> None:
     with pytest.raises(InvalidArgument, match="retry_after_seconds: must be from 0 to 1e6, got -1"):
         kind(plain, ConcurrencyCap(1), retry_after_seconds=-1)
+
+
+def test_a_slot_around_a_function_caps_joblib() -> None:
+    joblib = pytest.importorskip("joblib")
+    cap = ConcurrencyCap(2)
+    seen: list[int] = []
+
+    @cap.slot()
+    def work(number: int) -> int:
+        seen.append(cap.in_flight)
+        return number * number
+
+    tasks = (joblib.delayed(work)(number) for number in range(64))
+    squares = joblib.Parallel(n_jobs=4, backend="threading")(tasks)
+    assert squares == [number * number for number in range(64)]
+    assert max(seen) <= 2
+    assert cap.in_flight == 0

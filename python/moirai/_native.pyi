@@ -1714,6 +1714,21 @@ class BareExecutor:
         """Cancel what is queued."""
     def renew(self) -> None:
         """In a forked child: workers and queues of its own, and none of the parent's tasks."""
+    def allow(self, task_count: int) -> None:
+        """Let so many tasks run at once from now on; from 1 to as many as there are workers.
+
+        Those that run are not interrupted; what comes after them waits. A guard of
+        `moirai.pressure` calls this.
+
+        Raises:
+            InvalidArgument: `task_count` is outside its range.
+        """
+    @property
+    def allowed_count(self) -> int:
+        """How many tasks may run at once."""
+    @property
+    def running_count(self) -> int:
+        """How many workers run tasks, or look for the next one."""
     def counts(self) -> tuple[dict[str, int], list[dict[str, int]]]:
         """What was done so far: counts for the executor, and for each worker."""
 

@@ -14,12 +14,12 @@ from moirai.errors import Closed, InvalidArgument, MoiraiError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from moirai.pressure import Guard, Sample, Source
-    from moirai.reports.pressure import Watched
+    from moirai.pressure import Forecasts, Guard, Sample, Source
+    from moirai.reports.pressure import FanRow, Watched
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "show level, limits and stage until interrupted"
+SUMMARY = "show level, forecast, limits and stage until interrupted"
 _HISTORY = 40
 
 
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moirai pressure watch",
-        description="Shows how close a process is to the nearest limit of its memory and the stage "
-        "in which a guard would be, until interrupted.",
+        description="Shows how close a process is to the nearest limit of its memory, where use "
+        "is going and the stage in which a guard would be, until interrupted.",
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
@@ -64,13 +64,50 @@ def _watch(options: argparse.Namespace) -> int:
     pid = _member(options.cgroup) if options.cgroup is not None else options.pid
     source = pressure.Source(process_id=pid)
     # Decides as a guard would, and does nothing.
-    guard = pressure.Guard(source, registry=pressure.Registry(), built_in=(), dry_run=True)
+    guard = pressure.Guard(
+        source,
+        forecaster=_forecaster(),
+        registry=pressure.Registry(),
+        built_in=(),
+        dry_run=True,
+        forecast_seconds=min(options.interval, 1.0),
+    )
     name = f"process {os.getpid() if pid is None else pid}"
     try:
         _show(_looks(source, guard, name, options.interval, options.count))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _forecaster() -> Forecasts | None:
+    try:
+        from moirai.pressure import Forecaster
+    except ImportError:  # Without NumPy the level is all there is to see.
+        return None
+    return Forecaster()
+
+
+def _fan(guard: Guard) -> tuple[list[FanRow], str | None]:
+    """What the guard's forecaster said last, as shares of the limit."""
+    from moirai.pressure import Forecast
+    from moirai.reports.pressure import FanRow
+
+    said = guard.outlook
+    if not isinstance(said, Forecast) or not said.limit_bytes or said.horizons[30].confidence == 0:
+        return [], None
+    limit = said.limit_bytes
+    rows = [
+        FanRow(
+            horizon,
+            each.low_bytes / limit,
+            each.value_bytes / limit,
+            each.high_bytes / limit,
+            said.p_critical[horizon],
+        )
+        for horizon, each in said.horizons.items()
+    ]
+    return rows, said.trend
 
 
 def _member(folder: str) -> int:
@@ -115,6 +152,7 @@ def _looks(
             )
             for bound in source.bounds()
         ]
+        fan, trend = _fan(guard)
         yield Watched(
             name=name,
             stage=stage.name.lower(),
@@ -127,6 +165,8 @@ def _looks(
             total_kills=sample.total_kills,
             history=tuple(history),
             bounds=bounds,
+            fan=fan,
+            trend=trend,
         )
         before = sample
         taken += 1

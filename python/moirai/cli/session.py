@@ -99,6 +99,8 @@ def _guarded() -> Guarded | None:
     for record in _guard.records():
         taken.setdefault(record.name, []).append(record.freed_bytes or 0)
     sample = status.sample
+    forecaster: Any = _guard.forecaster
+    score = None if forecaster is None else forecaster.score()
     return Guarded(
         limit_bytes=None if sample is None else sample.limit_bytes,
         bound=None if sample is None else sample.bound,
@@ -107,6 +109,10 @@ def _guarded() -> Guarded | None:
         action_count=status.action_count,
         freed_bytes=status.freed_bytes,
         actions=tuple((name, len(freed), sum(freed)) for name, freed in taken.items()),
+        alarms=None
+        if score is None
+        else (score.alarm_count, score.true_alarm_count, score.false_alarm_count),
+        median_lead_seconds=None if score is None else score.median_lead_seconds,
     )
 
 

@@ -6,9 +6,10 @@ pools by any number of event loops. A forked child starts with empty pools.
 
 from __future__ import annotations
 
-from moirai._native import Acquisition, Lease, ObjectPool, PooledBuffer, PoolStatistics, Vector
+from moirai._native import Acquisition, Lease, PooledBuffer, PoolStatistics, Vector
 from moirai._waiting import AsyncLease
 from moirai.pools.buffers import LARGE_BYTES, SMALL_BYTES, BufferPool, Overflow
+from moirai.pools.objects import ObjectPool
 from moirai.pools.vectors import VectorPool
 
 __all__ = [

@@ -7,6 +7,7 @@ from typing import Literal
 
 from moirai import _native
 from moirai.memory import PoolResource, Resource, parse_bytes
+from moirai.pools.live import known
 
 __all__ = ["LARGE_BYTES", "SMALL_BYTES", "BufferPool", "Overflow"]
 
@@ -51,7 +52,7 @@ class BufferPool(_native.BufferPool):
         idle_seconds: float | None = None,
         track_sites: bool = False,
     ) -> BufferPool:
-        return super().__new__(
+        made = super().__new__(
             cls,
             PoolResource() if resource is None else resource,
             size_classes=[parse_bytes(size, argument="size_classes") for size in size_classes],
@@ -60,5 +61,6 @@ class BufferPool(_native.BufferPool):
             idle_seconds=idle_seconds,
             track_sites=track_sites,
         )
+        return known(made)
 
     lease = _native.BufferPool.acquire

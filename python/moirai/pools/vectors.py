@@ -13,6 +13,7 @@ from moirai import _native
 from moirai.errors import InvalidArgument
 from moirai.memory import PoolResource, Resource, parse_bytes
 from moirai.pools.buffers import Overflow
+from moirai.pools.live import known
 
 __all__ = ["VectorPool"]
 
@@ -137,7 +138,7 @@ class VectorPool(_native.VectorPool):
         item = np.dtype(dtype)
         if item.hasobject or item.itemsize == 0:
             raise InvalidArgument(f"dtype: must hold plain values of a size, got {item}")
-        return super().__new__(
+        made = super().__new__(
             cls,
             PoolResource() if resource is None else resource,
             item,
@@ -151,5 +152,6 @@ class VectorPool(_native.VectorPool):
             idle_seconds=idle_seconds,
             track_sites=track_sites,
         )
+        return known(made)
 
     lease = _native.VectorPool.acquire

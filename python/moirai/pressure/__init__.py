@@ -1,30 +1,38 @@
 """Staying within the memory limit: what is used of it, responses in stages, a fence before it.
 
+The forecaster, its dataclasses and `Webhook` are looked up when asked for: they need NumPy and
+HTTP, and a guard that starts before the program must import neither.
+
 Every object here may be used by any number of threads at once, with or without the GIL. What runs
 in the parent of a fork goes on in the child.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from moirai.pressure.actions import Action, ActionRecord
 from moirai.pressure.concurrency import ConcurrencyCap
 from moirai.pressure.fence import Fence
-from moirai.pressure.forecaster import (
-    CRITICAL_RATIO,
-    Forecast,
-    Forecaster,
-    TimeRange,
-    ValueForecast,
-)
 from moirai.pressure.guard import Guard, GuardStatus
 from moirai.pressure.process import current, reserve, start, stop
-from moirai.pressure.record import ForecastScore, HorizonScore
 from moirai.pressure.registry import Registration, Registry, register
 from moirai.pressure.sampler import Sampler, SamplerStatistics
 from moirai.pressure.samples import Bound, ReadsSamples, Sample, TraceSource
 from moirai.pressure.serving import AsgiCap, WsgiCap
 from moirai.pressure.source import Source
 from moirai.pressure.stages import Forecasts, Outlook, Stage, Thresholds
+
+if TYPE_CHECKING:
+    from moirai.pressure.alerts import Webhook
+    from moirai.pressure.forecaster import (
+        CRITICAL_RATIO,
+        Forecast,
+        Forecaster,
+        TimeRange,
+        ValueForecast,
+    )
+    from moirai.pressure.record import ForecastScore, HorizonScore
 
 __all__ = [
     "CRITICAL_RATIO",
@@ -54,6 +62,7 @@ __all__ = [
     "TimeRange",
     "TraceSource",
     "ValueForecast",
+    "Webhook",
     "WsgiCap",
     "current",
     "register",
@@ -61,3 +70,22 @@ __all__ = [
     "start",
     "stop",
 ]
+
+_FORECASTER = {"CRITICAL_RATIO", "Forecast", "Forecaster", "TimeRange", "ValueForecast"}
+_RECORD = {"ForecastScore", "HorizonScore"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Webhook":
+        from moirai.pressure.alerts import Webhook
+
+        return Webhook
+    if name in _FORECASTER:
+        from moirai.pressure import forecaster
+
+        return getattr(forecaster, name)
+    if name in _RECORD:
+        from moirai.pressure import record
+
+        return getattr(record, name)
+    raise AttributeError(f"module 'moirai.pressure' has no attribute {name!r}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moirai import _native
+from moirai.pressure.own import trim_idle_pools, trim_pools
 from moirai.pressure.registry import Registration, Registry
 from moirai.pressure.stages import Stage
 
@@ -138,11 +139,13 @@ def _trim_resources(wanted_bytes: int) -> int:
 def built_in_actions(clock: Callable[[], float] = time.perf_counter) -> tuple[Action, ...]:
     """Give the actions that need no registration, in the order in which they are taken.
 
-    What caches of the program let go of may only then be given back to the system, so libc's heap
-    is trimmed last.
+    What pools let go of lands in Moirai's resources, and what these and the program's caches let go
+    of may only then be given back to the system: so libc's heap is trimmed last.
     """
     collection = _CollectionBudget(clock)
     return (
+        Action("idle pools", Stage.GENTLE, trim_idle_pools),
+        Action("pools", Stage.AGGRESSIVE, trim_pools),
         Action("moirai resources", Stage.GENTLE, _trim_resources),
         Action("gc", Stage.AGGRESSIVE, collection.collect, ready=collection.allows),
         Action("libc heap", Stage.GENTLE, _trim_heap, ready=_heap_is_worth_trimming),

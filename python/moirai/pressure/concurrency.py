@@ -1,4 +1,4 @@
-"""A cap on work in flight that falls under pressure and rises in calm: additive, multiplicative."""
+"""Caps on work in flight that fall under pressure and rise in calm: additive, multiplicative."""
 
 from __future__ import annotations
 
@@ -11,16 +11,30 @@ from moirai.errors import InvalidArgument, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Protocol
 
-__all__ = ["ConcurrencyCap"]
+    class Cappable(Protocol):
+        """What runs several pieces of work at once and can be told how many."""
+
+        @property
+        def max_workers(self) -> int:
+            """How many at most."""
+
+        @property
+        def running_count(self) -> int:
+            """How many run now."""
+
+        def allow(self, task_count: int) -> None:
+            """Let so many run from now on."""
 
 
-class ConcurrencyCap:
-    """How many pieces of work may be in flight at once.
+__all__ = ["ConcurrencyCap", "Rhythm", "adapt_executor"]
 
-    Under pressure the cap becomes 0.7 times what is in flight; each calm half second adds one. One
-    piece may always run, so that what holds memory can end. Any number of threads may use it at
-    once; a forked child starts with nothing in flight.
+
+class Rhythm:
+    """How many pieces of work are allowed: 0.7 times what is in flight, then one more each time.
+
+    Not for several threads at once.
 
     Source:
         Chiu and Jain (1989), Computer Networks and ISDN Systems 17(1).
@@ -31,12 +45,51 @@ class ConcurrencyCap:
     INCREASE_SECONDS = 0.5
 
     def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.limit = maximum
+        self._changed_seconds: float | None = None
+
+    def adapt(self, time_seconds: float, in_flight: int, *, under_pressure: bool) -> bool:
+        """Take the state of the memory into account; whether the limit is another now."""
+        before = self.limit
+        since = self._changed_seconds
+        if under_pressure:
+            if since is None or before == self.maximum or self._passed(time_seconds, since):
+                busy = min(before, max(1, in_flight))
+                self.limit = max(1, int(busy * self.DECREASE))
+                self._changed_seconds = time_seconds
+        elif before < self.maximum and (
+            since is None or time_seconds - since >= self.INCREASE_SECONDS
+        ):
+            self.limit += 1
+            self._changed_seconds = time_seconds
+        return self.limit != before
+
+    def _passed(self, time_seconds: float, since: float) -> bool:
+        return time_seconds - since >= self.DECREASE_SECONDS
+
+
+def adapt_executor(
+    rhythm: Rhythm, executor: Cappable, time_seconds: float, *, under_pressure: bool
+) -> None:
+    """Have an executor run as many tasks at once as its rhythm allows now."""
+    if rhythm.adapt(time_seconds, executor.running_count, under_pressure=under_pressure):
+        executor.allow(rhythm.limit)
+
+
+class ConcurrencyCap:
+    """How many pieces of work may be in flight at once.
+
+    Under pressure the cap becomes 0.7 times what is in flight; each calm half second adds one. One
+    piece may always run, so that what holds memory can end. Any number of threads may use it at
+    once; a forked child starts with nothing in flight.
+    """
+
+    def __init__(self, maximum: int) -> None:
         """Allow `maximum` pieces of work until there is pressure; at least 1."""
         if maximum < 1:
             raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
-        self.maximum = maximum
-        self._limit = maximum
-        self._changed_seconds: float | None = None
+        self._rhythm = Rhythm(maximum)
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -45,9 +98,14 @@ class ConcurrencyCap:
         self._condition = threading.Condition()
 
     @property
+    def maximum(self) -> int:
+        """Pieces of work allowed without pressure."""
+        return self._rhythm.maximum
+
+    @property
     def limit(self) -> int:
         """Pieces of work allowed now; from 1 to `maximum`."""
-        return self._limit
+        return self._rhythm.limit
 
     @property
     def in_flight(self) -> int:
@@ -57,12 +115,12 @@ class ConcurrencyCap:
     @property
     def is_capped(self) -> bool:
         """Whether fewer are allowed than at first."""
-        return self._limit < self.maximum
+        return self._rhythm.limit < self.maximum
 
     def try_acquire(self) -> bool:
         """Begin a piece of work if one more is allowed."""
         with self._condition:
-            if self._in_flight >= self._limit:
+            if self._in_flight >= self._rhythm.limit:
                 return False
             self._in_flight += 1
             return True
@@ -75,12 +133,12 @@ class ConcurrencyCap:
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._condition:
-            while self._in_flight >= self._limit:
+            while self._in_flight >= self._rhythm.limit:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise Timeout(
                         f"no work was begun within {timeout_seconds} seconds: {self._in_flight} in "
-                        f"flight, {self._limit} of {self.maximum} allowed"
+                        f"flight, {self._rhythm.limit} of {self.maximum} allowed"
                     )
                 self._condition.wait(left)
             self._in_flight += 1
@@ -105,19 +163,7 @@ class ConcurrencyCap:
     def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
         """Take the state of the memory into account; a guard calls this at each sample."""
         with self._condition:
-            since = self._changed_seconds
-            if under_pressure:
-                if (
-                    since is None
-                    or self._limit == self.maximum
-                    or (time_seconds - since >= self.DECREASE_SECONDS)
-                ):
-                    busy = min(self._limit, max(1, self._in_flight))
-                    self._limit = max(1, int(busy * self.DECREASE))
-                    self._changed_seconds = time_seconds
-            elif self._limit < self.maximum and (
-                since is None or time_seconds - since >= self.INCREASE_SECONDS
-            ):
-                self._limit += 1
-                self._changed_seconds = time_seconds
+            before = self.limit
+            self._rhythm.adapt(time_seconds, self._in_flight, under_pressure=under_pressure)
+            if self.limit > before:
                 self._condition.notify()

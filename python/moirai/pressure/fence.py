@@ -45,9 +45,14 @@ class Fence:
     @staticmethod
     def default_ledger(limit_name: str) -> str:
         """Name the file by which this user's processes under the limit of that name meet."""
-        digest = hashlib.sha256(limit_name.encode()).hexdigest()[:16]
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        return os.path.join(folder, f"moirai-fence-{os.getuid()}-{digest}")
+        return shared_file("fence", limit_name)
 
     def __repr__(self) -> str:
         return f"Fence(margin_bytes={self.margin_bytes}, ledger={self.ledger!r})"
+
+
+def shared_file(what: str, limit_name: str) -> str:
+    """Name a file in memory that this user's processes under a limit have in common."""
+    digest = hashlib.sha256(limit_name.encode()).hexdigest()[:16]
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    return os.path.join(folder, f"moirai-{what}-{os.getuid()}-{digest}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +32,11 @@ _ALARM_HORIZON = 60
 _ALARM_RAISED = 0.5
 _ALARM_OVER = 0.25
 _ALARM_LEVEL = 0.75
+
+
+_forecasters: weakref.WeakSet[Forecaster] = weakref.WeakSet()
+_forking = threading.Lock()
+_held: list[Forecaster] = []
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,7 @@ class Forecaster:
         self._is_alarm = False
         self._ignored = 0
         self._newest: Forecast | None = None
+        _forecasters.add(self)
 
     def observe(self, time_seconds: float, used_bytes: float, limit_bytes: float | None) -> None:
         """Tell what use and limit are at a time.
@@ -318,3 +326,21 @@ def _time_range(p_critical: Mapping[int, float]) -> TimeRange:
         return math.inf
 
     return TimeRange(reached(0.1), reached(0.5), reached(0.9))
+
+
+def _before_fork() -> None:
+    """Let every forecaster finish what it is at, so that a child finds none half done or locked."""
+    _forking.acquire()
+    for forecaster in list(_forecasters):
+        forecaster._lock.acquire()
+        _held.append(forecaster)
+
+
+def _after_fork() -> None:
+    for forecaster in _held:
+        forecaster._lock.release()
+    _held.clear()
+    _forking.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 from moirai.errors import Closed, InvalidArgument, MoiraiError, OutOfMemory
 from moirai.pressure.actions import Action, ActionRecord, actions_for, built_in_actions
 from moirai.pressure.concurrency import ConcurrencyCap
+from moirai.pressure.late_forecaster import LateForecaster
+from moirai.pressure.own import ExecutorCaps
 from moirai.pressure.registry import REGISTRY, Registration, Registry
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.samples import ReadsSamples, Sample
 from moirai.pressure.source import optional_bytes
-from moirai.pressure.stages import Forecasts, Stage, StageClock, Thresholds
+from moirai.pressure.stages import Forecasts, Outlook, Stage, StageClock, Thresholds
 from moirai.pressure.worker import Call, Worker
 
 __all__ = ["Guard", "GuardStatus"]
@@ -76,7 +79,7 @@ class Guard:
         self,
         source: ReadsSamples | None = None,
         *,
-        forecaster: Forecasts | None = None,
+        forecaster: Forecasts | Literal["default"] | None = "default",
         thresholds: Thresholds | None = None,
         registry: Registry = REGISTRY,
         built_in: Sequence[Action] | None = None,
@@ -93,11 +96,12 @@ class Guard:
 
         Args:
             source: Where samples come from; default: a `Sampler` of this process.
-            forecaster: Something with `observe` and `forecast`; None: respond to the level alone.
+            forecaster: Something with `observe` and `forecast`; default: a `Forecaster`, loaded
+                when a quarter of the limit is used; None: respond to the level alone.
             thresholds: Where the stages begin.
             registry: What may be made smaller; default: what `moirai.pressure.register` was given.
-            built_in: Actions besides; default: trim Moirai's resources, collect cycles within a
-                budget of CPU time, give libc's free heap back.
+            built_in: Actions besides; default: trim Moirai's pools and resources, collect cycles
+                within a budget of CPU time, give libc's free heap back.
             dry_run: Log what would be done, and do nothing.
             on_stage: Called with each new stage and its sample, on the guard's thread.
             on_action: Called with the record of each action, on the guard's thread.
@@ -122,7 +126,15 @@ class Guard:
         self.thresholds = Thresholds() if thresholds is None else thresholds
         self.registry = registry
         self.dry_run = dry_run
-        self._forecaster = forecaster
+        self._forecaster: Forecasts | None = None
+        if forecaster == "default":
+            self._forecaster = LateForecaster(in_background=isinstance(self.source, Sampler))
+        elif not isinstance(forecaster, str):
+            self._forecaster = forecaster
+        else:
+            raise InvalidArgument(
+                f'forecaster: must be "default", a forecaster or None, got {forecaster!r}'
+            )
         self._built_in = tuple(built_in_actions() if built_in is None else built_in)
         self._on_stage = on_stage
         self._on_action = on_action
@@ -136,8 +148,10 @@ class Guard:
         self._known: dict[Registration, Action] = {}
         self._busy: dict[int, Call] = {}
         self._caps: list[ConcurrencyCap] = []
+        self._executors = ExecutorCaps()
         self._records: deque[ActionRecord] = deque(maxlen=_RECORDS_KEPT)
-        self._p_critical: Mapping[int, float] = {}
+        self._outlook: Outlook | None = None
+        self._forecast_failures = 0
         self._observed_seconds = float("-inf")
         self._round_seconds = float("-inf")
         self._sample: Sample | None = None
@@ -149,6 +163,7 @@ class Guard:
         self._freed_bytes = 0
         self._reserved_bytes = 0
         self._is_wanted = False
+        self._is_relief_asked = False
         self._renew_threads()
 
     def _renew_threads(self) -> None:
@@ -212,6 +227,7 @@ class Guard:
             worker.stop()
         if thread is not None and thread is not threading.current_thread():
             thread.join(self._action_timeout_seconds)
+        self._executors.lift()
 
     def __enter__(self) -> Guard:
         return self.start()
@@ -259,6 +275,13 @@ class Guard:
             with self._account:
                 self._reserved_bytes -= wanted
 
+    def relieve(self) -> None:
+        """Ask for one round of what gentle does, at the next sample, whatever the stage is.
+
+        For whoever hears of pressure elsewhere: a scheduler, an operator, the service manager.
+        """
+        self._is_relief_asked = True
+
     def records(self) -> tuple[ActionRecord, ...]:
         """Give the last thousand actions, oldest first."""
         return tuple(self._records)
@@ -269,12 +292,24 @@ class Guard:
             self._clock.stage,
             self._highest,
             self._sample,
-            dict(self._p_critical),
+            dict(self._p_critical()),
             self._reserved_bytes,
             self._action_count,
             self._freed_bytes,
             self._stall_count,
         )
+
+    @property
+    def outlook(self) -> Outlook | None:
+        """What the forecaster said last: of the default one a `Forecast`; None without one."""
+        return self._outlook
+
+    @property
+    def forecaster(self) -> Forecasts | None:
+        """What forecasts for it; the default one is a `Forecaster`, or None until it is loaded."""
+        if isinstance(self._forecaster, LateForecaster):
+            return self._forecaster.loaded
+        return self._forecaster
 
     @property
     def stage(self) -> Stage:
@@ -292,15 +327,22 @@ class Guard:
             self._sample = sample
             self._look_ahead(sample)
             before = self._clock.stage
-            stage = self._clock.update(sample, self._p_critical)
+            stage = self._clock.update(sample, self._p_critical())
             self._highest = max(self._highest, stage)
             if stage is not before:
-                log.info("%s: %s", stage.name.lower(), _describe(sample))
+                level = logging.WARNING if stage >= Stage.AGGRESSIVE else logging.INFO
+                log.log(level, "%s: %s", stage.name.lower(), _describe(sample))
                 self._tell(self._on_stage, stage, sample)
+            is_pressed = stage >= Stage.GENTLE
             for cap in self._caps:
-                cap.adapt(sample.time_seconds, under_pressure=stage >= Stage.GENTLE)
+                cap.adapt(sample.time_seconds, under_pressure=is_pressed)
+            if not self.dry_run:
+                self._executors.adapt(sample.time_seconds, under_pressure=is_pressed)
+            asked, self._is_relief_asked = self._is_relief_asked, False
             if stage < Stage.GENTLE:
                 self._pressed_since = None
+                if asked:
+                    self._round(sample, Stage.GENTLE, self._excess(sample))
             elif self._is_turn(sample, stage):
                 since = sample.time_seconds - self._round_seconds
                 if since >= _ROUND_SECONDS[stage] or stage > before:
@@ -320,17 +362,27 @@ class Guard:
 
     def _look_ahead(self, sample: Sample) -> None:
         if self._forecaster is None or sample.limit_bytes is None:
+            self._outlook = None
             return
-        if sample.time_seconds - self._observed_seconds < self._forecast_seconds:
+        # After failures it is asked twice as seldom each time, as there may be no memory for it.
+        rest = self._forecast_seconds * 2 ** min(self._forecast_failures, 6)
+        if sample.time_seconds - self._observed_seconds < rest:
             return
         self._observed_seconds = sample.time_seconds
         try:
-            self._forecaster.observe(sample.time_seconds, sample.used_bytes, sample.limit_bytes)
-            outlook = self._forecaster.forecast()
-            self._p_critical = {} if outlook is None else outlook.p_critical
+            # File cache is not what a process dies of.
+            used = sample.without_cache_bytes
+            self._forecaster.observe(sample.time_seconds, used, sample.limit_bytes)
+            self._outlook = self._forecaster.forecast()
+            dict(self._p_critical())
+            self._forecast_failures = 0
         except Exception:
-            self._p_critical = {}
+            self._outlook = None
+            self._forecast_failures += 1
             log.exception("no forecast: responding to the level alone")
+
+    def _p_critical(self) -> Mapping[int, float]:
+        return {} if self._outlook is None else self._outlook.p_critical
 
     def _excess(self, sample: Sample) -> int:
         """Bytes above what a round is to come down to; at least a hundredth of the limit."""
@@ -341,7 +393,7 @@ class Guard:
     def _round(self, sample: Sample, stage: Stage, wanted: int) -> int:
         """Take the actions of a stage until enough is freed; give the bytes known to be freed."""
         self._round_seconds = sample.time_seconds
-        may_be_irreversible = self.thresholds.allows_irreversible(sample, self._p_critical)
+        may_be_irreversible = self.thresholds.allows_irreversible(sample, self._p_critical())
         limit = sample.limit_bytes or 0
         freed = 0
         registered = actions_for(self.registry, self._known)
@@ -514,6 +566,9 @@ class Guard:
         self._reserved_bytes = 0
         for cap in self._caps:
             cap.after_fork()
+        self._executors.after_fork()
+        if isinstance(self._forecaster, LateForecaster):
+            self._forecaster.after_fork()
         if self._is_wanted:
             self.start()
 

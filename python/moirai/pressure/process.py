@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,12 +12,18 @@ from typing import Any
 from moirai.errors import Closed, InvalidArgument
 from moirai.pressure.fence import Fence
 from moirai.pressure.guard import Guard
+from moirai.pressure.leader import Leader
 from moirai.pressure.sampler import Sampler
+from moirai.pressure.service_manager import PressureNotices
 from moirai.pressure.source import Source, optional_bytes
 
 __all__ = ["current", "reserve", "start", "stop"]
 
+log = logging.getLogger("moirai.pressure")
+
 _current: Guard | None = None
+_notices: PressureNotices | None = None
+_leader: Leader | None = None
 
 
 def start(
@@ -43,47 +50,80 @@ def start(
     Raises:
         InvalidArgument: This process has a guard already, or an argument is outside its range.
     """
-    global _current
+    global _current, _leader, _notices
     if _current is not None:
         raise InvalidArgument("start: this process has a guard already: stop it first")
     budget = optional_bytes(limit, "limit")
-    standing = _default_fence(root, budget, main_process_id) if fence is True else fence or None
+    name, limit_bytes = _nearest_limit(root, budget, main_process_id)
+    standing = _default_fence(name, limit_bytes) if fence is True else fence or None
+    leader = None
+    if (standing is None or standing.ledger is None) and not name.startswith("host"):
+        # Else the ledger says who leads. What all programs of a machine share, nobody leads.
+        leader = Leader(name)
+        options.setdefault("leads", leader)
     sampler = Sampler(
         root=root, budget_bytes=budget, budget_process_id=main_process_id, fence=standing
     )
     guard = Guard(sampler, **options)
     guard.start()
     _current = guard
+    _notices = _listen(guard)
+    _leader = leader
     atexit.register(stop)
     return guard
 
 
-def _default_fence(
+def _listen(guard: Guard) -> PressureNotices | None:
+    """Have what systemd says of memory pressure ask for a round, where it says something."""
+    notices = PressureNotices.asked_for(os.environ, guard.relieve)
+    if notices is not None:
+        try:
+            notices.start()
+        except OSError as error:
+            log.warning("MEMORY_PRESSURE_WATCH: nothing is heard of it: %s", error)
+            return None
+    return notices
+
+
+def _nearest_limit(
     root: str | os.PathLike[str], budget: int | None, main_process_id: int | None
-) -> Fence:
+) -> tuple[str, int]:
+    """Name the limit that kills first, alike in all processes under it, and give its bytes."""
     source = Source(root=root, budget_bytes=budget)
     source.read()
     deadly = [bound for bound in source.bounds() if bound.kind in ("cgroup", "budget", "host")]
+    if not deadly:
+        return "host", 0
     nearest = min(deadly, key=lambda bound: bound.limit_bytes - bound.without_cache_bytes)
-    margin = min(max(nearest.limit_bytes // 50, 8 << 20), 64 << 20)
     if nearest.kind == "budget":
         name = f"budget {nearest.limit_bytes} of process {main_process_id or os.getpid()}"
     else:
         name = f"{nearest.kind} {nearest.folder}"
-    return Fence(margin_bytes=margin, ledger=Fence.default_ledger(name))
+    return name, nearest.limit_bytes
+
+
+def _default_fence(limit_name: str, limit_bytes: int) -> Fence:
+    margin = min(max(limit_bytes // 50, 8 << 20), 64 << 20)
+    return Fence(margin_bytes=margin, ledger=Fence.default_ledger(limit_name))
 
 
 def stop() -> None:
     """End this process's guard, if it has one."""
-    global _current
+    global _current, _leader, _notices
     guard, _current = _current, None
+    notices, _notices = _notices, None
+    leader, _leader = _leader, None
     if guard is None:
         return
     atexit.unregister(stop)
+    if notices is not None:
+        notices.stop()
     sampler = guard.source
     assert isinstance(sampler, Sampler)
     is_last = sampler.statistics().sharer_count == 1
     guard.stop()
+    if leader is not None:
+        leader.release()
     if is_last and sampler.fence is not None and sampler.fence.ledger is not None:
         with contextlib.suppress(OSError):
             os.unlink(sampler.fence.ledger)

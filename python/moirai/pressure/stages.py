@@ -52,6 +52,8 @@ class Thresholds:
         monitor, gentle, aggressive, emergency: Shares of the limit; growing, in (0, 1]. The two
             last count without any file cache, which the kernel drops before it kills.
         monitor_p120, gentle_p60, aggressive_p30: Probabilities of the forecast; in (0, 1].
+        forecast_from: Probabilities count from this share of the limit on: below it a program that
+            grows fast is more often one that starts; in [0, 1].
         irreversible, irreversible_p30: Actions that cannot be undone are taken from this share of
             the limit on, or from this probability on.
         calm_below: A stage ends so far below the share at which it begins.
@@ -67,6 +69,7 @@ class Thresholds:
     aggressive_p30: float = 0.7
     irreversible: float = 0.90
     irreversible_p30: float = 0.85
+    forecast_from: float = 0.5
     calm_below: float = 0.05
     calm_seconds: float = 1.0
 
@@ -78,6 +81,10 @@ class Thresholds:
                 self.irreversible_p30)  # fmt: skip
         if not all(0 < value <= 1 for value in rest):
             raise InvalidArgument(f"thresholds: probabilities must be in (0, 1], got {rest}")
+        if not 0 <= self.forecast_from <= 1:
+            raise InvalidArgument(
+                f"thresholds: forecast_from must be in [0, 1], got {self.forecast_from}"
+            )
         if not (0 <= self.calm_below < self.monitor and self.calm_seconds >= 0):
             raise InvalidArgument(
                 "thresholds: must be 0 <= calm_below < monitor and calm_seconds >= 0, got "
@@ -88,7 +95,8 @@ class Thresholds:
         """Give the stage that a sample and a forecast call for, with shares less `slack`."""
         used = sample.used_ratio + slack
         hard = sample.without_cache_ratio + slack
-        p30, p60, p120 = (p_critical.get(horizon, 0.0) for horizon in (30, 60, 120))
+        counts = sample.used_ratio >= self.forecast_from
+        p30, p60, p120 = (counts * p_critical.get(horizon, 0.0) for horizon in (30, 60, 120))
         if hard >= self.emergency:
             return Stage.EMERGENCY
         if hard >= self.aggressive or p30 >= self.aggressive_p30:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moirai.reports.quantities import bytes_text
 
-__all__ = ["BoundRow", "Watched", "to_text"]
+__all__ = ["BoundRow", "FanRow", "Watched", "to_text"]
 
 _WIDTH = 40
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -25,8 +25,22 @@ class BoundRow:
 
 
 @dataclass(frozen=True)
+class FanRow:
+    """Use at one horizon as shares of the limit, and the odds of reaching 90 % of it by then."""
+
+    horizon_seconds: int
+    low_ratio: float
+    value_ratio: float
+    high_ratio: float
+    odds: float
+
+
+@dataclass(frozen=True)
 class Watched:
-    """One look at a process; `history` holds shares of the limit, oldest first."""
+    """One look at a process; `history` holds shares of the limit, oldest first.
+
+    `fan` is empty as long as nothing can be forecast.
+    """
 
     name: str
     stage: str
@@ -39,6 +53,8 @@ class Watched:
     total_kills: int | None
     history: Sequence[float]
     bounds: Sequence[BoundRow]
+    fan: Sequence[FanRow] = ()
+    trend: str | None = None
 
 
 def to_text(watched: Watched) -> str:
@@ -52,6 +68,9 @@ def to_text(watched: Watched) -> str:
         f"  {_curve(watched.history)}",
         f"  resident {bytes_text(watched.resident_bytes)}, {_growth(watched)}",
     ]
+    if watched.fan:
+        lines.append(f"  forecast ({watched.trend}), and the odds of reaching 90 %:")
+        lines.extend(_fan(row) for row in watched.fan)
     if watched.stalled_ratio is not None:
         lines.append(f"  stalled {watched.stalled_ratio:.1%} of the last 10 s")
     if watched.total_kills:
@@ -69,6 +88,20 @@ def to_text(watched: Watched) -> str:
 def _bar(share: float) -> str:
     full = round(min(1.0, max(0.0, share)) * _WIDTH)
     return "█" * full + "░" * (_WIDTH - full)
+
+
+def _fan(row: FanRow) -> str:
+    """Draw the interval of a forecast within 0 to 100 % of the limit, its middle as a bar."""
+    low, middle, high = (
+        min(_WIDTH - 1, max(0, int(share * _WIDTH)))
+        for share in (row.low_ratio, row.value_ratio, row.high_ratio)
+    )
+    track = ["▒" if low <= place <= high else "·" for place in range(_WIDTH)]
+    track[middle] = "█"
+    return (
+        f"  {''.join(track)} {row.value_ratio:6.1%}  in {row.horizon_seconds} s: "
+        f"{row.low_ratio:.1%} to {row.high_ratio:.1%}, odds {row.odds:.0%}"
+    )
 
 
 def _curve(history: Sequence[float]) -> str:

@@ -44,7 +44,8 @@ class Guarded:
     """What the guard of the main process saw and did.
 
     `actions` holds (name, how often, bytes it said it freed); `highest_stage` is one of calm,
-    monitor, gentle, aggressive, emergency; `used_bytes` is what was used of the limit at last.
+    monitor, gentle, aggressive, emergency; `used_bytes` is what was used of the limit at last;
+    `alarms` is (raised, true, false) of its forecaster, None if that was not called for.
     """
 
     limit_bytes: int | None
@@ -54,6 +55,8 @@ class Guarded:
     action_count: int
     freed_bytes: int
     actions: tuple[tuple[str, int, int], ...]
+    alarms: tuple[int, int, int] | None = None
+    median_lead_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,12 @@ def _guard_rows(summary: Summary) -> list[tuple[str, str]]:
             for name, count, freed in guarded.actions
         ]
         rows.append(("freed", "; ".join(parts)))
+    if guarded.alarms is not None:
+        raised, right, wrong = guarded.alarms
+        text = f"alarms {count_text(raised)}: {right} true, {wrong} false"
+        if guarded.median_lead_seconds is not None:
+            text += f"; median lead {seconds_text(guarded.median_lead_seconds)}"
+        rows.append(("forecast", text))
     return rows
 
 

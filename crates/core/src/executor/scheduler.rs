@@ -21,9 +21,12 @@ pub struct Scheduler<T: 'static> {
     unstarted: Lock<Vec<usize>>,
     /// Its length, so that nobody locks it once all are started. A hint, so `Relaxed` suffices.
     unstarted_count: AtomicUsize,
-    /// How many more may run a task now. `SeqCst`, as whoever gives a seat back looks for work then,
-    /// and whoever finds work looks for a seat.
+    /// How many more may run a task now, in two's complement: negative while more run than are
+    /// allowed since [`Scheduler::allow`]. `SeqCst`, as whoever gives a seat back looks for work
+    /// then, and whoever finds work looks for a seat. `seats == allowed - running`.
     seats: AtomicUsize,
+    /// How many may run at once. Only the difference of two values counts, so `Relaxed` suffices.
+    allowed: AtomicUsize,
     /// `SeqCst`: a task is queued before or seen to be too late; see `push`.
     closed: AtomicBool,
     /// Queued tasks that are over, by estimate, and from how many on they are swept out.
@@ -75,6 +78,7 @@ impl<T: 'static> Scheduler<T> {
             unstarted: Lock::new((0..count).rev().collect()),
             unstarted_count: AtomicUsize::new(count),
             seats: AtomicUsize::new(count),
+            allowed: AtomicUsize::new(count),
             closed: AtomicBool::new(false),
             over: AtomicUsize::new(0),
             sweep_at: AtomicUsize::new(SWEEP_COUNT),
@@ -183,7 +187,7 @@ impl<T: 'static> Scheduler<T> {
     /// Whether a task is queued anywhere and may be run.
     #[inline]
     pub fn has_work(&self) -> bool {
-        self.seats.load(Ordering::SeqCst) > 0 && self.has_tasks()
+        self.free_seats() > 0 && self.has_tasks()
     }
 
     fn has_tasks(&self) -> bool {
@@ -217,7 +221,7 @@ impl<T: 'static> Scheduler<T> {
     #[inline]
     pub fn take_seat(&self) -> bool {
         let mut free = self.seats.load(Ordering::SeqCst);
-        while free > 0 {
+        while free as isize > 0 {
             let swap = self.seats.compare_exchange_weak(
                 free,
                 free - 1,
@@ -249,7 +253,46 @@ impl<T: 'static> Scheduler<T> {
 
     pub(super) fn leave_seat(&self) {
         let before = self.seats.fetch_add(1, Ordering::SeqCst);
-        debug_assert!(before < self.members.len());
+        debug_assert!((before as isize) < self.members.len() as isize);
+    }
+
+    #[inline]
+    fn free_seats(&self) -> isize {
+        self.seats.load(Ordering::SeqCst) as isize
+    }
+
+    /// Let `count` tasks run at once from now on, at least one and at most one a worker. Those that
+    /// run are not interrupted: their workers leave after the task they are at.
+    pub fn allow(&self, count: usize) {
+        let count = count.clamp(1, self.members.len());
+        let before = self.allowed.swap(count, Ordering::Relaxed);
+        self.seats
+            .fetch_add(count.wrapping_sub(before), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        for _ in before..count {
+            if self.has_tasks()
+                && let Some(who) = self.idle.seek()
+            {
+                self.call(who);
+            }
+        }
+    }
+
+    /// How many may run at once.
+    pub fn allowed_count(&self) -> usize {
+        self.allowed.load(Ordering::Relaxed)
+    }
+
+    /// How many run tasks, or look for the next one.
+    pub fn running_count(&self) -> usize {
+        let running = self.allowed_count() as isize - self.free_seats();
+        running.clamp(0, self.members.len() as isize) as usize
+    }
+
+    /// Whether more run than may: who has a seat is to leave it.
+    #[inline]
+    pub fn is_crowded(&self) -> bool {
+        (self.seats.load(Ordering::Relaxed) as isize) < 0
     }
 
     /// The oldest task of the most urgent lane, for a thread that has a seat and is no worker.

@@ -117,6 +117,31 @@ fn as_many_have_a_seat_as_there_may_be_workers() {
 }
 
 #[test]
+fn fewer_may_run_than_there_are_workers_and_one_always() {
+    let scheduler = one_node(3);
+    assert!(scheduler.take_seat() && scheduler.take_seat());
+    assert_eq!(scheduler.running_count(), 2);
+    scheduler.allow(0);
+    assert_eq!(
+        (scheduler.allowed_count(), scheduler.running_count()),
+        (1, 2)
+    );
+    scheduler.push(0, Priority::Normal, 1);
+    assert!(scheduler.is_crowded() && !scheduler.take_seat());
+    scheduler.give_seat();
+    assert!(!scheduler.is_crowded() && !scheduler.has_work());
+    scheduler.give_seat();
+    assert!(scheduler.has_work() && scheduler.take_seat());
+    assert!(!scheduler.take_seat());
+    scheduler.allow(9);
+    assert_eq!(
+        (scheduler.allowed_count(), scheduler.running_count()),
+        (3, 1)
+    );
+    assert!(scheduler.take_seat() && scheduler.take_seat() && !scheduler.take_seat());
+}
+
+#[test]
 fn a_task_is_taken_once_or_cancelled() {
     let task = Task::new("call");
     assert_eq!(task.stage(), Stage::Pending);

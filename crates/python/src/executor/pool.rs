@@ -434,6 +434,26 @@ impl BareExecutor {
         std::mem::forget(std::mem::replace(&mut *shared, new));
     }
 
+    /// Let so many tasks run at once from now on; from 1 to as many as there are workers.
+    fn allow(&self, task_count: &Bound<'_, PyAny>) -> PyResult<()> {
+        let allowed = count("task_count", task_count, 1..=self.node_of_worker.len())?;
+        let shared = self.shared();
+        task_count.py().detach(|| shared.scheduler.allow(allowed));
+        Ok(())
+    }
+
+    /// How many tasks may run at once.
+    #[getter]
+    fn allowed_count(&self) -> usize {
+        self.shared().scheduler.allowed_count()
+    }
+
+    /// How many workers run tasks, or look for the next one.
+    #[getter]
+    fn running_count(&self) -> usize {
+        self.shared().scheduler.running_count()
+    }
+
     /// What was done so far: counts for the executor, and for each worker.
     fn counts<'py>(
         &self,
@@ -552,7 +572,7 @@ fn run_all(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) {
             shared.scheduler.buried();
         }
         drop(task);
-        if shared.is_inherited() {
+        if shared.is_inherited() || shared.scheduler.is_crowded() {
             return;
         }
         turn += 1;
