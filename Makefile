@@ -28,13 +28,17 @@ help: ## list the targets
 	@printf '  make %-18s %s\n' 'bench-<name>' 'run one of: $(BENCHMARKS:bench-%=%)'
 
 # Running each program first warms the file cache, so that `compare` needs no warm-up round.
-demo: $(BUILT) ## run and compare three real programs; DEMO_RUNS=3
+demo: $(BUILT) ## run and compare real programs; DEMO_RUNS=3
 	@for example in image_pipeline.py signal_chain.py \
 	    "photo_segmentation.py --photographs flower --iterations 3"; do \
 	    printf '\n== moirai run examples/%s\n' "$$example"; \
 	    $(PY) -m moirai run examples/$$example || exit 1; \
 	    printf '\n== moirai compare examples/%s\n' "$$example"; \
 	    $(PY) -m moirai compare --runs $(DEMO_RUNS) --no-warm-up examples/$$example || exit 1; \
+	done
+	@for example in frame_pipeline log_collector data_loader; do \
+	    printf '\n== python examples/%s.py\n' "$$example"; \
+	    $(PY) examples/$$example.py || exit 1; \
 	done
 
 build: $(BUILT) ## create .venv and build the package into it, optimised

@@ -11,7 +11,10 @@ are small integers. Five questions:
   and writes it to /dev/null: messages a second of CPU when as many are sent as possible, and how
   old messages get when few are.
 
-Bounded queues have room for 1024. A package is used as its page shows.
+Bounded queues have room for 1024, and at least four times as many messages pass from thread to
+thread or task: once aiologic's queue has run full or empty it hands over one by one, a change of
+threads each, so fewer messages measure how many of them found room. It is there without a bound
+too, where it is never full but as often empty. A package is used as its page shows.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ CAPACITY = 1024
 BATCH = 100
 MAX_DELAY_SECONDS = 0.005
 SAMPLE_SECONDS = 0.02
+MIN_COUNT = 4 * CAPACITY
 
 # Those whose rows the goals compare with.
 SIMPLE, QUEUE = "simple-queue", "queue"
@@ -130,6 +134,12 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "aiologic": Subject(
         "aiologic", lambda: aiologic.Queue(CAPACITY), lambda q: q.green_put, lambda q: q.green_get
+    ),
+    "aiologic-simple": Subject(
+        "aiologic.SimpleQueue, unbounded",
+        aiologic.SimpleQueue,
+        lambda q: q.green_put,
+        lambda q: q.green_get,
     ),
     "asyncio": Subject(
         "asyncio.Queue, one loop",
@@ -270,7 +280,7 @@ def threads(
     with _LoopBound() as bound:
         counts = {}
         for name, subject in able.items():
-            counts[name] = max(1000, int(run(bound, subject, 2000) * seconds))
+            counts[name] = max(MIN_COUNT, int(run(bound, subject, MIN_COUNT) * seconds))
         for _, name in harness.interleaved(able, rounds):
             found[name].append(run(bound, able[name], counts[name]))
     return dict(found)
@@ -320,6 +330,9 @@ BRIDGES: dict[str, Bridge] = {
     "aiologic": Bridge(
         "aiologic", _both(lambda: aiologic.Queue(CAPACITY), "green_put", "async_get")
     ),
+    "aiologic-simple": Bridge(
+        "aiologic.SimpleQueue, unbounded", _both(aiologic.SimpleQueue, "green_put", "async_get")
+    ),
     MOIRAI: Bridge(
         "Moirai, Channel", _both(lambda: channels.Channel(CAPACITY), "send", "receive_async")
     ),
@@ -356,7 +369,9 @@ def bridges(chosen: Iterable[str], rounds: int, seconds: float) -> dict[str, lis
 
     names = [name for name in BRIDGES if name in chosen]
     found: dict[str, list[float]] = defaultdict(list)
-    counts = {name: max(1000, int(asyncio.run(run(name, 2000)) * seconds)) for name in names}
+    counts = {
+        name: max(MIN_COUNT, int(asyncio.run(run(name, MIN_COUNT)) * seconds)) for name in names
+    }
     for _, name in harness.interleaved(names, rounds):
         found[name].append(asyncio.run(run(name, counts[name])))
     return dict(found)

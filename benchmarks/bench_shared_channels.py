@@ -5,15 +5,16 @@ every subject moves the same messages once, subjects in turn; each pair of proce
 that poll take a core each while they wait; Moirai spins for at most 50 us and then sleeps.
 
 - one way: wall time from the first message to the last, a message;
-- there and back: one message at a time, 64 bytes;
+- arrays: each is new, eight bytes of it are written, and it is handed over as it is;
+- there and back: one message at a time, 64 bytes; and the same where each is busy for 200 us first,
+  so that the other sleeps and has to be woken, beside two futexes that do nothing else;
+- silence: the share of a core that a receiver takes while nothing comes;
 - death: the sender is killed with SIGKILL while the receiver waits; time until it is told.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
 import os
 import signal
 import statistics
@@ -26,7 +27,10 @@ from typing import Any
 import numpy as np
 
 import harness
+import shared_channel_ours as ours
 import shared_channel_peers as peers
+import shared_channel_waits as waits
+from forked import LIMIT_SECONDS, end_children, in_child, pinned, unpinned
 from harness import Goal
 from moirai.channels import SharedChannel
 from moirai.errors import Disconnected
@@ -39,12 +43,12 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = {64: 20_000, 4 * KIB: 10_000, MIB: 200, 16 * MIB: 8}
 WARM_UP = 16
 BATCH = 256
-LIMIT_SECONDS = 30
-CORES = sorted(os.sched_getaffinity(0))
+BUSY_US = waits.BUSY_NS // 1000
 
 ONE_WAY: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
     "mp-pipe": peers.Pipe,
+    "hand-made": peers.HandMade,
     "faster-fifo": peers.FasterFifo,
     "zmq": peers.Zmq,
     "iceoryx2": peers.Iceoryx,
@@ -54,28 +58,65 @@ ONE_WAY: dict[str, type[Link]] = {
     "cloudtoid": peers.Cloudtoid,
     "kickmsg": peers.Kickmsg,
     "kickmsg-in-place": peers.KickmsgInPlace,
-    "moirai": peers.Moirai,
-    "moirai-copied": peers.MoiraiCopied,
-    "moirai-in-place": peers.MoiraiInPlace,
+    "moirai-queue": ours.MoiraiQueue,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-copied": ours.MoiraiCopied,
+    "moirai-in-place": ours.MoiraiInPlace,
 }
 BATCHED: dict[str, type[Link]] = {
+    "faster-fifo": peers.FasterFifoBatches,
     "subetha": peers.SubethaBatches,
-    "moirai": peers.MoiraiBatches,
-    "moirai-records": peers.MoiraiRecords,
+    "moirai": ours.MoiraiBatches,
+    "moirai-records": ours.MoiraiRecords,
 }
 OBJECTS: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
+    "mp-simple-queue": peers.SimpleQueue,
     "mp-pipe": peers.PipeOfObjects,
+    "faster-fifo": peers.FasterFifo,
     "zmq": peers.ZmqObjects,
-    "moirai": peers.MoiraiObjects,
+    "moirai-queue": ours.MoiraiQueue,
+    "moirai-pipe": ours.MoiraiPipeOfObjects,
+    "moirai": ours.MoiraiObjects,
+}
+ARRAY_SIZES = {64 * KIB: 2000, MIB: 2000, 16 * MIB: 500}
+ARRAYS: dict[str, type[Link]] = {
+    "mp-queue": peers.QueueOfArrays,
+    "by-hand": peers.SharedMemoryByHand,
+    "iceoryx2-in-place": peers.IceoryxInPlace,
+    "moirai-lent": ours.MoiraiLent,
+    "moirai-lent-again": ours.MoiraiLentAgain,
 }
 THERE_AND_BACK: dict[str, type[Link]] = {
     "mp-queue": peers.Queue,
     "mp-pipe": peers.Pipe,
     "zmq": peers.Zmq,
     "iceoryx2": peers.Iceoryx,
-    "moirai": peers.Moirai,
-    "moirai-in-place": peers.MoiraiInPlace,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-in-place": ours.MoiraiInPlace,
+}
+PARKED: dict[str, type[Link]] = {
+    "mp-queue": peers.Queue,
+    "mp-pipe": peers.Pipe,
+    "faster-fifo": peers.FasterFifo,
+    "zmq": peers.Zmq,
+    "cloudtoid": peers.Cloudtoid,
+    "kickmsg": peers.Kickmsg,
+    "moirai-pipe": ours.MoiraiPipe,
+    "moirai": ours.Moirai,
+    "moirai-in-place": ours.MoiraiInPlace,
+}
+SILENT: dict[str, type[Link]] = {
+    "mp-queue": peers.Queue,
+    "mp-pipe": peers.Pipe,
+    "faster-fifo": peers.FasterFifo,
+    "zmq": peers.Zmq,
+    "iceoryx2": peers.Iceoryx,
+    "cloudtoid": peers.Cloudtoid,
+    "kickmsg": peers.Kickmsg,
+    "moirai": ours.Moirai,
 }
 
 
@@ -85,26 +126,6 @@ def is_ours(name: str) -> bool:
 
 
 # === measuring ==================================================================================
-
-
-def pinned(core: int) -> None:
-    """Stay on one of the cores there are."""
-    os.sched_setaffinity(0, {CORES[core % len(CORES)]})
-
-
-def in_child(body: Callable[[], None]) -> int:
-    """Run a function in a forked process; its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(2 * LIMIT_SECONDS)
-        body()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def one_way(kind: type[Link], size: int, items: Sequence[Any], per_call: int) -> float:
@@ -191,40 +212,6 @@ def there_and_back(kind: type[Link], rounds: int) -> float:
     return elapsed / rounds / 1e3
 
 
-def futex_there_and_back(rounds: int) -> float:
-    """Microseconds for two processes that only sleep and wake each other: the limit of blocking."""
-    place = mmap.mmap(-1, mmap.PAGESIZE)
-    words = (ctypes.c_uint32 * 64).from_buffer(place)
-    call = ctypes.CDLL(None).syscall
-    futex, wait, wake = 202, 0, 1
-    addresses = [ctypes.c_void_p(ctypes.addressof(words) + 128 * side) for side in range(2)]
-
-    def give(side: int, value: int) -> None:
-        words[32 * side] = value
-        call(futex, addresses[side], wake, 1, None)
-
-    def take(side: int, value: int) -> None:
-        while words[32 * side] < value:
-            call(futex, addresses[side], wait, value - 1, None)
-
-    def child() -> None:
-        pinned(1)
-        for value in range(1, rounds + 2):
-            take(0, value)
-            give(1, value)
-
-    process = in_child(child)
-    give(0, 1)
-    take(1, 1)
-    started = time.perf_counter_ns()
-    for value in range(2, rounds + 2):
-        give(0, value)
-        take(1, value)
-    elapsed = time.perf_counter_ns() - started
-    os.waitpid(process, 0)
-    return elapsed / rounds / 1e3
-
-
 def copy(size: int, count: int) -> float:
     """Microseconds to copy a message into the same place of this process, again and again."""
     source, place = np.ones(size, np.uint8), np.zeros(size, np.uint8)
@@ -274,8 +261,22 @@ def _too_long(signum: int, frame: Any) -> None:
     raise TimeoutError(f"took longer than {LIMIT_SECONDS} s")
 
 
+class LeftOut(dict[str, str]):
+    """Why a peer has no number, by its label."""
+
+    def note(self, kind: type[Link], where: str, error: BaseException) -> None:
+        reason = " ".join(str(error).split())[:120]
+        text = f"{where}: {type(error).__name__}{': ' if reason else ''}{reason}"
+        self[kind.label] = text
+        harness.progress(f"{kind.label}, {text}")
+
+
 def table(
-    subjects: Mapping[str, type[Link]], rounds: int, run: Callable[[type[Link]], float]
+    subjects: Mapping[str, type[Link]],
+    rounds: int,
+    run: Callable[[type[Link]], float],
+    left_out: LeftOut,
+    where: str,
 ) -> dict[str, list[float]]:
     """Samples by subject, interleaved; a subject that fails is left out, and said so."""
     found: dict[str, list[float]] = defaultdict(list)
@@ -290,12 +291,13 @@ def table(
                 found[name].append(run(subjects[name]))
             finally:
                 signal.alarm(0)
+                end_children()
         except Exception as error:
             if is_ours(name):
                 raise
             failed.add(name)
             found.pop(name, None)
-            harness.progress(f"{name} failed: {error!r}")
+            left_out.note(subjects[name], where, error)
     return dict(found)
 
 
@@ -341,7 +343,9 @@ def render(results: Mapping[str, Any]) -> str:
         *(cell(harness.median(v)) for v in results["copy"].values()),
     ]
     back = rows(THERE_AND_BACK, [results["there_and_back"]])
-    back.append(["two futexes, nothing else", cell(harness.median(results["futex"]))])
+    parked = rows(PARKED, [results["parked"]])
+    parked.append(["two futexes, nothing else", cell(harness.median(results["futex"]))])
+    left_out = [f"{label} ({why})" for label, why in results["left_out"].items()]
     told = results["told_ms"]
     return "\n\n".join(
         [
@@ -356,10 +360,21 @@ def render(results: Mapping[str, Any]) -> str:
                 ["", "small dict", "array of 1 MiB"],
                 rows(OBJECTS, [results["small_dict"], results["array"]]),
             ),
+            "**Arrays, handed over as they are: us a message**",
+            harness.markdown_table(
+                ["", *(harness.size_label(int(size)) for size in results["arrays"])],
+                rows(ARRAYS, list(results["arrays"].values())),
+            ),
             "**There and back, 64 B: us**",
             harness.markdown_table(["", "us"], back),
+            f"**There and back, both asleep until woken, 64 B: us** (less the {BUSY_US} us that the"
+            " other is busy)",
+            harness.markdown_table(["", "us"], parked),
+            "**Silence: % of a core**",
+            harness.markdown_table(["", "%"], rows(SILENT, [results["silence"]])),
             f"**A receiver is told of its sender's death** after {harness.median(told):.0f} ms"
             f" (median of {len(told)}; the longest {max(told):.0f} ms).",
+            f"Left out: {'; '.join(left_out) or 'none'}.",
         ]
     )
 
@@ -374,6 +389,8 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     in_place, view = middle(large, "moirai-in-place"), middle(large, "moirai-copied")
 
     other = middle(large, "iceoryx2-in-place")
+    lent = {int(size): column for size, column in results["arrays"].items()}
+    lent_huge = middle(lent[16 * MIB], "moirai-lent")
 
     def over(text: str, column: Mapping[str, Sequence[float]], peer: str, times: float) -> Goal:
         return Goal(text, middle(column, "moirai") / middle(column, peer), 1 / times)
@@ -391,11 +408,30 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
         Goal("1 MiB copied in over np.copyto", view / copied[MIB], 1 / 0.9),
         Goal("1 MiB copied in over iceoryx2", view / middle(large, "iceoryx2"), 1 / 1.3),
         over("small dict over Pipe", small_dict, "mp-pipe", 3),
+        Goal(
+            "small dict, processes.Queue over mp.Queue",
+            middle(small_dict, "moirai-queue") / middle(small_dict, "mp-queue"),
+            1.0,
+        ),
         over("array of 1 MiB over mp.Queue", array, "mp-queue", 30),
         over("array of 1 MiB over zmq", array, "zmq", 2),
+        Goal("1 MiB lent, us", middle(lent[MIB], "moirai-lent"), 1.5),
+        Goal("16 MiB lent over 1 MiB", lent_huge / middle(lent[MIB], "moirai-lent"), 1.5),
         Goal("there and back, spinning, us", middle(back, "moirai"), 3.0),
         Goal("there and back with views, us", middle(back, "moirai-in-place"), 4.0),
         over("there and back over Pipe", back, "mp-pipe", 1.0),
+        Goal(
+            "there and back, processes.Pipe over Pipe",
+            middle(back, "moirai-pipe") / middle(back, "mp-pipe"),
+            1.0,
+        ),
+        Goal(
+            "there and back, woken, over two futexes",
+            middle(results["parked"], "moirai") / harness.median(results["futex"]),
+            1.3,
+        ),
+        over("there and back, woken, over Pipe", results["parked"], "mp-pipe", 1.0),
+        Goal("silence, % of a core", middle(results["silence"], "moirai"), 0.1),
         Goal("told of a death, longest, ms", max(results["told_ms"]), 100.0),
     ]
 
@@ -407,39 +443,62 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     share = 50 if arguments.quick else 1
     names = arguments.configurations
     results: dict[str, Any] = {"one_way": {}, "copy": {}}
+    left_out = LeftOut()
 
     def chosen(subjects: Mapping[str, type[Link]]) -> dict[str, type[Link]]:
         return {k: v for k, v in subjects.items() if names is None or k in names or is_ours(k)}
 
+    def compared(
+        where: str, subjects: Mapping[str, type[Link]], run: Callable[[type[Link]], float]
+    ) -> dict[str, list[float]]:
+        harness.progress(where)
+        return table(chosen(subjects), rounds, run, left_out, where)
+
     for size, most in SIZES.items():
         count = max(4, most // share)
-        harness.progress(f"one way, {harness.size_label(size)}")
-        subjects = {k: v for k, v in chosen(ONE_WAY).items() if size <= v.max_bytes}
         items = [bytes(size)] * count
-        results["one_way"][str(size)] = table(
-            subjects, rounds, lambda kind, size=size, items=items: one_way(kind, size, items, 1)
+        results["one_way"][str(size)] = compared(
+            f"one way, {harness.size_label(size)}",
+            {k: v for k, v in ONE_WAY.items() if size <= v.max_bytes},
+            lambda kind, size=size, items=items: one_way(kind, size, items, 1),
         )
         results["copy"][str(size)] = [copy(size, count) for _ in range(rounds)]
-    harness.progress("batches")
     batches = [[bytes(64)] * BATCH] * max(2, 400 // share)
-    results["batched"] = table(
-        chosen(BATCHED), rounds, lambda kind: one_way(kind, 64, batches, BATCH)
+    results["batched"] = compared(
+        "batches", BATCHED, lambda kind: one_way(kind, 64, batches, BATCH)
     )
-    harness.progress("objects")
     small = [{"id": 7, "name": "frame", "shape": (480, 640)}] * max(4, 10_000 // share)
     arrays = [{"id": 7, "data": np.ones(MIB, np.uint8)}] * max(4, 60 // share)
     for name, items in (("small_dict", small), ("array", arrays)):
-        results[name] = table(
-            chosen(OBJECTS), rounds, lambda kind, items=items: one_way(kind, MIB, items, 1)
+        results[name] = compared(
+            f"objects, {name}", OBJECTS, lambda kind, items=items: one_way(kind, MIB, items, 1)
         )
-    harness.progress("there and back")
+    results["arrays"] = {}
+    for size, most in ARRAY_SIZES.items():
+        few = max(4, most // share)
+
+        def hand_over(kind: type[Link], size: int = size, few: int = few) -> float:
+            count = few // 20 if kind is peers.QueueOfArrays else few
+            return one_way(kind, size, [b""] * max(4, count), 1)
+
+        results["arrays"][str(size)] = compared(
+            f"arrays, {harness.size_label(size)}", ARRAYS, hand_over
+        )
     turns = max(20, 3000 // share)
-    results["there_and_back"] = table(
-        chosen(THERE_AND_BACK), rounds, lambda kind: there_and_back(kind, turns)
+    results["there_and_back"] = compared(
+        "there and back", THERE_AND_BACK, lambda kind: there_and_back(kind, turns)
     )
-    results["futex"] = [futex_there_and_back(turns) for _ in range(rounds)]
+
+    naps = max(10, turns // 6)
+    results["parked"] = compared("woken", PARKED, lambda kind: waits.parked(kind, naps))
+    results["futex"] = [waits.parked_futexes(naps) for _ in range(rounds)]
+    results["silence"] = compared(
+        "silence", SILENT, lambda kind: waits.silence(kind, 0.05 if arguments.quick else 1.0)
+    )
+    results["left_out"] = dict(left_out)
     harness.progress("deaths")
     results["told_ms"] = [told_after() for _ in range(2 if arguments.quick else 20)]
+    unpinned()
     parameters = {"rounds": rounds, "sizes": SIZES, "batch": BATCH, "quick": arguments.quick}
     return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
 

@@ -448,8 +448,8 @@ def machine() -> dict[str, Any]:
     """What a reader needs to know to compare: machine, cores, versions, commit."""
     packages = ("numpy", "scipy", "scikit-learn", "scikit-image", "pandas", "cmeel-mimalloc",
                 "numpy-allocator", "pondpond", "object-pool", "objpool", "generic-pool",
-                "faster-fifo", "pyzmq", "iceoryx2", "hyperq", "kickmsg", "subetha-ipc",
-                "cloudtoid-interprocess", "moirai-runtime")  # fmt: skip
+                "janus", "culsans", "aiologic", "faster-fifo", "pyzmq", "iceoryx2", "hyperq",
+                "kickmsg", "subetha-ipc", "cloudtoid-interprocess", "moirai-runtime")  # fmt: skip
     huge_pages = _read("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = huge_pages.partition("[")[2].partition("]")[0] or huge_pages
     return {

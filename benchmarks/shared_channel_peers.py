@@ -6,23 +6,29 @@ A link is made in the parent, then the process forks; the child calls `sender()`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import queue
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
+from multiprocessing import shared_memory
 from typing import Any
 
 import numpy as np
-
-from moirai.channels import SharedChannel
 
 MIB = 1 << 20
 FORK = multiprocessing.get_context("fork")
 
 Send = Callable[[Any], None]
 Receive = Callable[[], Any]
+
+
+def void(_: object) -> None:
+    """What was given back is not needed."""
 
 
 class Link:
@@ -43,6 +49,10 @@ class Link:
         """In the parent."""
         raise NotImplementedError
 
+    def waiter(self) -> Callable[[float], None]:
+        """Waits for as many seconds, in vain."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """In both."""
 
@@ -60,9 +70,33 @@ class Queue(Link):
     def receiver(self) -> Receive:
         return self.queue.get  # type: ignore[no-any-return]
 
+    def waiter(self) -> Callable[[float], None]:
+        def wait(seconds: float) -> None:
+            with contextlib.suppress(queue.Empty):
+                self.queue.get(timeout=seconds)
+
+        return wait
+
     def close(self) -> None:
         self.queue.close()
         self.queue.join_thread()
+
+
+class SimpleQueue(Link):
+    label = "multiprocessing.SimpleQueue"
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.queue: Any = FORK.SimpleQueue()
+
+    def sender(self) -> Send:
+        return self.queue.put  # type: ignore[no-any-return]
+
+    def receiver(self) -> Receive:
+        return self.queue.get  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self.queue.close()
 
 
 class Pipe(Link):
@@ -77,6 +111,9 @@ class Pipe(Link):
 
     def receiver(self) -> Receive:
         return self.ends[0].recv_bytes
+
+    def waiter(self) -> Callable[[float], None]:
+        return lambda seconds: void(self.ends[0].poll(seconds))
 
 
 class PipeOfObjects(Pipe):
@@ -101,6 +138,75 @@ class FasterFifo(Link):
 
     def receiver(self) -> Receive:
         return self.queue.get  # type: ignore[no-any-return]
+
+    def waiter(self) -> Callable[[float], None]:
+        def wait(seconds: float) -> None:
+            with contextlib.suppress(queue.Empty):
+                self.queue.get(timeout=seconds)
+
+        return wait
+
+
+class FasterFifoBatches(FasterFifo):
+    label = "faster-fifo, batches of 256"
+
+    def sender(self) -> Send:
+        return self.queue.put_many  # type: ignore[no-any-return]
+
+    def receiver(self) -> Receive:
+        return lambda: self.queue.get_many(max_messages_to_get=256)
+
+
+class HandMade(Link):
+    """What people write over multiprocessing.shared_memory: two counters, slots, polling."""
+
+    label = "hand-made ring in shared_memory"
+    slots = 8
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        super().__init__(size_bytes, count)
+        self.memory = shared_memory.SharedMemory(create=True, size=128 + self.slots * size_bytes)
+        self.owner = os.getpid()
+
+    def parts(self) -> tuple[Any, list[Any]]:
+        counters = self.memory.buf[:128].cast("Q")
+        ends = range(128, 129 + self.slots * self.size_bytes, self.size_bytes)
+        return counters, [self.memory.buf[it : it + self.size_bytes] for it in ends[:-1]]
+
+    def sender(self) -> Send:
+        (counters, places), slots, sent = self.parts(), self.slots, 0
+
+        def send(data: Any) -> None:
+            nonlocal sent
+            while sent - counters[8] >= slots:
+                pass
+            places[sent % slots][:] = data
+            sent += 1
+            counters[0] = sent
+
+        return send
+
+    def receiver(self) -> Receive:
+        (counters, places), slots, received = self.parts(), self.slots, 0
+
+        def receive() -> Any:
+            nonlocal received
+            while counters[0] == received:
+                pass
+            data = bytes(places[received % slots])
+            received += 1
+            counters[8] = received
+            return data
+
+        return receive
+
+    def close(self) -> None:
+        if os.getpid() == self.owner:
+            self.memory.unlink()
+            # Its views are the closures'; the kernel takes the memory when they are gone.
+            self.memory._buf = None  # type: ignore[attr-defined]
+            self.memory._mmap = None  # type: ignore[attr-defined]
+            self.memory.close()
 
 
 class Zmq(Link):
@@ -129,6 +235,10 @@ class Zmq(Link):
     def receiver(self) -> Receive:
         socket = self.socket("PULL")
         return lambda: socket.recv(copy=False)
+
+    def waiter(self) -> Callable[[float], None]:
+        socket = self.socket("PULL")
+        return lambda seconds: void(socket.poll(1000 * seconds))
 
     def close(self) -> None:
         self.context.destroy(linger=10_000)
@@ -191,6 +301,16 @@ class Iceoryx(Link):
             return None
 
         return receive
+
+    def waiter(self) -> Callable[[float], None]:
+        subscriber = self.service().subscriber_builder().create()
+
+        def wait(seconds: float) -> None:
+            until = time.perf_counter() + seconds
+            while subscriber.receive() is None and time.perf_counter() < until:
+                pass
+
+        return wait
 
 
 class IceoryxInPlace(Iceoryx):
@@ -263,7 +383,7 @@ class HyperQ(Link):
         import hyperq
 
         super().__init__(size_bytes, count)
-        self.queue = hyperq.BytesHyperQ(4 * MIB, f"/moirai-{uuid.uuid4().hex[:12]}")
+        self.queue = hyperq.BytesHyperQ(4 * MIB, f"moirai-{uuid.uuid4().hex[:12]}")
 
     def sender(self) -> Send:
         return self.queue.put  # type: ignore[no-any-return]
@@ -296,6 +416,17 @@ class Cloudtoid(Link):
 
         subscriber = cloudtoid_interprocess.Subscriber("bench", self.capacity, self.folder)
         return lambda: subscriber.receive(30)
+
+    def waiter(self) -> Callable[[float], None]:
+        import cloudtoid_interprocess
+
+        subscriber = cloudtoid_interprocess.Subscriber("bench", self.capacity, self.folder)
+
+        def wait(seconds: float) -> None:
+            with contextlib.suppress(TimeoutError):
+                subscriber.receive(seconds)
+
+        return wait
 
     def close(self) -> None:
         import shutil
@@ -345,6 +476,12 @@ class Kickmsg(Link):
             return lambda: subscriber.receive(30.0)
         return lambda: subscriber.receive_view(30.0)
 
+    def waiter(self) -> Callable[[float], None]:
+        import kickmsg
+
+        subscriber = kickmsg.Subscriber(self.region)
+        return lambda seconds: void(subscriber.receive(seconds))
+
     def close(self) -> None:
         import kickmsg
 
@@ -356,82 +493,65 @@ class KickmsgInPlace(Kickmsg):
     in_place = True
 
 
-class Moirai(Link):
-    label = "Moirai, bytes"
-
-    def __init__(self, size_bytes: int, count: int) -> None:
-        super().__init__(size_bytes, count)
-        self.channel = SharedChannel.create(capacity_bytes=max(8 * MIB, 4 * size_bytes))
+class QueueOfArrays(Queue):
+    label = "multiprocessing.Queue, arrays"
 
     def sender(self) -> Send:
-        self.end = self.channel.sender()
-        return self.end.send_bytes
-
-    def receiver(self) -> Receive:
-        self.other_end = self.channel.receiver()
-        return self.other_end.receive_bytes
-
-    def close(self) -> None:
-        self.channel.close()
-
-
-class MoiraiObjects(Moirai):
-    label = "Moirai, objects"
-
-    def sender(self) -> Send:
-        return self.channel.sender().send
-
-    def receiver(self) -> Receive:
-        return self.channel.receiver().receive
-
-
-class MoiraiCopied(Moirai):
-    label = "Moirai, copied in, received as a view"
-
-    def receiver(self) -> Receive:
-        return self.channel.receiver().receive_view
-
-
-class MoiraiInPlace(Moirai):
-    label = "Moirai, in place"
-
-    def sender(self) -> Send:
-        sender, size = self.channel.sender(), self.size_bytes
+        put, size = self.queue.put, self.size_bytes
 
         def send(data: Any) -> None:
-            with sender.reserve(size, np.uint8) as slot:
-                slot[:8] = 1
+            array = np.empty(size, np.uint8)
+            array[:8] = 1
+            put(array)
+
+        return send
+
+
+class SharedMemoryByHand(Link):
+    """Eight places in one block, each with a byte that says whose turn it is; both sides poll."""
+
+    label = "multiprocessing.shared_memory by hand, polled"
+    places = 8
+
+    def __init__(self, size_bytes: int, count: int) -> None:
+        from multiprocessing.shared_memory import SharedMemory
+
+        super().__init__(size_bytes, count)
+        self.memory = SharedMemory(create=True, size=self.places * (64 + size_bytes))
+        self.maker = os.getpid()
+        whole = np.frombuffer(self.memory.buf, np.uint8)
+        whole[:] = 0  # its pages are there before it is measured
+        self.turns = whole[: 64 * self.places : 64]
+        self.arrays = whole[64 * self.places :].reshape(self.places, size_bytes)
+
+    def sender(self) -> Send:
+        turns, arrays, place = self.turns, self.arrays, 0
+
+        def send(data: Any) -> None:
+            nonlocal place
+            while turns[place]:
+                os.sched_yield()
+            arrays[place][:8] = 1
+            turns[place] = 1
+            place = (place + 1) % self.places
 
         return send
 
     def receiver(self) -> Receive:
-        receiver = self.channel.receiver()
+        turns, arrays, place = self.turns, self.arrays, 0
 
         def receive() -> Any:
-            with receiver.receive_view() as array:
-                return array
+            nonlocal place
+            turns[place - 1] = 0  # done with the last one
+            while not turns[place]:
+                os.sched_yield()
+            array = arrays[place]
+            place = (place + 1) % self.places
+            return array
 
         return receive
 
-
-class MoiraiBatches(Moirai):
-    label = "Moirai, batches of 256"
-
-    def sender(self) -> Send:
-        return self.channel.sender().send_many
-
-    def receiver(self) -> Receive:
-        receiver = self.channel.receiver()
-        return lambda: receiver.receive_many(256)
-
-
-class MoiraiRecords(Moirai):
-    label = "Moirai, arrays of 256 records"
-
-    def sender(self) -> Send:
-        sender = self.channel.sender()
-        return lambda batch: sender.send_batch(np.frombuffer(b"".join(batch), "S64"))
-
-    def receiver(self) -> Receive:
-        receiver = self.channel.receiver()
-        return lambda: receiver.receive_batch(256, "S64")
+    def close(self) -> None:
+        del self.turns, self.arrays
+        if os.getpid() == self.maker:
+            self.memory.unlink()

@@ -45,5 +45,8 @@ rm -rf "build/wheel-$kind"
     --interpreter "$PYO3_PYTHON" --target-dir "target/$kind" --out "build/wheel-$kind"
 "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "build/wheel-$kind"/*.whl
 "$venv/bin/python" -c 'import numpy, sys; print("Python", sys.version.split()[0], "NumPy", numpy.__version__)'
-exec "$venv/bin/python" -m pytest -m 'not slow' tests/contracts tests/test_memory.py \
-    tests/test_numpy*.py tests/test_priority.py tests/test_health.py
+# TESTS chooses others than these.
+tests=${TESTS:-tests/contracts tests/test_memory.py tests/test_numpy*.py tests/test_priority.py
+    tests/test_health.py tests/test_channels*.py tests/test_shared_channels*.py}
+# shellcheck disable=SC2086 # words and patterns
+exec "$venv/bin/python" -m pytest -m 'not slow and not endurance' $tests

@@ -212,7 +212,7 @@ def test_a_switch_for_the_worse_is_taken_back() -> None:
 
 def test_a_group_over_several_strategies_comes_whole_or_not_at_all() -> None:
     small = memory.LimitAdaptor(memory.PoolResource(), limit_bytes="1 MiB")
-    resource = memory.AdaptiveResource({Workload.LOW_LATENCY: small}, long_seconds=0.005)
+    resource = memory.AdaptiveResource({Workload.LOW_LATENCY: small}, long_seconds=0.0005)
     kept: list[memory.Buffer] = []
     ask_until(
         lambda: strategy_of(resource, 100) == Workload.LONG_RUNNING,

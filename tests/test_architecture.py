@@ -21,12 +21,13 @@ LAYERS = [
     {"pools"},
     {"channels"},
     {"executor"},
+    {"pressure"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}
-FACADES = {"channels", "executor", "memory", "pools"}
+FACADES = {"channels", "executor", "memory", "pools", "pressure"}
 # The package itself reads the version and the build profile of the compiled module.
 NATIVE_IMPORTERS = FACADES | {"__init__"}
 # What a report must not touch: it turns dataclasses into strings.
@@ -36,11 +37,12 @@ REPORTS_MUST_NOT_IMPORT = {
 }  # fmt: skip
 REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 
-# The buffer protocol, NumPy's C API, the interpreter's stack and slots, messages in their places.
-# The buffer protocol, NumPy's C API, the interpreter's stack, and descriptors from elsewhere.
+# The buffer protocol, NumPy's C API, the interpreter's stack, slots and methods, messages in their
+# places, and descriptors from elsewhere.
 BINDINGS_WITH_UNSAFE = (
     "buffer",
     "channel/awaitable",
+    "channel/fast",
     "channel/mod",
     "channel/queue",
     "executor/call",

@@ -1,4 +1,4 @@
-"""Each example prints the same under plain Python and under Moirai, whatever fresh memory holds."""
+"""Each example runs: the same with and without Moirai's memory, or over either kind of queue."""
 
 import os
 import re
@@ -13,6 +13,12 @@ SMALL = {
     "image_pipeline.py": ["--photographs", "chelsea"],
     "photo_segmentation.py": ["--photographs", "coffee", "--segments", "3", "--iterations", "1"],
     "signal_chain.py": ["--exercises", "1"],
+}
+# Programs that import Moirai, and pass the same over multiprocessing: small input, what both say.
+CHANNELS = {
+    "data_loader.py": (["--batches", "6", "--count", "4", "--size", "64"], r"checksum \w{8}"),
+    "frame_pipeline.py": (["--frames", "6", "--height", "90"], r"moved \d+, checksum \w{8}"),
+    "log_collector.py": (["--workers", "2", "--records", "50"], r"in order"),
 }
 PLAIN = [sys.executable]
 MOIRAI = [sys.executable, "-m", "moirai", "run", "--summary", "none"]
@@ -41,7 +47,7 @@ def printed_by(interpreter, program, *arguments, **variables):
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SMALL)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SMALL, *CHANNELS}
 
 
 @needs_libraries
@@ -50,6 +56,16 @@ def test_example_prints_the_same_under_moirai(program):
     plain = printed_by(PLAIN, program, *SMALL[program], MALLOC_PERTURB_="90")
     assert re.search(r"checksum [0-9a-f]{8}", plain)
     assert printed_by(MOIRAI, program, *SMALL[program]) == plain
+
+
+@needs_libraries
+@pytest.mark.parametrize("program", CHANNELS)
+def test_example_passes_the_same_over_channels_and_over_multiprocessing(program):
+    arguments, report = CHANNELS[program]
+    printed = printed_by([*PLAIN, "-W", "error"], program, *arguments)
+    assert re.search(r"takes 1/\d+\.\d of the CPU time", printed)
+    over_queues, over_channels = re.findall(report, printed)
+    assert over_queues == over_channels
 
 
 @pytest.mark.parametrize("program", SMALL)

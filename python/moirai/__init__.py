@@ -4,6 +4,7 @@ Importing this package is cheap and imports neither NumPy nor the compiled core;
 
 - `moirai.memory`: resources that blocks come from, and NumPy drawing from them.
 - `moirai.pools`: objects, buffers and vectors, kept for their next user.
+- `moirai.pressure`: what is used of the memory limit, and responses before it is reached.
 - `moirai.errors`: every exception.
 - `moirai run app.py` in a shell: any program under Moirai, unchanged.
 """

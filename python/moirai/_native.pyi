@@ -27,6 +27,7 @@ __all__ = [
     "HealthReport",
     "LargeObjectResource",
     "Lease",
+    "LentBlock",
     "LimitAdaptor",
     "LoopDoorbell",
     "NumaResource",
@@ -36,6 +37,8 @@ __all__ = [
     "PoolResource",
     "PoolStatistics",
     "PooledBuffer",
+    "PressureSampler",
+    "PressureSource",
     "PriorityResource",
     "RealtimeResource",
     "ReceivedView",
@@ -46,6 +49,7 @@ __all__ = [
     "Sender",
     "SharedBlock",
     "SharedChannel",
+    "SharedMemoryResource",
     "SharedReceiver",
     "SharedSender",
     "Slab",
@@ -68,12 +72,17 @@ __all__ = [
     "installed",
     "keep_libc_heap",
     "largest_arrays",
+    "lift_inherited_fence",
+    "linger",
     "lost_blocks",
     "pages_by_node",
     "priority",
+    "retained_heap_bytes",
     "select_channels",
     "select_channels_async",
     "stop_background",
+    "trim_libc_heap",
+    "trim_resources",
     "uninstall",
     "use",
     "walk_resources",
@@ -487,6 +496,21 @@ class RealtimeResource(Resource):
         """Whether the kernel must leave the memory where it is; not so in a forked child."""
 
 @disjoint_base
+class SharedMemoryResource(Resource):
+    """Blocks that a SharedChannel sends by reference."""
+
+    def __new__(cls, capacity_bytes: int) -> Self: ...
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that blocks may take together."""
+    @property
+    def lingering_bytes(self) -> int:
+        """Bytes that were freed here and are held by other processes, or on their way to them.
+
+        They are used again when those have let go of them, or have died.
+        """
+
+@disjoint_base
 class PriorityResource(Resource):
     """A resource for each lane; a block goes back to the lane it came from."""
 
@@ -691,6 +715,9 @@ def walk_resources() -> list[
         (number, name, numbers of its sources, counts before, report, (bytes, blocks) held from
         upstream if it counts them, counts after) of each.
     """
+
+def linger(seconds: float) -> int:
+    """Wait until others have received what was sent by reference; how many are left."""
 
 def lost_blocks() -> list[tuple[int, str, int, int]]:
     """(number, name, blocks, bytes) of resources that went while blocks of theirs were out."""
@@ -1758,6 +1785,21 @@ class ReceivedView:
     def __exit__(self, *_exception: object) -> None: ...
 
 @final
+class LentBlock:
+    """Bytes that were received by reference; the block is held until the last view is gone.
+
+    May be dropped in any thread.
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def is_given(self) -> bool:
+        """Whether the sender gave the memory away."""
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
 class ReservedArray:
     """An array in shared memory that is sent when its `with` block ends."""
 
@@ -1856,8 +1898,10 @@ class SharedReceiver:
         """
     def _receive_records(self, place: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Wait for a record of `item_bytes`, then receive as many as are there and fit."""
-    def _receive_any(self, timeout_seconds: float | None) -> tuple[int, Any, list[tuple[int, int]]]:
-        """Receive any message: its kind (bytes, array, object, pickle), it, where its parts lie."""
+    def _receive_any(
+        self, timeout_seconds: float | None, *, writable: bool = False
+    ) -> tuple[int, Any, list[tuple[int, int]]]:
+        """Receive any message: its kind, it, where its parts lie."""
     def receive_view(self, timeout_seconds: float | None = None) -> ReceivedView:
         """Receive an array without a copy: `with receiver.receive_view() as array:`.
 
@@ -1869,6 +1913,8 @@ class SharedReceiver:
             Disconnected: No sender is left, and everything that was sent is received.
             InvalidArgument: The next message is an object; it stays in the channel.
         """
+    def _wait(self, timeout_seconds: float | None) -> bool:
+        """Wait until there is a message, without taking it; whether there is one."""
     def _arm(self) -> None:
         """Ask for the doorbell to ring when there is a message. Try once more afterwards."""
     @property
@@ -1904,8 +1950,18 @@ class SharedSender:
         """
     def _send_records(self, data: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""
-    def _send_object(self, pickle: Any, buffers: list[Any], timeout_seconds: float | None) -> None:
-        """Send a pickle and the buffers that it left out of band."""
+    def _send_array(self, array: NDArray[Any], give: bool, timeout_seconds: float | None) -> bool:
+        """Send an array by reference; false if it does not lie in shared memory."""
+    def _send_object(
+        self,
+        pickle: Any,
+        buffers: list[Any],
+        timeout_seconds: float | None,
+        *,
+        give: bool = False,
+        references: bool = True,
+    ) -> None:
+        """Send a pickle and its buffers; by reference what lies in shared memory, if allowed."""
     def reserve(
         self,
         shape: int | Sequence[int],
@@ -1935,3 +1991,87 @@ class SharedSender:
         """Whether it was closed."""
     def close(self) -> None:
         """Close it. Receivers get what was sent; after the last sender's close they are told."""
+
+_SampleTuple = tuple[
+    float,
+    int,
+    int | None,
+    str | None,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    tuple[float | None, int | None, int | None],
+]
+
+@final
+class PressureSource:
+    """Reads how much memory a process, its control groups and the machine use."""
+
+    def __new__(
+        cls,
+        *,
+        root: str,
+        process: str,
+        budget_bytes: int | None = None,
+        eldest: int | None = None,
+    ) -> PressureSource: ...
+    def read(self) -> _SampleTuple | None:
+        """Read everything now, as a tuple; None if the process is gone.
+
+        Seconds, used, limit, bound, without cache, resident, anonymous, data, children, faults,
+        (share of time stalled, limit hits, kills).
+        """
+    def bounds(self) -> list[tuple[str, Any, int, int, int]]:
+        """Every limit as of the last reading, the own group's first, as tuples.
+
+        Kind, folder, used, without cache, limit.
+        """
+
+@final
+class PressureSampler:
+    """Samples a source on a thread of its own."""
+
+    def __new__(
+        cls,
+        *,
+        root: str,
+        process: str,
+        budget_bytes: int | None,
+        eldest: int | None,
+        shortest_seconds: float,
+        longest_seconds: float,
+        capacity: int,
+        fence_margin_bytes: int | None,
+        fence_ledger: str | None,
+    ) -> PressureSampler: ...
+    def start(self) -> None:
+        """Take a sample and start the thread; does nothing if it runs."""
+    def stop(self) -> None:
+        """End the thread and lift its fence; does nothing if it does not run."""
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs in this process."""
+    def latest(self) -> tuple[int, _SampleTuple] | None:
+        """Number and tuple of the newest sample; None before `start`."""
+    def history(self, count: int) -> list[_SampleTuple]:
+        """The newest `count` samples, oldest first."""
+    def wait(self, seen: int, *, timeout_seconds: float | None = None) -> int | None:
+        """Wait for a sample after number `seen`: its number, 0 when the time has passed, None once
+        stopped."""
+    def statistics(self) -> tuple[int, float, float, float, int | None, int, bool]:
+        """(samples, seconds reading, largest delay, interval, fence room, sharers, leads)."""
+
+def retained_heap_bytes() -> int | None:
+    """Free bytes that libc's heap keeps; None where it cannot tell."""
+
+def trim_resources() -> int:
+    """Have every live resource give the memory that it keeps back to the system; how much."""
+
+def trim_libc_heap() -> None:
+    """Have libc give the free memory of its heap back to the kernel."""
+
+def lift_inherited_fence() -> None:
+    """Lift the soft limit on private memory that a parent's fence left in this forked child."""

@@ -176,7 +176,9 @@ def test_second_release_is_refused_and_changes_nothing(make: Make) -> None:
 
 
 @every_pool
-@pytest.mark.parametrize("stranger", [None, 3, "x", Thing(), bytearray(8)], ids=repr)
+@pytest.mark.parametrize(
+    "stranger", [None, 3, "x", Thing(), bytearray(8)], ids=lambda item: type(item).__name__
+)
 def test_release_of_a_stranger_is_refused_by_its_type(make: Make, stranger: object) -> None:
     with checked(make) as subject:
         kind = type(stranger).__name__

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import in_forked_child
+from running import in_forked_child, wait_until_gone
 
 from moirai import memory
 from moirai.errors import OutOfMemory
@@ -294,6 +294,7 @@ def test_threads_may_share_any_stack(stack: Stack, limited: bool) -> None:
             thread.start()
         for thread in threads:
             thread.join()
+            wait_until_gone(thread)
         assert failures == []
         now = made[-1].statistics()
         assert (now.current_count, now.invalid_frees) == (0, 0)

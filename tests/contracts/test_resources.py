@@ -71,6 +71,10 @@ CACHING: dict[str, Make] = {
     "limit over pool": lambda: memory.LimitAdaptor(
         memory.PoolResource(decay_seconds=None), limit_bytes="1 GiB"
     ),
+    "shared memory": lambda: memory.SharedMemoryResource("256 MiB"),
+    "statistics over limit over shared memory": lambda: memory.StatisticsAdaptor(
+        memory.LimitAdaptor(memory.SharedMemoryResource("256 MiB"), limit_bytes="1 GiB")
+    ),
     "arena": lambda: memory.ArenaResource(memory.PoolResource(decay_seconds=None)),
     "thread-local arena": lambda: memory.ThreadLocalArena(memory.PoolResource(decay_seconds=None)),
     "limit over statistics over arena": lambda: memory.LimitAdaptor(

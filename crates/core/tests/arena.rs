@@ -3,12 +3,13 @@
 #![cfg(not(loom))]
 
 use moirai_core::error::{Error, Result};
+use moirai_core::resource::adaptor::Adaptor;
 use moirai_core::resource::arena::{ArenaResource, Savepoint, ThreadLocalArena, allocate_batch};
 use moirai_core::resource::large_object::LargeObjectResource;
 use moirai_core::resource::limit::LimitAdaptor;
 use moirai_core::resource::system::SystemResource;
 use moirai_core::resource::transaction::{Terms, TransactionArena, TransactionStore};
-use moirai_core::resource::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use moirai_core::resource::{Block, HealthReport, Ownership, Request, Resource};
 use proptest::prelude::*;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -401,26 +402,29 @@ fn a_batch_is_one_block_of_many() {
 
 /// Grants a number of blocks, then refuses.
 struct Failing {
-    upstream: SystemResource,
+    upstream: Arc<dyn Resource>,
     grants: AtomicUsize,
 }
 
 impl Failing {
     fn new(grants: usize) -> Arc<Self> {
         Arc::new(Failing {
-            upstream: SystemResource::new(),
+            upstream: Arc::new(SystemResource::new()),
             grants: AtomicUsize::new(grants),
         })
     }
 }
 
-// SAFETY: blocks are the system's, handed through unchanged.
-unsafe impl Resource for Failing {
-    fn name(&self) -> &'static str {
+impl Adaptor for Failing {
+    fn title(&self) -> &'static str {
         "Failing"
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         let granted = self
             .grants
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
@@ -429,34 +433,6 @@ unsafe impl Resource for Failing {
         granted.map_err(|_| Error::out_of_memory(request.size(), "the test says so"))?;
         self.upstream.allocate(request)
     }
-
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.deallocate(address) }
-    }
-
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
-    }
-
-    fn owns(&self, _: NonNull<u8>) -> Ownership {
-        Ownership::Unknown
-    }
-
-    fn statistics(&self) -> Statistics {
-        self.upstream.statistics()
-    }
-
-    fn cached_bytes(&self) -> usize {
-        0
-    }
-
-    fn trim(&self, _: usize) -> usize {
-        0
-    }
-
-    fn check(&self, _: &mut HealthReport) {}
 }
 
 #[test]

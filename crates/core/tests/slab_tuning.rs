@@ -1,12 +1,12 @@
 //! A slab that is tuned while it is used: blocks stay what they are, and the books balance.
 
 use moirai_core::error::Result;
+use moirai_core::resource::adaptor::Adaptor;
 use moirai_core::resource::large_object::{LargeObjectResource, Options};
 use moirai_core::resource::slab::{EXTRA_CLASSES, MAX_BLOCK_BYTES, SlabResource, max_rounds};
 use moirai_core::resource::system::SystemResource;
-use moirai_core::resource::{Block, HealthReport, Ownership, Request, Resource, Statistics};
+use moirai_core::resource::{Block, HealthReport, Request, Resource};
 use proptest::prelude::*;
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 fn slab() -> SlabResource {
@@ -217,57 +217,32 @@ fn capacities_are_bounded_and_what_rests_in_magazines_follows_them() {
 
 /// Does something before it grants, as a limit that has garbage collected does.
 struct Collecting {
-    upstream: SystemResource,
+    upstream: Arc<dyn Resource>,
     collect: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
-// SAFETY: blocks are the system's, handed through unchanged.
-unsafe impl Resource for Collecting {
-    fn name(&self) -> &'static str {
+impl Adaptor for Collecting {
+    fn title(&self) -> &'static str {
         "Collecting"
     }
 
-    fn allocate(&self, request: Request) -> Result<Block> {
+    fn source(&self) -> &Arc<dyn Resource> {
+        &self.upstream
+    }
+
+    fn pass(&self, request: Request) -> Result<Block> {
         let collect = self.collect.lock().unwrap().take();
         if let Some(collect) = collect {
             collect();
         }
         self.upstream.allocate(request)
     }
-
-    unsafe fn deallocate(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.deallocate(address) }
-    }
-
-    unsafe fn block_bytes(&self, address: NonNull<u8>) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe { self.upstream.block_bytes(address) }
-    }
-
-    fn owns(&self, _: NonNull<u8>) -> Ownership {
-        Ownership::Unknown
-    }
-
-    fn statistics(&self) -> Statistics {
-        self.upstream.statistics()
-    }
-
-    fn cached_bytes(&self) -> usize {
-        0
-    }
-
-    fn trim(&self, _: usize) -> usize {
-        0
-    }
-
-    fn check(&self, _: &mut HealthReport) {}
 }
 
 #[test]
 fn a_run_that_is_not_needed_when_it_comes_goes_back() {
     let upstream = Arc::new(Collecting {
-        upstream: SystemResource::new(),
+        upstream: Arc::new(SystemResource::new()),
         collect: Mutex::new(None),
     });
     let slab = Arc::new(SlabResource::new(upstream.clone()).unwrap());
@@ -277,13 +252,12 @@ fn a_run_that_is_not_needed_when_it_comes_goes_back() {
         live.take(&slab, 4096, 64, 1);
     }
     let drawn = upstream.statistics().current_count;
-    let (freeing, freed) = (Arc::clone(&slab), std::mem::take(&mut live));
+    let freeing = Arc::clone(&slab);
+    let mut freed = Live(live.0.split_off(4));
     *upstream.collect.lock().unwrap() = Some(Box::new(move || {
-        let mut freed = freed;
-        while freed.0.len() > 4 {
+        while !freed.0.is_empty() {
             freed.give(&freeing, 0);
         }
-        std::mem::forget(freed);
     }));
     live.take(&slab, 4096, 64, 2);
     assert!(
@@ -292,5 +266,7 @@ fn a_run_that_is_not_needed_when_it_comes_goes_back() {
     );
     assert_eq!(upstream.statistics().current_count, drawn);
     healthy(&*slab);
-    live.give(&slab, 0);
+    while !live.0.is_empty() {
+        live.give(&slab, 0);
+    }
 }

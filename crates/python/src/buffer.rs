@@ -118,6 +118,19 @@ impl Buffer {
         Ok(object)
     }
 
+    /// Where its block begins, if it has one to itself.
+    pub(crate) fn whole(&self) -> Option<NonNull<u8>> {
+        match &self.block {
+            Block::Whole(address, ..) => Some(*address),
+            Block::Part { .. } => None,
+        }
+    }
+
+    /// The resource it came from.
+    pub(crate) fn source(&self) -> &Py<Resource> {
+        &self.resource
+    }
+
     fn address(&self) -> NonNull<u8> {
         match &self.block {
             Block::Whole(address, ..) => *address,

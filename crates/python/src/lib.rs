@@ -13,9 +13,11 @@ mod lane;
 mod numa;
 mod numpy;
 mod pools;
+mod pressure;
 mod priority;
 mod resource;
 mod shared_channel;
+mod shared_memory;
 mod site;
 mod slab;
 mod transaction;
@@ -70,6 +72,11 @@ mod _native {
     #[pymodule_export]
     use super::pools::vector::{Vector, VectorPool};
     #[pymodule_export]
+    use super::pressure::{
+        PressureSampler, PressureSource, lift_inherited_fence, retained_heap_bytes, trim_libc_heap,
+        trim_resources,
+    };
+    #[pymodule_export]
     use super::priority::{PriorityResource, RealtimeResource};
     #[pymodule_export]
     use super::resource::{
@@ -83,9 +90,13 @@ mod _native {
     #[pymodule_export]
     use super::shared_channel::handle::SharedChannel;
     #[pymodule_export]
+    use super::shared_channel::lent::LentBlock;
+    #[pymodule_export]
     use super::shared_channel::receiver::SharedReceiver;
     #[pymodule_export]
     use super::shared_channel::sender::SharedSender;
+    #[pymodule_export]
+    use super::shared_memory::{SharedMemoryResource, linger};
     #[pymodule_export]
     use super::slab::Slab;
     #[pymodule_export]
@@ -94,7 +105,7 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::channel::awaitable::install_send_slot(module.py());
-        Ok(())
+        super::channel::fast::install(module.py())
     }
 
     /// End the background thread that lets kept memory age; it starts again when needed.

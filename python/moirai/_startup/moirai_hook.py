@@ -62,6 +62,8 @@ def start() -> None:
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
         if "MOIRAI_RECORDS" in os.environ and not _is_main() and not _is_service():
             _record_start()
+        if '"guard": true' in os.environ["MOIRAI_RUN"] and not _is_service():
+            _guard()
     probe_path = os.environ.get("MOIRAI_PROBE")
     if probe_path and _claims(probe_path):
         atexit.register(_write_probe, probe_path, os.getpid())
@@ -188,6 +190,14 @@ def _install() -> None:
     except Exception as error:  # The program is the user's: it runs without us then.
         if _is_main():
             _say(f"moirai: run: NumPy keeps its own memory: {type(error).__name__}: {error}")
+
+
+def _guard() -> None:
+    try:
+        _session().guard()
+    except Exception as error:  # As above.
+        if _is_main():
+            _say(f"moirai: run: nothing guards the limit: {type(error).__name__}: {error}")
 
 
 # Other processes of the program.

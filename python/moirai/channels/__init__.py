@@ -9,8 +9,10 @@ docs/channels.md and docs/shared_channels.md.
 from __future__ import annotations
 
 from moirai._native import Channel, ChannelStatistics, Receiver, Sender
+from moirai.channels import processes
 from moirai.channels.batching import BatchingSender, BatchingStatistics, TrafficClass
 from moirai.channels.broadcast import Broadcast, SlowPolicy, Subscription
+from moirai.channels.pipes import Connection, Pipe
 from moirai.channels.queues import Empty, Full, Queue, ShutDown
 from moirai.channels.selecting import Selected, select, select_async
 from moirai.channels.shared import (
@@ -20,6 +22,7 @@ from moirai.channels.shared import (
     SharedReceiver,
     SharedSender,
 )
+from moirai.channels.shared_broadcast import SharedBroadcast, SharedSubscription
 
 __all__ = [
     "BatchingSender",
@@ -27,21 +30,26 @@ __all__ = [
     "Broadcast",
     "Channel",
     "ChannelStatistics",
+    "Connection",
     "Empty",
     "Full",
+    "Pipe",
     "Queue",
     "ReceivedView",
     "Receiver",
     "ReservedArray",
     "Selected",
     "Sender",
+    "SharedBroadcast",
     "SharedChannel",
     "SharedReceiver",
     "SharedSender",
+    "SharedSubscription",
     "ShutDown",
     "SlowPolicy",
     "Subscription",
     "TrafficClass",
+    "processes",
     "select",
     "select_async",
 ]

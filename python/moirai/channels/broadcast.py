@@ -19,6 +19,13 @@ message, or it is disconnected."""
 _POLICIES = ("block", "drop_oldest", "disconnect")
 
 
+def check_policy(slow: str) -> None:
+    """Refuse what is no policy."""
+    if slow not in _POLICIES:
+        choices = ", ".join(map(repr, _POLICIES))
+        raise InvalidArgument(f"slow: must be one of {choices}, got {slow!r}")
+
+
 class Subscription(_native.Receiver[_Item]):
     """A receiver of one broadcast's messages. Made by `Broadcast.subscribe`; closing it ends it."""
 
@@ -62,9 +69,7 @@ class Broadcast(Generic[_Item]):
             Closed: The broadcast is closed.
             InvalidArgument: An argument is outside its range.
         """
-        if slow not in _POLICIES:
-            choices = ", ".join(map(repr, _POLICIES))
-            raise InvalidArgument(f"slow: must be one of {choices}, got {slow!r}")
+        check_policy(slow)
         channel: _native.Channel[_Item] = _native.Channel(capacity)
         subscription: Subscription[_Item] = Subscription(channel)
         subscription._channel = channel

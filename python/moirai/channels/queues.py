@@ -58,6 +58,7 @@ class Queue(queue.Queue[_Item]):
             return
         self._line: _native.BareQueue[_Item] = _native.BareQueue(maxsize)
         self._maxsize = maxsize
+        self.is_shutdown = False
 
     @property
     def maxsize(self) -> int:
@@ -143,4 +144,5 @@ class Queue(queue.Queue[_Item]):
         Args:
             immediate: Whether to drop what is in it, and count it as dealt with.
         """
+        self.is_shutdown = True
         self._line.shutdown(immediate)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
+import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,7 +27,10 @@ __all__ = ["ReceivedView", "ReservedArray", "SharedChannel", "SharedReceiver", "
 
 _T = TypeVar("_T")
 
-_OBJECT, _PICKLE = 2, 3
+_OBJECT, _PICKLE, _LENT_OBJECT = 2, 3, 5
+
+_LINGER_SECONDS = 10.0
+"""How long a process that ends waits for others to receive what it sent by reference."""
 
 _PROBE_SECONDS = 0.04
 """How often one who waits in an event loop looks whether the others are alive."""
@@ -131,19 +137,44 @@ class SharedSender(_native.SharedSender):
     def __new__(cls, channel: SharedChannel) -> Self:
         sender = super().__new__(cls, channel)
         sender._channel = channel
+        _linger_at_exit()
         return sender
 
-    def send(self, item: Any, timeout_seconds: float | None = None) -> None:
+    def send(self, item: Any, timeout_seconds: float | None = None, *, give: bool = False) -> None:
         """Send any object that can be pickled; arrays in it are copied once, into shared memory.
+
+        Arrays that lie in a `moirai.memory.SharedMemoryResource` are not copied at all: receivers
+        get them read-only, and see what is written to them here afterwards.
+
+        Args:
+            item: What to send.
+            timeout_seconds: How long to wait for room; None for ever, 0 not at all.
+            give: Give the arrays in it away: they become read-only here, and one who receives them
+                with ``writable=True`` may write to them where they are.
 
         Raises:
             Timeout: There was no room in time; nothing was sent.
             Disconnected: No receiver is left.
-            InvalidArgument: It is longer than the channel's capacity.
+            InvalidArgument: It is longer than the channel's capacity, or is to be given away and is
+                read-only.
         """
+        if type(item) is np.ndarray:
+            if give and not item.flags.writeable:
+                raise _not_ours(item)
+            if self._send_array(item, give, timeout_seconds):
+                if give:
+                    item.setflags(write=False)
+                return
         buffers: list[pickle.PickleBuffer] = []
         data = pickle.dumps(item, protocol=5, buffer_callback=buffers.append)
-        self._send_object(data, [buffer.raw() for buffer in buffers], timeout_seconds)
+        views = [buffer.raw() for buffer in buffers]
+        if give and any(view.readonly for view in views):
+            raise _not_ours(item)
+        self._send_object(data, views, timeout_seconds, give=give)
+        if give:
+            for view in views:
+                if isinstance(view.obj, np.ndarray):
+                    view.obj.setflags(write=False)
 
     def send_batch(self, array: ArrayLike, timeout_seconds: float | None = None) -> int:
         """Send each item of an array as a message of its own; how many.
@@ -194,19 +225,27 @@ class SharedReceiver(_native.SharedReceiver):
         receiver._channel = channel
         return receiver
 
-    def receive(self, timeout_seconds: float | None = None) -> Any:
+    def receive(self, timeout_seconds: float | None = None, *, writable: bool = False) -> Any:
         """Receive any message: the bytes, array or object that was sent.
 
         Arrays in a large message are not copied: they lie in shared memory, which stays borrowed
-        until they are gone.
+        until they are gone. Those that were sent by reference are read-only.
+
+        Args:
+            timeout_seconds: How long to wait for a message; None for ever, 0 not at all.
+            writable: Have arrays writable that were sent by reference: in place if they were given
+                away, else as a copy.
 
         Raises:
             Timeout: No message came in time.
             Disconnected: No sender is left, and everything that was sent is received.
         """
-        kind, item, parts = self._receive_any(timeout_seconds)
+        kind, item, parts = self._receive_any(timeout_seconds, writable=writable)
         if kind == _PICKLE:
             return pickle.loads(item)
+        if kind == _LENT_OBJECT:
+            data, blocks = item
+            return _object_of(data, blocks, parts, writable)
         if kind != _OBJECT:
             return item
         view = memoryview(item)
@@ -281,6 +320,56 @@ def _check_plain(dtype: np.dtype[Any]) -> None:
         raise InvalidArgument(
             f"dtype: must hold plain values, got {dtype}: references stay in their process"
         )
+
+
+# === memory that is lent =======================================================================
+
+
+def _not_ours(item: object) -> InvalidArgument:
+    return InvalidArgument(
+        f"item: must be writable to be given away, got a read-only {type(item).__name__}: it was "
+        "lent, or given away before"
+    )
+
+
+def _object_of(
+    data: bytearray,
+    blocks: list[tuple[int, Any]],
+    parts: list[tuple[int, int]],
+    writable: bool,
+) -> Any:
+    """The object whose pickle is the first part; some of its buffers lie in lent blocks."""
+    view = memoryview(data)
+    first, *buffers = [view[start:end] for start, end in parts]
+    for index, block in blocks:
+        buffer = memoryview(block)
+        if not writable:
+            buffer = buffer.toreadonly()
+        elif not block.is_given:
+            buffer = memoryview(bytearray(buffer))
+        buffers[index - 1] = buffer
+    return pickle.loads(first, buffers=buffers)
+
+
+def _linger() -> None:
+    _native.linger(_LINGER_SECONDS)
+
+
+_lingering_process: int | None = None
+
+
+def _linger_at_exit() -> None:
+    """Have this process wait at its end; what it sent by reference ends with it."""
+    global _lingering_process
+    if _lingering_process == os.getpid():
+        return
+    if _lingering_process is None:
+        atexit.register(_linger)
+    _lingering_process = os.getpid()
+    # The children of multiprocessing end without `atexit`.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, _linger, exitpriority=0)
 
 
 # === asyncio ====================================================================================

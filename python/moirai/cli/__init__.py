@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-COMMANDS = ("run", "compare", "doctor")
+COMMANDS = ("run", "compare", "doctor", "pressure")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

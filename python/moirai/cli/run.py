@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(ours)
     try:
         program = parse_program(rest, options=interpreter_options(sys.orig_argv)[0])
+        _separate_guard_limit(options)
         check_memory_options(options)
         _check_summary_options(options)
         variables = _variables(options, program, os.environ)
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         "any but auto and system, unless --memory is given too (default: auto)",
     )
     parser.add_argument(
+        "--guard",
+        action="store_true",
+        help="watch the memory limit (of the control group, the machine, or --limit for the "
+        "program and its children together), respond before it is reached, and have what would "
+        "cross it raise MemoryError",
+    )
+    parser.add_argument(
         "--summary",
         choices=("text", "json", "none"),
         default="text",
@@ -73,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--summary-file", metavar="PATH", help="write the summary there instead")
     return parser
+
+
+def _separate_guard_limit(options: argparse.Namespace) -> None:
+    """With --guard, --limit is for all of the program, not for its arrays alone."""
+    options.guard_limit = None
+    if options.guard:
+        options.guard_limit, options.limit = options.limit, None
 
 
 def _check_summary_options(options: argparse.Namespace) -> None:
@@ -120,6 +135,10 @@ def _settings(options: argparse.Namespace, program: Program) -> dict[str, Any]:
         "program": list(program.target),
         "memory": options.memory,
         "limit_bytes": options.limit,
+        "guard": options.guard,
+        "guard_limit_bytes": options.guard_limit,
+        "main_process_id": os.getpid(),
+        "soft_data_limit": _soft_data_limit(),
         "cache_cap_bytes": options.cache_cap,
         "huge_pages": options.huge_pages or "auto",
         "allocator": options.allocator,
@@ -132,6 +151,14 @@ def _settings(options: argparse.Namespace, program: Program) -> dict[str, Any]:
         "launcher_minor_faults": used.ru_minflt,
         "launcher_major_faults": used.ru_majflt,
     }
+
+
+def _soft_data_limit() -> int:
+    """Return the soft RLIMIT_DATA as the user set it, also within a guarded program."""
+    try:
+        return int(json.loads(os.environ["MOIRAI_RUN"])["soft_data_limit"])
+    except (KeyError, ValueError):
+        return resource.getrlimit(resource.RLIMIT_DATA)[0]
 
 
 def _records() -> str:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
-    from moirai import memory
-    from moirai.reports.summary import ServedArrays, Summary
+    from moirai import memory, pressure
+    from moirai.reports.summary import Guarded, ServedArrays, Summary
 
-__all__ = ["build_resource", "install", "record", "start_time", "summarise", "totals"]
+__all__ = ["build_resource", "guard", "install", "record", "start_time", "summarise", "totals"]
 
 # Only these grow; a forked child starts with its parent's and subtracts them.
 _TOTALS = (
@@ -39,6 +39,7 @@ _TOTALS = (
 
 _installed: memory.Resource | None = None
 _install_problem: str | None = None
+_guard: pressure.Guard | None = None
 
 
 def start_time(pid: int) -> str:
@@ -69,6 +70,44 @@ def install() -> None:
     except (MoiraiError, ImportError) as error:
         _install_problem = str(error)
         raise
+
+
+def guard() -> None:
+    """Start to guard the limit, as the settings say."""
+    from moirai import pressure
+
+    global _guard
+    settings = _settings()
+    # A child that was spawned has the fence of its parent as it stood then.
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (settings["soft_data_limit"], hard))
+    _guard = pressure.start(
+        limit=settings["guard_limit_bytes"],
+        main_process_id=settings["main_process_id"],
+        fence=True,
+    )
+
+
+def _guarded() -> Guarded | None:
+    """What this process's guard saw and did, or None if there is none."""
+    if _guard is None:
+        return None
+    from moirai.reports.summary import Guarded
+
+    status = _guard.status()
+    taken: dict[str, list[int]] = {}
+    for record in _guard.records():
+        taken.setdefault(record.name, []).append(record.freed_bytes or 0)
+    sample = status.sample
+    return Guarded(
+        limit_bytes=None if sample is None else sample.limit_bytes,
+        bound=None if sample is None else sample.bound,
+        used_bytes=0 if sample is None else sample.used_bytes,
+        highest_stage=status.highest_stage.name.lower(),
+        action_count=status.action_count,
+        freed_bytes=status.freed_bytes,
+        actions=tuple((name, len(freed), sum(freed)) for name, freed in taken.items()),
+    )
 
 
 def _has_tuned_malloc(environment: Mapping[str, str]) -> bool:
@@ -218,6 +257,7 @@ def _measured(
         served=_served([_statistics(), *(record["statistics"] for record in records)]),
         largest=_largest_arrays(),
         thp_mode=_thp_mode(),
+        guarded=_guarded(),
     )
 
 

@@ -47,6 +47,7 @@ from moirai.memory.priority import (
     priority,
 )
 from moirai.memory.resources import LargeObjectResource, LimitAdaptor, PoolResource, SlabResource
+from moirai.memory.shared_memory import SharedMemoryResource
 from moirai.memory.sizes import parse_bytes
 from moirai.memory.slabs import (
     SLAB_PRESETS,
@@ -102,6 +103,7 @@ __all__ = [
     "Savepoint",
     "Scope",
     "ScopeRecord",
+    "SharedMemoryResource",
     "SizeClass",
     "SizeCounts",
     "SlabPreset",

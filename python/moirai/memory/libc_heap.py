@@ -20,8 +20,9 @@ def keep_libc_heap(*, keep_bytes: int | str = "64 MiB", decay_seconds: float = 0
     Args:
         keep_bytes: Most free memory at the top of the heap, as an int or such as "64 MiB"; blocks
             of up to half of it, and of 32 MiB at most, are served from the heap.
-        decay_seconds: Free memory is given back once the heap has not grown for so long, or the
-            process has hardly run for so long; from 0 to 1e9.
+        decay_seconds: Free memory is given back once the heap has not grown for so long, then every
+            20 times as long (4 s at least), and once the process has hardly run for so long; from
+            0 to 1e9.
 
     Returns:
         Whether it took effect: false if the C library is not glibc.

@@ -40,6 +40,23 @@ class ServedArrays:
 
 
 @dataclass(frozen=True)
+class Guarded:
+    """What the guard of the main process saw and did.
+
+    `actions` holds (name, how often, bytes it said it freed); `highest_stage` is one of calm,
+    monitor, gentle, aggressive, emergency; `used_bytes` is what was used of the limit at last.
+    """
+
+    limit_bytes: int | None
+    bound: str | None
+    used_bytes: int
+    highest_stage: str
+    action_count: int
+    freed_bytes: int
+    actions: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """One finished run. CPU and faults include the children that were waited for.
 
@@ -69,6 +86,7 @@ class Summary:
     served: ServedArrays | None
     largest: tuple[tuple[int, str | None], ...]
     thp_mode: str | None
+    guarded: Guarded | None = None
 
 
 def to_json(summary: Summary) -> str:
@@ -80,7 +98,7 @@ def to_json(summary: Summary) -> str:
 
 def to_text(summary: Summary) -> str:
     """Write the summary for a terminal: one line a fact, then the advice."""
-    rows = [*_process_rows(summary), *_array_rows(summary)]
+    rows = [*_process_rows(summary), *_guard_rows(summary), *_array_rows(summary)]
     width = max(len(name) for name, _ in rows)
     lines = [f"moirai run: {_setup_text(summary)}"]
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -104,6 +122,27 @@ def _setup_text(summary: Summary) -> str:
     if summary.allocator != "auto":
         parts.append(f"malloc {summary.allocator}")
     return ", ".join(parts)
+
+
+def _guard_rows(summary: Summary) -> list[tuple[str, str]]:
+    guarded = summary.guarded
+    if guarded is None:
+        return []
+    limit = "no limit" if guarded.limit_bytes is None else bytes_text(guarded.limit_bytes)
+    rows = [
+        (
+            "guard",
+            f"{bytes_text(guarded.used_bytes)} of {limit} ({guarded.bound}) used at the end; "
+            f"highest stage {guarded.highest_stage}",
+        )
+    ]
+    if guarded.actions:
+        parts = [
+            f"{name} {count_text(count)}x, {bytes_text(freed)}"
+            for name, count, freed in guarded.actions
+        ]
+        rows.append(("freed", "; ".join(parts)))
+    return rows
 
 
 def _process_rows(summary: Summary) -> list[tuple[str, str]]:

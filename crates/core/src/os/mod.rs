@@ -5,6 +5,7 @@
 pub mod event;
 pub mod locked;
 pub mod numa;
+pub mod process;
 pub mod shared;
 
 use crate::sync::AtomicU32;
@@ -360,12 +361,21 @@ pub fn libc_heap_end() -> usize {
 
 /// CPU time of the whole process in milliseconds.
 pub fn cpu_milliseconds() -> u64 {
+    clock_milliseconds(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+/// CPU time of the calling thread in milliseconds.
+pub fn thread_cpu_milliseconds() -> u64 {
+    clock_milliseconds(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+fn clock_milliseconds(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: `time` is a valid place for the answer, and the clock exists on every Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }
 

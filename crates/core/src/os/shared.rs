@@ -30,10 +30,90 @@ pub fn sealed_memory(bytes: usize) -> io::Result<OwnedFd> {
     // SAFETY: just opened, and nobody else has it.
     let file = unsafe { OwnedFd::from_raw_fd(raw) };
     fill(&file, bytes)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: the command takes an integer.
-    answer(unsafe { libc::fcntl(raw, libc::F_ADD_SEALS, seals) })?;
+    answer(unsafe { libc::fcntl(raw, libc::F_ADD_SEALS, SIZE_SEALS) })?;
     Ok(file)
+}
+
+/// A file without a name that lives in memory, `bytes` long with nothing in it; see [`back`]. Its
+/// size is sealed.
+pub fn sparse_memory(bytes: usize) -> io::Result<OwnedFd> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string that ends in a zero.
+    let raw = answer(unsafe { libc::memfd_create(c"moirai-memory".as_ptr(), flags) })?;
+    // SAFETY: just opened, and nobody else has it.
+    let file = unsafe { OwnedFd::from_raw_fd(raw) };
+    let length = libc::off_t::try_from(bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
+    // SAFETY: the descriptor is open.
+    answer(unsafe { libc::ftruncate(raw, length) })?;
+    // SAFETY: as above.
+    answer(unsafe { libc::fchmod(raw, 0o600) })?;
+    // SAFETY: the command takes an integer.
+    answer(unsafe { libc::fcntl(raw, libc::F_ADD_SEALS, SIZE_SEALS) })?;
+    Ok(file)
+}
+
+const SIZE_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
+/// Whether nobody can change the size of the file.
+pub fn has_sealed_size(file: &OwnedFd) -> bool {
+    // SAFETY: the command takes nothing.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    seals != -1 && seals & libc::F_SEAL_SHRINK != 0
+}
+
+/// Have memory behind a range of a sparse file, or fail: nothing is missing when it is touched.
+pub fn back(file: &OwnedFd, offset: usize, bytes: usize) -> io::Result<()> {
+    change_backing(file, libc::FALLOC_FL_KEEP_SIZE, offset, bytes)
+}
+
+/// Give the memory behind a range back; it reads as zero afterwards.
+pub fn unback(file: &OwnedFd, offset: usize, bytes: usize) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    change_backing(file, mode, offset, bytes)
+}
+
+fn change_backing(
+    file: &OwnedFd,
+    mode: libc::c_int,
+    offset: usize,
+    bytes: usize,
+) -> io::Result<()> {
+    let (offset, bytes) = (offset as libc::off_t, bytes as libc::off_t);
+    loop {
+        // SAFETY: the descriptor is open.
+        match answer(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, bytes) }) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            done => return done.map(drop),
+        }
+    }
+}
+
+/// Map a whole file over a reservation; its pages come as they are touched.
+///
+/// # Safety
+/// `address` is the start of a reservation of `bytes` of the caller's.
+pub unsafe fn map_shared_at(file: &OwnedFd, address: NonNull<u8>, bytes: usize) -> io::Result<()> {
+    // SAFETY: the caller owns the range that is replaced.
+    let raw = unsafe {
+        libc::mmap(
+            address.as_ptr().cast(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Open a descriptor of another process of this user, by its number there.
+pub fn open_of_process(process: u32, descriptor: i32) -> io::Result<OwnedFd> {
+    open_path(Path::new(&format!("/proc/{process}/fd/{descriptor}")))
 }
 
 /// A file of `bytes` in `folder` that has no name until [`give_name`]; only its user may open it.

@@ -141,6 +141,10 @@ unsafe impl<A: Adaptor> Resource for A {
         Some(self.source())
     }
 
+    fn shared_memory(&self) -> Option<&super::shared_memory::SharedMemoryResource> {
+        self.source().shared_memory()
+    }
+
     fn held_upstream(&self) -> Option<(u64, u64)> {
         let passed = self.counted()?;
         Some((passed.current_bytes, passed.current_count))

@@ -4,7 +4,7 @@
 //! Left alone, glibc unmaps large blocks when they are freed and trims the heap's top again and
 //! again, so that the same pages fault in anew; with higher thresholds alone it would never give
 //! them back. Here the thresholds are raised, and the background tick gives free memory back once the
-//! heap has not grown for a while, or once the process is idle.
+//! heap has not grown for a while, then from time to time, and once the process is idle.
 
 use super::background::{self, Ages};
 use crate::os;
@@ -13,6 +13,10 @@ use std::sync::{Arc, OnceLock, Weak};
 
 /// A process that used less than this share of a processor over the decay time is idle.
 const IDLE_SHARE: u64 = 20;
+/// Decay times after which a heap that is in use, but does not grow, is given back once more: what
+/// was in use the last time may be free by now.
+const AGAIN_AFTER: u64 = 20;
+const AGAIN_LEAST_MILLISECONDS: u64 = 4000;
 /// Giving memory back takes at most this share of the time (libc's locks are held meanwhile).
 const TRIM_SHARE: u64 = 100;
 
@@ -28,6 +32,7 @@ struct LibcHeap {
     /// CPU time of the process, and the heap's end, when memory was last given back.
     trimmed_cpu: AtomicU64,
     trimmed_end: AtomicU64,
+    trimmed_milliseconds: AtomicU64,
     /// Not before this time again.
     rest_until: AtomicU64,
 }
@@ -53,6 +58,7 @@ pub fn keep_warm(keep_bytes: usize, decay_milliseconds: u64) -> bool {
             quiet_since: AtomicU64::new(0),
             trimmed_cpu: AtomicU64::new(0),
             trimmed_end: AtomicU64::new(0),
+            trimmed_milliseconds: AtomicU64::new(0),
             rest_until: AtomicU64::new(0),
         });
         let ages: Weak<dyn Ages> = Arc::downgrade(&heap) as Weak<dyn Ages>;
@@ -64,13 +70,16 @@ pub fn keep_warm(keep_bytes: usize, decay_milliseconds: u64) -> bool {
 }
 
 impl LibcHeap {
-    /// Whether the heap has stood still since it last grew, and was not given back since.
-    fn has_settled(&self, now: u64) -> bool {
+    /// Whether the heap has stood still since it last grew, and was not given back since, or long ago.
+    fn has_settled(&self, now: u64, cpu: u64) -> bool {
         let end = os::libc_heap_end() as u64;
         if self.end.swap(end, Ordering::Relaxed) != end {
             self.moved_milliseconds.store(now, Ordering::Relaxed);
         }
-        end != self.trimmed_end.load(Ordering::Relaxed)
+        let since_trim = now - self.trimmed_milliseconds.load(Ordering::Relaxed);
+        let pause = (AGAIN_AFTER * self.decay_milliseconds).max(AGAIN_LEAST_MILLISECONDS);
+        let again = since_trim >= pause && self.ran_since_trim(cpu);
+        (end != self.trimmed_end.load(Ordering::Relaxed) || again)
             && now - self.moved_milliseconds.load(Ordering::Relaxed) >= self.decay_milliseconds
     }
 
@@ -99,15 +108,17 @@ impl Ages for LibcHeap {
             self.quiet_cpu.store(0, Ordering::Relaxed);
             self.trimmed_cpu.store(0, Ordering::Relaxed);
         }
-        let due = self.has_settled(now) | self.is_idle(now, cpu);
+        let due = self.has_settled(now, cpu) | self.is_idle(now, cpu);
         if !due || now < self.rest_until.load(Ordering::Relaxed) {
             return;
         }
+        let before = os::thread_cpu_milliseconds();
         os::libc_trim();
-        let took = os::now_milliseconds() - now;
+        let took = os::thread_cpu_milliseconds() - before;
         let end = os::libc_heap_end() as u64;
         self.end.store(end, Ordering::Relaxed);
         self.trimmed_end.store(end, Ordering::Relaxed);
+        self.trimmed_milliseconds.store(now, Ordering::Relaxed);
         self.trimmed_cpu
             .store(os::cpu_milliseconds(), Ordering::Relaxed);
         self.rest_until

@@ -19,9 +19,11 @@ pub mod pool;
 pub mod priority;
 pub mod realtime;
 pub mod registry;
+pub mod shared_memory;
 pub mod slab;
 pub mod statistics;
 pub mod system;
+mod tlsf;
 pub mod transaction;
 
 use crate::error::{Error, Result};
@@ -194,6 +196,20 @@ impl HealthReport {
     }
 }
 
+/// Refuse an upstream whose blocks are not to be cut up: a child shares them with the process that
+/// it was forked from, and both would cut anew.
+pub(crate) fn may_divide(upstream: &dyn Resource) -> Result<()> {
+    if upstream.shared_memory().is_some() {
+        return Err(Error::invalid(
+            "upstream",
+            "must not be a SharedMemoryResource, got one: after a fork parent and child would cut \
+             up the same blocks; draw from it directly",
+        ));
+    }
+    let mut sources = upstream.sources().into_iter();
+    sources.try_for_each(|source| may_divide(&**source))
+}
+
 /// Blocks that go back together unless all of them are kept.
 struct Group<'a, R: Resource + ?Sized> {
     resource: &'a R,
@@ -303,6 +319,11 @@ pub unsafe trait Resource: Send + Sync {
 
     /// Where this resource draws from.
     fn upstream(&self) -> Option<&Arc<dyn Resource>> {
+        None
+    }
+
+    /// The shared memory that its blocks are drawn from and handed through from unchanged, if so.
+    fn shared_memory(&self) -> Option<&shared_memory::SharedMemoryResource> {
         None
     }
 

@@ -129,6 +129,17 @@ fn unsettled() -> Vec<Arc<Left>> {
     unsettled
 }
 
+/// Have every live resource give kept memory back, down to `target_bytes` each; returns bytes given
+/// back. Resources are asked without our lock, the newest first: an adaptor asks what it draws from.
+pub fn trim_all(target_bytes: usize) -> usize {
+    let members = REGISTRY.members.lock();
+    let live: Vec<_> = members.values().rev().filter_map(Weak::upgrade).collect();
+    drop(members);
+    live.iter()
+        .map(|resource| resource.trim(target_bytes))
+        .sum()
+}
+
 /// What was lost so far, oldest first.
 pub fn losses() -> Vec<Loss> {
     let loss = |left: &Arc<Left>| {
@@ -189,7 +200,10 @@ pub fn walk() -> Vec<Walked> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Request, statistics::StatisticsAdaptor, system::SystemResource};
+    use super::super::{
+        Request, large_object::Options, pool::PoolResource, statistics::StatisticsAdaptor,
+        system::SystemResource,
+    };
     use super::*;
 
     fn system() -> Member {
@@ -204,6 +218,19 @@ mod tests {
         drop(member);
         assert!(walk().iter().all(|walked| walked.id != id));
         assert!(losses().iter().all(|loss| loss.id != id));
+    }
+
+    #[test]
+    fn all_live_resources_are_trimmed() {
+        let pool = PoolResource::new(Options::default()).expect("address space");
+        let member = Member::new(Arc::new(pool));
+        let request = Request::bytes(1 << 20).expect("a plain size");
+        let block = member.resource().allocate(request).expect("a mebibyte");
+        // SAFETY: the live block from above.
+        unsafe { member.resource().deallocate(block.address) };
+        assert!(member.resource().cached_bytes() > 0);
+        trim_all(0);
+        assert_eq!(member.resource().cached_bytes(), 0);
     }
 
     #[test]

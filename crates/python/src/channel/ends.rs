@@ -46,6 +46,11 @@ impl Handle {
         Ok(self.channel.get())
     }
 
+    #[inline]
+    fn if_open(&self) -> Option<&Channel> {
+        (!self.closed.load(Ordering::Acquire)).then(|| self.channel.get())
+    }
+
     fn held(&self, py: Python<'_>, method: &str) -> PyResult<Held> {
         self.open(method)?;
         Ok(Held(self.channel.clone_ref(py)))
@@ -78,6 +83,11 @@ pub struct Sender(Handle);
 pub struct Receiver(Handle);
 
 impl Sender {
+    #[inline]
+    pub(super) fn if_open(&self) -> Option<&Channel> {
+        self.0.if_open()
+    }
+
     pub(super) fn new(channel: &Bound<'_, Channel>) -> PyResult<Self> {
         Ok(Sender(Handle::new(channel, Side::Senders, "sender")?))
     }
@@ -88,6 +98,11 @@ impl Sender {
 }
 
 impl Receiver {
+    #[inline]
+    pub(super) fn if_open(&self) -> Option<&Channel> {
+        self.0.if_open()
+    }
+
     pub(super) fn new(channel: &Bound<'_, Channel>) -> PyResult<Self> {
         Ok(Receiver(Handle::new(channel, Side::Receivers, "receiver")?))
     }

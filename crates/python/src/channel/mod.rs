@@ -8,6 +8,7 @@
 
 pub(crate) mod awaitable;
 pub(crate) mod ends;
+pub(crate) mod fast;
 mod operation;
 pub(crate) mod queue;
 mod select;

@@ -288,6 +288,54 @@ impl NumPy {
     }
 }
 
+/// What an array shows.
+pub(crate) struct Shown<'a> {
+    pub data: *mut u8,
+    pub lengths: &'a [ffi::Py_ssize_t],
+    pub strides: &'a [ffi::Py_ssize_t],
+    pub descr: Bound<'a, PyAny>,
+}
+
+/// What an array shows.
+///
+/// # Safety
+/// `array` is a `numpy.ndarray`, of which nobody changes the shape meanwhile.
+pub(crate) unsafe fn shown<'a>(array: &'a Bound<'_, PyAny>) -> Shown<'a> {
+    let fields = array.as_ptr().cast::<ArrayFields>();
+    // SAFETY: the caller's promise.
+    let fields = unsafe { &*fields };
+    let count = fields.nd as usize;
+    let slice = |first: *mut ffi::Py_ssize_t| {
+        if count == 0 {
+            return &[][..];
+        }
+        // SAFETY: an array has so many lengths and strides.
+        unsafe { std::slice::from_raw_parts(first, count) }
+    };
+    Shown {
+        data: fields.data.cast(),
+        lengths: slice(fields.dimensions),
+        strides: slice(fields.strides),
+        // SAFETY: the array holds a reference to its dtype.
+        descr: unsafe { Bound::from_borrowed_ptr(array.py(), fields.descr) },
+    }
+}
+
+/// `NPY_ARRAY_WRITEABLE`.
+const WRITEABLE: c_int = 0x0400;
+
+/// Have an array refuse to be written to, as its `setflags(write=False)` does.
+///
+/// # Safety
+/// `array` is a `numpy.ndarray`, and nobody else changes its flags meanwhile.
+pub(crate) unsafe fn refuse_writes(array: &Bound<'_, PyAny>) {
+    let fields = array.as_ptr().cast::<ArrayFields>();
+    // SAFETY: the caller's promise.
+    let flags = unsafe { &raw mut (*fields).flags };
+    // SAFETY: as above.
+    unsafe { *flags &= !WRITEABLE };
+}
+
 /// Find NumPy's context variable by setting it in an empty context and looking what is there.
 fn find_variable<'py>(
     py: Python<'py>,

@@ -6,7 +6,7 @@
 //! `buffer.rs` hold unsafe code.
 #![allow(unsafe_code)]
 
-mod abi;
+pub(crate) mod abi;
 pub(crate) mod array;
 mod entered;
 pub(crate) mod install;

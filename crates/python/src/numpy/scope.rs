@@ -222,14 +222,40 @@ fn resource_behind(capsule: &Bound<'_, PyAny>) -> Option<Py<Resource>> {
 /// The resource an array's memory came from, or None if it is NumPy's own or another library's.
 #[pyfunction]
 pub fn handler_of(array: &Bound<'_, PyAny>) -> PyResult<Option<Py<Resource>>> {
-    let py = array.py();
-    let numpy = abi::numpy(py)?;
+    let numpy = abi::numpy(array.py())?;
     let owner = numpy.owner(array)?;
-    let Some((capsule, data)) = numpy.handler(&owner) else {
+    Ok(source_of(numpy, &owner).map(|(resource, _)| resource))
+}
+
+/// The resource that an array which owns its memory has it from, and where the block is.
+fn source_of(numpy: &abi::NumPy, owner: &Bound<'_, PyAny>) -> Option<(Py<Resource>, *mut u8)> {
+    let py = owner.py();
+    let (capsule, data) = numpy.handler(owner)?;
+    let resource = resource_behind(&capsule)
+        .or_else(|| NonNull::new(data).and_then(|data| install::owner_of(py, data)));
+    resource.map(|resource| (resource, data))
+}
+
+/// What an array's memory belongs to.
+pub(crate) enum Source<'py> {
+    /// A block of a resource.
+    Block(Py<Resource>, NonNull<u8>),
+    /// Another object, which is no array.
+    Object(Bound<'py, PyAny>),
+}
+
+/// What an array's memory belongs to; None if it is NumPy's own or not an array.
+pub(crate) fn source<'py>(array: &Bound<'py, PyAny>) -> PyResult<Option<Source<'py>>> {
+    let numpy = abi::numpy(array.py())?;
+    if !array.is_instance(numpy.ndarray.bind(array.py()))? {
         return Ok(None);
-    };
-    if let Some(resource) = resource_behind(&capsule) {
-        return Ok(Some(resource));
     }
-    Ok(NonNull::new(data).and_then(|data| install::owner_of(py, data)))
+    let owner = numpy.owner(array)?;
+    let base = owner.getattr(pyo3::intern!(array.py(), "base"))?;
+    if !base.is_none() {
+        return Ok(Some(Source::Object(base)));
+    }
+    let source = source_of(numpy, &owner);
+    Ok(source
+        .and_then(|(resource, data)| NonNull::new(data).map(|data| Source::Block(resource, data))))
 }

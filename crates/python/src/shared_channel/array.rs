@@ -4,11 +4,11 @@
 use super::block::SharedBlock;
 use super::wait::Patience;
 use crate::errors::{Corrupted, InvalidArgument};
+use crate::numpy::abi;
 use crate::numpy::array::{self, Items, Shape};
 use moirai_core::channel::shared::endpoint::Endpoint;
 use moirai_core::channel::shared::message::ARRAY;
 use moirai_core::sync::Lock;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 use std::ptr::NonNull;
@@ -24,7 +24,7 @@ pub(super) struct Types(Lock<Option<Written>>);
 
 impl Types {
     /// How a dtype is written.
-    fn text_of(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Arc<[u8]>> {
+    pub(super) fn text_of(&self, dtype: &Bound<'_, PyAny>) -> PyResult<Arc<[u8]>> {
         if let Some((known, text)) = &*self.0.lock()
             && known.is(dtype)
         {
@@ -38,7 +38,11 @@ impl Types {
     }
 
     /// The dtype that is written so.
-    fn dtype_of<'py>(&self, py: Python<'py>, text: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+    pub(super) fn dtype_of<'py>(
+        &self,
+        py: Python<'py>,
+        text: &[u8],
+    ) -> PyResult<Bound<'py, PyAny>> {
         if let Some((dtype, known)) = &*self.0.lock()
             && **known == *text
         {
@@ -131,8 +135,8 @@ impl ReservedArray {
         traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let _ = (exception, traceback);
-        self.array
-            .call_method1(py, intern!(py, "setflags"), (false,))?;
+        // SAFETY: made by `reserve`; its flags are its user's, who is at the end of the block.
+        unsafe { abi::refuse_writes(self.array.bind(py)) };
         if !kind.is_none() {
             self.block.get().discard();
             return Ok(());

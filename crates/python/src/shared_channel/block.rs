@@ -4,7 +4,7 @@
 use super::super::pools::view::{self, Items};
 use crate::errors::InvalidArgument;
 use moirai_core::channel::shared::attachment::Attachment;
-use moirai_core::channel::shared::endpoint::Block;
+use moirai_core::channel::shared::block::Block;
 use moirai_core::sync::Lock;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;

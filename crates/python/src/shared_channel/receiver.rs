@@ -5,14 +5,19 @@ use super::array::{ReceivedView, Types};
 use super::block::SharedBlock;
 use super::bytes::{Exported, new_bytearray, new_bytes};
 use super::handle::SharedChannel;
+use super::lent::LentBlock;
+use super::reference;
 use super::wait::{Patience, timed_out, until};
 use crate::argument::{count, timeout};
 use crate::errors::{Corrupted, InvalidArgument, to_py};
 use moirai_core::channel::shared::attachment::Role;
 use moirai_core::channel::shared::endpoint::{Endpoint, Offer};
-use moirai_core::channel::shared::message::{ARRAY, BYTES, OBJECT, PICKLE, Plan};
+use moirai_core::channel::shared::message::{
+    ARRAY, BYTES, LENT_ARRAY, LENT_OBJECT, OBJECT, PICKLE, Plan,
+};
+use moirai_core::channel::shared::reference::Received;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyMemoryView};
+use pyo3::types::{PyByteArray, PyBytes, PyList, PyMemoryView};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -30,7 +35,7 @@ pub struct SharedReceiver {
 type Parts<'py> = (u8, Bound<'py, PyAny>, Vec<(usize, usize)>);
 
 fn not_bytes(offer: Offer, method: &str) -> PyErr {
-    let kind = if offer.kind == ARRAY {
+    let kind = if offer.kind == ARRAY || offer.kind == LENT_ARRAY {
         "an array"
     } else {
         "an object"
@@ -163,8 +168,43 @@ impl SharedReceiver {
         unsafe { self.types.array(&header, items, last - first, owner) }
     }
 
+    /// Take a message whose bytes lie in shared memory of their own; `None` to look again.
+    fn take_lent<'py>(
+        &self,
+        py: Python<'py>,
+        offer: Offer,
+        writable: bool,
+    ) -> PyResult<Option<Parts<'py>>> {
+        let accept = || self.endpoint.accept_references(offer).map(Sendable);
+        let accepted = if self.endpoint.is_acquainted(offer) {
+            accept()
+        } else {
+            py.detach(accept)
+        };
+        let Some((received, rest)) = accepted.map_err(to_py)?.0 else {
+            return Ok(None);
+        };
+        if offer.kind == LENT_ARRAY {
+            let mut received = received.into_iter();
+            let (Some(first), None) = (received.next(), received.next()) else {
+                return Err(Corrupted::new_err("segment: an array must be one block"));
+            };
+            let array = reference::received_array(py, &self.types, first, &rest, writable)?;
+            return Ok(Some((ARRAY, array, Vec::new())));
+        }
+        let parts = parts_of(offer.kind, rest.len(), |offset, place| {
+            place.copy_from_slice(&rest[offset..offset + place.len()]);
+        })?;
+        let blocks = received
+            .into_iter()
+            .map(|received| Ok((received.part, Bound::new(py, LentBlock::new(received))?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let item = (PyByteArray::new(py, &rest), blocks).into_pyobject(py)?;
+        Ok(Some((LENT_OBJECT, item.into_any(), parts)))
+    }
+
     /// Take the next message as what it is.
-    fn take_any<'py>(&self, py: Python<'py>) -> PyResult<Option<Parts<'py>>> {
+    fn take_any<'py>(&self, py: Python<'py>, writable: bool) -> PyResult<Option<Parts<'py>>> {
         loop {
             let Some(offer) = self.endpoint.peek().map_err(to_py)? else {
                 return Ok(None);
@@ -172,6 +212,12 @@ impl SharedReceiver {
             if offer.kind == BYTES || offer.kind == PICKLE {
                 if let Some(bytes) = self.take_plain(py, offer)? {
                     return Ok(Some((offer.kind, bytes.into_any(), Vec::new())));
+                }
+                continue;
+            }
+            if offer.kind == LENT_ARRAY || offer.kind == LENT_OBJECT {
+                if let Some(found) = self.take_lent(py, offer, writable)? {
+                    return Ok(Some(found));
                 }
                 continue;
             }
@@ -191,8 +237,14 @@ impl SharedReceiver {
             let Some(offer) = self.endpoint.peek().map_err(to_py)? else {
                 return Ok(None);
             };
-            if offer.kind == OBJECT || offer.kind == PICKLE {
+            if [OBJECT, PICKLE, LENT_OBJECT].contains(&offer.kind) {
                 return Err(not_bytes(offer, "receive_view"));
+            }
+            if offer.kind == LENT_ARRAY {
+                if let Some((_, array, _)) = self.take_lent(py, offer, false)? {
+                    return Ok(Some(ReceivedView::new(array)));
+                }
+                continue;
             }
             let Some(taken) = self.take_parts(py, offer)? else {
                 continue;
@@ -221,6 +273,12 @@ struct Taken<'py> {
     address: NonNull<u8>,
     parts: Vec<(usize, usize)>,
 }
+
+/// What was received, on its way out of `detach`.
+struct Sendable(Option<(Vec<Received>, Vec<u8>)>);
+
+// SAFETY: the addresses lie in mappings that the holds keep.
+unsafe impl Send for Sendable {}
 
 fn parts_of(
     kind: u8,
@@ -331,15 +389,19 @@ impl SharedReceiver {
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
-    /// Receive any message: its kind (bytes, array, object, pickle), it, where its parts lie.
+    /// Receive any message: its kind, it, where its parts lie.
+    #[pyo3(signature = (timeout_seconds, *, writable=false))]
     fn _receive_any<'py>(
         &self,
         py: Python<'py>,
         timeout_seconds: Option<f64>,
+        writable: bool,
     ) -> PyResult<Parts<'py>> {
         let mut patience = Patience::new("receive", timeout("timeout_seconds", timeout_seconds)?);
-        until(py, &self.endpoint, 0, &mut patience, || self.take_any(py))?
-            .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
+        until(py, &self.endpoint, 0, &mut patience, || {
+            self.take_any(py, writable)
+        })?
+        .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
     }
 
     /// Receive an array without a copy: `with receiver.receive_view() as array:`.
@@ -349,6 +411,13 @@ impl SharedReceiver {
         let mut patience = Patience::new("receive_view", timeout);
         until(py, &self.endpoint, 0, &mut patience, || self.take_view(py))?
             .ok_or_else(|| timed_out(&patience, NONE_CAME, NOT_RECEIVED))
+    }
+
+    /// Wait until there is a message, without taking it; whether there is one.
+    fn _wait(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<bool> {
+        let mut patience = Patience::new("poll", timeout("timeout_seconds", timeout_seconds)?);
+        let attempt = || self.endpoint.peek().map_err(to_py);
+        Ok(until(py, &self.endpoint, 0, &mut patience, attempt)?.is_some())
     }
 
     /// Ask for the doorbell to ring when there is a message. Try once more afterwards.

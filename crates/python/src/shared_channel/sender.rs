@@ -5,14 +5,17 @@ use super::array::{ReservedArray, Types};
 use super::block::SharedBlock;
 use super::bytes::{Exported, Source};
 use super::handle::SharedChannel;
+use super::reference;
 use super::wait::{Patience, timed_out, until};
 use crate::argument::timeout;
 use crate::errors::{InvalidArgument, to_py};
 use crate::numpy::array::{self, Shape, too_large};
 use crate::resource::DETACH_BYTES;
 use moirai_core::channel::shared::attachment::Role;
-use moirai_core::channel::shared::endpoint::{Block, Endpoint};
-use moirai_core::channel::shared::message::{BYTES, OBJECT, PICKLE, Plan};
+use moirai_core::channel::shared::block::Block;
+use moirai_core::channel::shared::endpoint::Endpoint;
+use moirai_core::channel::shared::message::{BYTES, LENT_ARRAY, LENT_OBJECT, OBJECT, PICKLE, Plan};
+use moirai_core::channel::shared::reference::Part;
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -84,6 +87,60 @@ impl SharedSender {
         let mut block = reserve_block(py, &self.endpoint, bytes.len(), patience)?;
         py.detach(|| block.write(0, bytes));
         commit(py, &self.endpoint, kind, block, bytes.len(), patience)?;
+        Ok(true)
+    }
+
+    fn send_parts(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        parts: &[Part],
+        give: bool,
+        rest: &[u8],
+        patience: &mut Patience,
+    ) -> PyResult<()> {
+        let attempt = || {
+            let sent = self.endpoint.try_send_references(kind, parts, give, rest);
+            Ok(sent.map_err(to_py)?.then_some(()))
+        };
+        let needed = Endpoint::reference_bytes(parts.len(), rest.len());
+        until(py, &self.endpoint, needed, patience, attempt)?
+            .ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
+    }
+
+    /// Send an object of which some buffers lie in shared memory; false, and nothing sent, if none
+    /// does, or what else there is does not fit the ring.
+    fn send_with_references(
+        &self,
+        py: Python<'_>,
+        buffers: &[Bound<'_, PyAny>],
+        bytes: &[Exported],
+        lengths: &[usize],
+        give: bool,
+        patience: &mut Patience,
+    ) -> PyResult<bool> {
+        let mut lengths = lengths.to_vec();
+        let mut parts = Vec::new();
+        for (index, buffer) in buffers.iter().enumerate() {
+            let shown = bytes[index + 1].bytes();
+            let found = reference::part(buffer, shown.as_ptr(), shown.len(), index + 1)?;
+            if let Some(part) = found {
+                lengths[index + 1] = 0;
+                parts.push(part);
+            }
+        }
+        let plan = plan(&lengths)?;
+        let needed = Endpoint::reference_bytes(parts.len(), plan.length());
+        if parts.is_empty() || needed > self.endpoint.inline_bytes() {
+            return Ok(false);
+        }
+        let mut rest = vec![0; plan.length()];
+        let table = plan.table();
+        rest[..table.len()].copy_from_slice(&table);
+        for (place, bytes) in plan.parts().iter().zip(bytes) {
+            rest[place.clone()].copy_from_slice(&bytes.bytes()[..place.len()]);
+        }
+        self.send_parts(py, LENT_OBJECT, &parts, give, &rest, patience)?;
         Ok(true)
     }
 }
@@ -180,13 +237,35 @@ impl SharedSender {
         Ok(count)
     }
 
-    /// Send a pickle and the buffers that it left out of band.
+    /// Send an array by reference; false if it does not lie in shared memory.
+    fn _send_array(
+        &self,
+        py: Python<'_>,
+        array: &Bound<'_, PyAny>,
+        give: bool,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<bool> {
+        let mut patience = Patience::new("send", timeout("timeout_seconds", timeout_seconds)?);
+        let Some((part, header)) = reference::array_part(&self.types, array)? else {
+            return Ok(false);
+        };
+        if Endpoint::reference_bytes(1, header.len()) > self.endpoint.inline_bytes() {
+            return Ok(false);
+        }
+        self.send_parts(py, LENT_ARRAY, &[part], give, &header, &mut patience)?;
+        Ok(true)
+    }
+
+    /// Send a pickle and its out-of-band buffers; those in shared memory by reference, if allowed.
+    #[pyo3(signature = (pickle, buffers, timeout_seconds, *, give=false, references=true))]
     fn _send_object(
         &self,
         py: Python<'_>,
         pickle: &Bound<'_, PyAny>,
         buffers: Vec<Bound<'_, PyAny>>,
         timeout_seconds: Option<f64>,
+        give: bool,
+        references: bool,
     ) -> PyResult<()> {
         let mut patience = Patience::new("send", timeout("timeout_seconds", timeout_seconds)?);
         if buffers.is_empty() {
@@ -201,6 +280,11 @@ impl SharedSender {
             parts.push(Exported::new(buffer, false)?);
         }
         let lengths: Vec<usize> = parts.iter().map(|part| part.bytes().len()).collect();
+        if references
+            && self.send_with_references(py, &buffers, &parts, &lengths, give, &mut patience)?
+        {
+            return Ok(());
+        }
         let plan = plan(&lengths)?;
         let table = plan.table();
         let pieces = || {

@@ -82,6 +82,9 @@ impl Gate {
     /// whether event loops are to be rung.
     #[cold]
     pub fn wake(&self, wake: impl FnOnce(&AtomicU32) -> bool) -> bool {
+        // Asked first: once somebody is woken, he may take what there is and arm anew.
+        let rings =
+            self.armed.load(Ordering::Relaxed) != 0 && self.armed.swap(0, Ordering::AcqRel) != 0;
         let seen = self.waiting.load(Ordering::Relaxed);
         if seen & WAITING != 0 {
             self.count.fetch_add(1, Ordering::AcqRel);
@@ -94,6 +97,6 @@ impl Gate {
                 );
             }
         }
-        self.armed.load(Ordering::Relaxed) != 0 && self.armed.swap(0, Ordering::AcqRel) != 0
+        rings
     }
 }

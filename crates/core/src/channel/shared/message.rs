@@ -16,6 +16,10 @@ pub const ARRAY: u8 = 1;
 pub const OBJECT: u8 = 2;
 /// An object that is nothing but its pickle: plain bytes.
 pub const PICKLE: u8 = 3;
+/// An array by reference: where it is, its header.
+pub const LENT_ARRAY: u8 = 4;
+/// An object with arrays by reference: where they are, then as an object.
+pub const LENT_OBJECT: u8 = 5;
 
 /// Where the parts of a message lie.
 pub struct Plan {

@@ -2,9 +2,11 @@
 //!
 //! [`word`], [`ring`], [`blocks`] and [`gate`] are the lock-free parts, over words wherever they
 //! lie; [`layout`] says where that is. [`segment`] is the file, [`attachment`] a process at it,
-//! [`endpoint`] what sends and receives, [`message`] how arrays and objects lie in a message.
+//! [`endpoint`] what sends and receives, [`block`] a block it has, [`message`] how arrays and objects lie in a message,
+//! [`reference`] messages whose bytes lie in memory of a `SharedMemoryResource`.
 
 pub mod attachment;
+pub mod block;
 pub mod blocks;
 pub mod descriptor;
 pub mod doorbell;
@@ -12,6 +14,7 @@ pub mod endpoint;
 pub mod gate;
 pub mod layout;
 pub mod message;
+pub mod reference;
 pub mod ring;
 pub mod segment;
 pub mod word;

@@ -122,6 +122,7 @@ impl Store {
         upstream: Arc<dyn Resource>,
         keep_bytes: usize,
     ) -> Result<Arc<Self>> {
+        crate::resource::may_divide(&*upstream)?;
         let map = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for an arena's map"))?;
         let store = Arc::new(Store {

@@ -8,17 +8,15 @@
 //! kernel is entered. After a fork the child has its own copy of the memory, which is not locked, and
 //! pages that either writes to are copied first: both fault once more on every page.
 
-mod tlsf;
-
 use super::fork::{self, ForkLocks};
 use super::statistics::Counters;
 use super::{Block, DEFAULT_ALIGNMENT, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::{Error, Result};
 use crate::os::{self, PAGE_BYTES, locked};
+use crate::resource::tlsf::{self, MAX_GRANULES, Tag, Tlsf};
 use crate::sync::{AtomicU64, Lock, Ordering::Relaxed};
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
-use tlsf::{MAX_GRANULES, Tag, Tlsf};
 
 /// What sizes and positions are multiples of.
 const GRANULE: usize = DEFAULT_ALIGNMENT;

@@ -55,6 +55,7 @@ unsafe impl Sync for Shared {}
 impl Shared {
     /// What a slab over `upstream` begins with, known to forks and to the background thread.
     pub(super) fn new(upstream: Arc<dyn Resource>) -> Result<Arc<Self>> {
+        crate::resource::may_divide(&*upstream)?;
         let units = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 19, "no address space for the slab's map"))?;
         let shared = Arc::new(Shared {

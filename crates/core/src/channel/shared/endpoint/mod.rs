@@ -1,26 +1,22 @@
 //! Sending and receiving: trying, and waiting for the other side.
 
-use super::attachment::{Attachment, Gone, PROBE_MILLISECONDS, Role};
+mod waiting;
+
+use super::attachment::{Attachment, Gone, Role};
+use super::block::Block;
 use super::blocks::{Run, UNIT_BYTES};
 use super::descriptor::{CARRIES_BLOCK, Descriptor};
-use super::gate::Gate;
 use super::ring::{Front, Record, Refused};
 use crate::error::{Error, Result};
-use crate::os::{WaitEnd, shared};
+use crate::os::shared;
 use crate::resource::fork;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use waiting::MAX_SPIN;
 
-/// Longest spin before a sleep, in nanoseconds.
-const MAX_SPIN: u32 = 50_000;
 /// The bit of `active` that says that nothing begins any more.
 const CLOSED: u32 = 1 << 31;
-/// Shortest spin that is worth one.
-const MIN_SPIN: u32 = 500;
-/// Short sleeps before a long spin is tried.
-const SLEEPS_TO_A_SPIN: u32 = 16;
 
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,121 +157,6 @@ impl Endpoint {
         ))
     }
 
-    // === waiting ================================================================================
-
-    /// Wait until there may be a message or room. `again` if an interruption was looked into.
-    ///
-    /// `needed_bytes` is what a sender wants to send; a receiver passes 0.
-    pub fn wait(
-        &self,
-        needed_bytes: usize,
-        deadline: Option<Instant>,
-        again: bool,
-    ) -> Result<Waited> {
-        let control = self.attachment.segment().control();
-        match self.role {
-            Role::Receiver => self.wait_at(&control.messages, || self.has_news(), deadline, again),
-            Role::Sender => self.wait_at(
-                &control.room,
-                || self.has_room(needed_bytes),
-                deadline,
-                again,
-            ),
-        }
-    }
-
-    fn has_news(&self) -> bool {
-        let front = self.attachment.segment().ring().front();
-        self.is_closed()
-            || matches!(front, Front::Data(_) | Front::Corrupted(_))
-            || (front == Front::Empty && self.attachment.gone(Role::Sender).is_some())
-    }
-
-    fn has_room(&self, needed_bytes: usize) -> bool {
-        if self.is_closed() || self.attachment.gone(Role::Receiver).is_some() {
-            return true;
-        }
-        let segment = self.attachment.segment();
-        if needed_bytes > segment.header().inline_bytes as usize {
-            let count = needed_bytes.div_ceil(UNIT_BYTES);
-            return segment.ring().can_claim(Descriptor::BYTES)
-                && segment.blocks().could_claim(count);
-        }
-        segment.ring().can_claim(needed_bytes)
-    }
-
-    fn wait_at(
-        &self,
-        gate: &Gate,
-        is_ready: impl Fn() -> bool,
-        deadline: Option<Instant>,
-        again: bool,
-    ) -> Result<Waited> {
-        let started = Instant::now();
-        let left = |now: Instant| deadline.map(|deadline| deadline.saturating_duration_since(now));
-        if left(started).is_some_and(|left| left.is_zero()) {
-            return Ok(Waited::TimedOut);
-        }
-        if !again && self.spin(started, &is_ready) {
-            return Ok(Waited::Ready);
-        }
-        self.attachment.probe_now_and_then()?;
-        let count = gate.announce();
-        if is_ready() {
-            return Ok(Waited::Ready);
-        }
-        let nap = Duration::from_millis(PROBE_MILLISECONDS);
-        let nap = left(Instant::now()).map_or(nap, |left| left.min(nap));
-        let end = shared::wait_on_shared(gate.word(), count, nap);
-        if started.elapsed() < Duration::from_nanos(2 * u64::from(MAX_SPIN)) {
-            self.note_short_sleep();
-        }
-        if is_ready() {
-            return Ok(Waited::Ready);
-        }
-        if end == WaitEnd::TimedOut {
-            self.attachment.probe()?;
-            if is_ready() {
-                return Ok(Waited::Ready);
-            }
-        }
-        Ok(match left(Instant::now()) {
-            Some(left) if left.is_zero() => Waited::TimedOut,
-            _ => Waited::Interrupted,
-        })
-    }
-
-    /// Whether it was ready before the spin ended; a spin that helped is a reason for longer ones.
-    fn spin(&self, started: Instant, is_ready: &impl Fn() -> bool) -> bool {
-        let spin = self.spin.load(Ordering::Relaxed);
-        if spin == 0 {
-            return false;
-        }
-        let limit = Duration::from_nanos(u64::from(spin));
-        loop {
-            for _ in 0..16 {
-                if is_ready() {
-                    self.spin.store((spin * 2).min(MAX_SPIN), Ordering::Relaxed);
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-            if started.elapsed() >= limit {
-                self.spin.store((spin / 2).max(MIN_SPIN), Ordering::Relaxed);
-                return false;
-            }
-        }
-    }
-
-    /// After a sleep that was short: a spin might have done, so try a long one now and then. Not
-    /// each time: where both sides share a processor, the other needs it.
-    fn note_short_sleep(&self) {
-        let count = self.short_sleeps.fetch_add(1, Ordering::Relaxed);
-        if count % SLEEPS_TO_A_SPIN == 0 && self.spin.load(Ordering::Relaxed) > 0 {
-            self.spin.store(MAX_SPIN, Ordering::Relaxed);
-        }
-    }
-
     // === sending ================================================================================
 
     /// Longest message that lies in the ring itself.
@@ -355,16 +236,16 @@ impl Endpoint {
 
     /// Send the first `length` bytes of a block; gives it back if there is no room in the ring.
     pub fn try_commit(&self, kind: u8, block: Block, length: usize) -> Result<Option<Block>> {
-        debug_assert!(kind < CARRIES_BLOCK && length <= block.run.count * UNIT_BYTES);
+        debug_assert!(kind < CARRIES_BLOCK && length <= block.run().count * UNIT_BYTES);
         let (_active, slot) = self.enter()?;
-        if !block.is_here() || !Arc::ptr_eq(&block.attachment, &self.attachment) {
+        if !block.is_of(&self.attachment) {
             return Err(Error::invalid(
                 "slot",
                 "must have been reserved by this sender in this process",
             ));
         }
         self.check_receivers("send")?;
-        let descriptor = Descriptor::new(self.attachment.segment(), block.run, length);
+        let descriptor = Descriptor::new(self.attachment.segment(), block.run(), length);
         let sent = self.put(kind | CARRIES_BLOCK, slot, Descriptor::BYTES, |at| {
             // SAFETY: the record has room for a descriptor, and was claimed for it.
             unsafe { descriptor.write(at) };
@@ -443,6 +324,12 @@ impl Endpoint {
         })
     }
 
+    /// Where the bytes of a message in the ring are.
+    pub(super) fn record_at(&self, offer: Offer) -> NonNull<u8> {
+        let segment = self.attachment.segment();
+        segment.record_bytes(segment.ring().index_of(offer.record))
+    }
+
     #[cold]
     fn nothing(&self) -> Result<Option<Offer>> {
         let Some(gone) = self.attachment.gone(Role::Sender) else {
@@ -515,13 +402,7 @@ impl Endpoint {
     }
 
     fn block(&self, run: Run, length: usize) -> Block {
-        self.attachment.retain();
-        Block {
-            attachment: Arc::clone(&self.attachment),
-            run,
-            length,
-            generation: fork::generation(),
-        }
+        Block::new(Arc::clone(&self.attachment), run, length)
     }
 }
 
@@ -535,74 +416,4 @@ pub struct Offer {
     pub length: usize,
     /// Whether they lie in a block.
     pub is_block: bool,
-}
-
-/// A block that this process has: reserved to be sent, or received. Freed when dropped.
-pub struct Block {
-    attachment: Arc<Attachment>,
-    /// Of no units once somebody else has it.
-    run: Run,
-    length: usize,
-    /// The forks before the process that has it: a child has no part in what its parent has.
-    generation: u64,
-}
-
-impl Block {
-    /// Where its bytes are.
-    pub fn address(&self) -> NonNull<u8> {
-        self.attachment.segment().unit_bytes(self.run.start)
-    }
-
-    /// Bytes of the message.
-    pub fn length(&self) -> usize {
-        self.length
-    }
-
-    /// Write bytes at an offset. Only before it is sent.
-    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
-        assert!(
-            offset
-                .checked_add(bytes.len())
-                .is_some_and(|end| end <= self.run.count * UNIT_BYTES)
-        );
-        // SAFETY: within the run, which this process alone has.
-        let at = unsafe { self.address().add(offset) };
-        // SAFETY: as above; the bytes come from elsewhere, as nobody borrows a block.
-        unsafe { at.as_ptr().copy_from(bytes.as_ptr(), bytes.len()) };
-    }
-
-    /// Read bytes at an offset.
-    pub fn read(&self, offset: usize, place: &mut [u8]) {
-        assert!(
-            offset
-                .checked_add(place.len())
-                .is_some_and(|end| end <= self.length)
-        );
-        // SAFETY: within the message.
-        let at = unsafe { self.address().add(offset) };
-        // SAFETY: as above.
-        unsafe { place.as_mut_ptr().copy_from(at.as_ptr(), place.len()) };
-    }
-
-    fn is_here(&self) -> bool {
-        self.generation == fork::generation() && self.attachment.is_here()
-    }
-
-    /// Somebody else has it now.
-    fn forget(mut self) {
-        self.run.count = 0;
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if !self.is_here() {
-            return;
-        }
-        if self.run.count > 0 {
-            self.attachment.segment().blocks().free(self.run);
-            self.attachment.note_block();
-        }
-        self.attachment.let_go();
-    }
 }

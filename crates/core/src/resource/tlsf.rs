@@ -12,7 +12,7 @@ const STEPS_LOG: u32 = STEPS.ilog2();
 /// Doublings: the first holds the sizes below [`STEPS`], one list each.
 const DOUBLINGS: usize = (MAX_GRANULES.ilog2() - STEPS_LOG + 2) as usize;
 /// The most granules there may be.
-pub(super) const MAX_GRANULES: u32 = SIZE;
+pub(crate) const MAX_GRANULES: u32 = SIZE;
 /// Blocks looked at in the list of sizes of which only some suffice, before giving up.
 const LOOKS: usize = 32;
 
@@ -27,7 +27,7 @@ const NONE: u32 = u32::MAX;
 /// (if it is another) the size alone. What other granules have means nothing, but never `START`.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
-pub(super) struct Tag {
+pub(crate) struct Tag {
     word: u32,
     /// First granule of a free block: neighbours in its list, or `NONE`.
     next: u32,
@@ -38,7 +38,7 @@ pub(super) struct Tag {
 ///
 /// Invariants, checked by `check`: the blocks tile the tags, no two neighbours are both free, each
 /// free block is in the list of its size and in no other, a bit is set where a list is not empty.
-pub(super) struct Tlsf {
+pub(crate) struct Tlsf {
     doublings: u32,
     steps: [u16; DOUBLINGS],
     heads: [[u32; STEPS]; DOUBLINGS],
@@ -66,7 +66,7 @@ fn list_from(size: u32) -> Option<(usize, usize)> {
 
 impl Tlsf {
     /// Lists for as many granules as there are tags, all free, in one block.
-    pub(super) fn new(tags: &mut [Tag]) -> Self {
+    pub(crate) fn new(tags: &mut [Tag]) -> Self {
         let mut lists = Tlsf {
             doublings: 0,
             steps: [0; DOUBLINGS],
@@ -79,12 +79,12 @@ impl Tlsf {
     }
 
     /// Granules that are free.
-    pub(super) fn free(&self) -> u32 {
+    pub(crate) fn free(&self) -> u32 {
         self.free
     }
 
     /// Take `size` granules from a multiple of `alignment`; returns the first.
-    pub(super) fn take(&mut self, tags: &mut [Tag], size: u32, alignment: u32) -> Option<u32> {
+    pub(crate) fn take(&mut self, tags: &mut [Tag], size: u32, alignment: u32) -> Option<u32> {
         if size > self.free {
             return None;
         }
@@ -104,7 +104,7 @@ impl Tlsf {
     }
 
     /// Free the block that starts at `first`; returns its size, or `None` if no used one does.
-    pub(super) fn give_back(&mut self, tags: &mut [Tag], first: u32) -> Option<u32> {
+    pub(crate) fn give_back(&mut self, tags: &mut [Tag], first: u32) -> Option<u32> {
         let size = used_size(tags, first)?;
         let (mut start, mut end) = (first, first + size);
         tags[first as usize].word = 0;
@@ -206,7 +206,7 @@ impl Tlsf {
     }
 
     /// What breaks an invariant, a sentence each; and (used blocks, used granules).
-    pub(super) fn check(&self, tags: &[Tag]) -> (Vec<String>, (u64, u64)) {
+    pub(crate) fn check(&self, tags: &[Tag]) -> (Vec<String>, (u64, u64)) {
         let mut findings = Vec::new();
         let (mut used_count, mut used, mut free, mut free_count) = (0, 0, 0, 0);
         let mut at = 0;
@@ -292,7 +292,7 @@ fn mark(tags: &mut [Tag], first: u32, size: u32, state: u32) {
 }
 
 /// Size of the used block that starts at `first`.
-pub(super) fn used_size(tags: &[Tag], first: u32) -> Option<u32> {
+pub(crate) fn used_size(tags: &[Tag], first: u32) -> Option<u32> {
     let word = tags.get(first as usize)?.word;
     (word & (START | USED) == START | USED).then_some(word & SIZE)
 }

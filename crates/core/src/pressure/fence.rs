@@ -1,0 +1,255 @@
+//! A soft `RLIMIT_DATA` that follows what is left, so that an allocation which would cross the limit
+//! fails instead of the process being killed.
+//!
+//! The kernel counts private writable memory when it is mapped, and the groups count it when it is
+//! touched. The fence is therefore relative: at each sample the limit is what is mapped now and what
+//! may still be touched. What was mapped and not touched yet is taken off for a while, since it is
+//! probably about to be; what stays untouched (stacks, sparse arrays) is forgotten with a half-life
+//! of half a second. Processes that share a limit find each other by a file, in which each locks a
+//! byte; each gets an equal share of the room.
+
+use super::source::Sample;
+use crate::os::{self, process, shared};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// Most processes that share a fence and are counted.
+const SLOTS: u64 = 64;
+/// The byte that the leader locks.
+const LEADER: u64 = SLOTS;
+const COUNT_NANOSECONDS: u64 = 20_000_000;
+/// Who joins takes the first free byte, so that after so many free ones there is nobody, or nearly.
+const GAP: u64 = 8;
+const HALF_LIFE_SECONDS: f64 = 0.5;
+/// The limit is not moved for less.
+const STEP_BYTES: u64 = 64 * 1024;
+
+/// Where the fence stands.
+#[derive(Clone, Debug)]
+pub struct FenceSettings {
+    /// Bytes to leave between the fence and the limit.
+    pub margin_bytes: u64,
+    /// A file by which the processes that share the limit find each other; `None` to be alone.
+    pub ledger: Option<PathBuf>,
+}
+
+/// The fence of this process; lifted when dropped.
+pub(super) struct Fence {
+    settings: FenceSettings,
+    owner: u32,
+    before: Option<u64>,
+    current: Option<u64>,
+    untouched: Untouched,
+    ledger: Option<Ledger>,
+    sharers: u64,
+    counted_at: u64,
+}
+
+impl Fence {
+    pub(super) fn new(settings: FenceSettings, before: Option<u64>) -> Self {
+        Fence {
+            ledger: settings.ledger.as_deref().and_then(Ledger::join),
+            settings,
+            owner: process::process_id(),
+            before,
+            current: None,
+            untouched: Untouched::default(),
+            sharers: 1,
+            counted_at: 0,
+        }
+    }
+
+    /// Move the fence to what `sample` leaves; returns where it stands, as bytes still to be had.
+    pub(super) fn follow(&mut self, sample: &Sample) -> u64 {
+        if sample.time_nanoseconds.saturating_sub(self.counted_at) >= COUNT_NANOSECONDS {
+            self.counted_at = sample.time_nanoseconds;
+            self.count_sharers();
+        }
+        let pending = self.untouched.pending(sample);
+        let room = room(sample, self.settings.margin_bytes, self.sharers, pending);
+        let soft = sample.data.saturating_add(room);
+        let soft = soft.min(self.before.unwrap_or(u64::MAX));
+        if self
+            .current
+            .is_none_or(|current| current.abs_diff(soft) >= STEP_BYTES)
+            && process::set_soft_data_limit(Some(soft))
+        {
+            self.current = Some(soft);
+        }
+        room
+    }
+
+    fn count_sharers(&mut self) {
+        let Some(path) = self.settings.ledger.as_deref() else {
+            return;
+        };
+        if self.ledger.as_ref().is_none_or(Ledger::is_gone) {
+            self.ledger = Ledger::join(path);
+        }
+        self.sharers = self.ledger.as_ref().map_or(1, Ledger::count);
+    }
+
+    /// How many processes share the room, as last counted.
+    pub(super) fn sharers(&self) -> u64 {
+        self.sharers
+    }
+
+    /// Whether this process is the one of those that share to act for all.
+    pub(super) fn is_leader(&self) -> bool {
+        self.ledger.as_ref().is_none_or(Ledger::leads)
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        // In a child the limit is the child's: whoever forked it lifts or restarts it.
+        if self.owner == process::process_id() && self.current.is_some() {
+            process::set_soft_data_limit(self.before);
+        }
+    }
+}
+
+/// Bytes that may still be mapped.
+fn room(sample: &Sample, margin: u64, sharers: u64, pending: u64) -> u64 {
+    let left = sample.deadly_room.saturating_sub(margin) / sharers.max(1);
+    left.saturating_sub(pending)
+}
+
+/// What is mapped and was not touched within about a second.
+#[derive(Default)]
+struct Untouched {
+    settled: Option<f64>,
+    time_nanoseconds: u64,
+}
+
+impl Untouched {
+    /// Bytes mapped of late and not touched yet.
+    fn pending(&mut self, sample: &Sample) -> u64 {
+        let gap = sample.data.saturating_sub(sample.anonymous) as f64;
+        let settled = self.settled.unwrap_or(gap);
+        let elapsed = sample
+            .time_nanoseconds
+            .saturating_sub(self.time_nanoseconds);
+        self.time_nanoseconds = sample.time_nanoseconds;
+        let kept = 0.5f64.powf(elapsed as f64 / 1e9 / HALF_LIFE_SECONDS);
+        let settled = gap.min(gap - (gap - settled) * kept);
+        self.settled = Some(settled);
+        (gap - settled) as u64
+    }
+}
+
+/// The file by which processes that share a limit find each other.
+struct Ledger {
+    file: OwnedFd,
+    own: Option<u64>,
+}
+
+impl Ledger {
+    /// Lock a byte of the file, which is made if it is not there. `None` if it cannot be.
+    fn join(path: &Path) -> Option<Self> {
+        let made = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(path);
+        let file = OwnedFd::from(made.ok()?);
+        let own = (0..SLOTS).find(|slot| shared::try_lock(&file, *slot).unwrap_or(false));
+        Some(Ledger { file, own })
+    }
+
+    fn is_gone(&self) -> bool {
+        !matches!(shared::about(&self.file), Ok((_, names, _)) if names > 0)
+    }
+
+    fn count(&self) -> u64 {
+        let mut count = 0;
+        let mut last = 0;
+        for slot in 0..SLOTS {
+            if Some(slot) == self.own
+                || shared::is_locked_elsewhere(&self.file, slot, 1).unwrap_or(false)
+            {
+                count += 1;
+                last = slot;
+            } else if slot > last + GAP {
+                break;
+            }
+        }
+        count.max(1)
+    }
+
+    /// Once the lock is had, taking it again changes nothing.
+    fn leads(&self) -> bool {
+        shared::try_lock(&self.file, LEADER).unwrap_or(false)
+    }
+}
+
+/// The soft limit on private writable memory of this process, for the settings of a source.
+pub(super) fn soft_limit() -> Option<u64> {
+    os::process::data_limits().0
+}
+
+/// Lift the soft limit as far as the hard one lets: for a child that was forked behind a fence, and
+/// has none of its own.
+pub fn lift_inherited() {
+    process::set_soft_data_limit(None);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source::Sample;
+    use super::*;
+
+    fn sample(seconds: f64, data: u64, anonymous: u64, room: u64) -> Sample {
+        Sample {
+            time_nanoseconds: (seconds * 1e9) as u64,
+            kind: None,
+            used: 0,
+            without_cache: 0,
+            limit: u64::MAX,
+            deadly_room: room,
+            deadly_limit: u64::MAX,
+            resident: anonymous,
+            anonymous,
+            data,
+            children: 0,
+            faults: 0,
+            stalled_millionths: None,
+            limit_hits: None,
+            kills: None,
+        }
+    }
+
+    #[test]
+    fn what_is_mapped_and_not_touched_is_pending_and_forgotten_with_time() {
+        let mut untouched = Untouched::default();
+        assert_eq!(untouched.pending(&sample(10.0, 1000, 400, 0)), 0);
+        let pending = untouched.pending(&sample(10.0, 2000, 400, 0));
+        assert_eq!(pending, 1000);
+        assert_eq!(untouched.pending(&sample(10.5, 2000, 400, 0)), 500);
+        assert_eq!(untouched.pending(&sample(10.5, 2000, 1400, 0)), 0);
+    }
+
+    #[test]
+    fn the_room_is_shared_and_less_what_is_pending() {
+        let sample = sample(0.0, 0, 0, 1000);
+        assert_eq!(room(&sample, 200, 1, 0), 800);
+        assert_eq!(room(&sample, 200, 4, 50), 150);
+        assert_eq!(room(&sample, 2000, 1, 0), 0);
+    }
+
+    #[test]
+    fn those_who_join_a_ledger_count_each_other_and_one_leads() {
+        let path = std::env::temp_dir().join(format!("moirai-ledger-{}", std::process::id()));
+        let first = Ledger::join(&path).expect("a file in the temporary folder");
+        let second = Ledger::join(&path).expect("the same file");
+        assert_eq!((first.count(), second.count()), (2, 2));
+        assert!(first.leads());
+        assert!(!second.leads());
+        drop(first);
+        assert_eq!(second.count(), 1);
+        assert!(second.leads());
+        std::fs::remove_file(&path).expect("still there");
+        assert!(second.is_gone());
+    }
+}

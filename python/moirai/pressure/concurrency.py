@@ -1,0 +1,123 @@
+"""A cap on work in flight that falls under pressure and rises in calm: additive, multiplicative."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from moirai.errors import InvalidArgument, Timeout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ConcurrencyCap"]
+
+
+class ConcurrencyCap:
+    """How many pieces of work may be in flight at once.
+
+    Under pressure the cap becomes 0.7 times what is in flight; each calm half second adds one. One
+    piece may always run, so that what holds memory can end. Any number of threads may use it at
+    once; a forked child starts with nothing in flight.
+
+    Source:
+        Chiu and Jain (1989), Computer Networks and ISDN Systems 17(1).
+    """
+
+    DECREASE = 0.7
+    DECREASE_SECONDS = 0.5
+    INCREASE_SECONDS = 0.5
+
+    def __init__(self, maximum: int) -> None:
+        """Allow `maximum` pieces of work until there is pressure; at least 1."""
+        if maximum < 1:
+            raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
+        self.maximum = maximum
+        self._limit = maximum
+        self._changed_seconds: float | None = None
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Forget the work and the waiters of the process that this one was forked from."""
+        self._in_flight = 0
+        self._condition = threading.Condition()
+
+    @property
+    def limit(self) -> int:
+        """Pieces of work allowed now; from 1 to `maximum`."""
+        return self._limit
+
+    @property
+    def in_flight(self) -> int:
+        """Pieces of work under way."""
+        return self._in_flight
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether fewer are allowed than at first."""
+        return self._limit < self.maximum
+
+    def try_acquire(self) -> bool:
+        """Begin a piece of work if one more is allowed."""
+        with self._condition:
+            if self._in_flight >= self._limit:
+                return False
+            self._in_flight += 1
+            return True
+
+    def acquire(self, *, timeout_seconds: float | None = None) -> None:
+        """Begin a piece of work as soon as one more is allowed.
+
+        Raises:
+            Timeout: The time has passed; nothing was begun.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._condition:
+            while self._in_flight >= self._limit:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise Timeout(
+                        f"no work was begun within {timeout_seconds} seconds: {self._in_flight} in "
+                        f"flight, {self._limit} of {self.maximum} allowed"
+                    )
+                self._condition.wait(left)
+            self._in_flight += 1
+
+    def release(self) -> None:
+        """End a piece of work."""
+        with self._condition:
+            if self._in_flight == 0:
+                raise InvalidArgument("release: nothing is in flight")
+            self._in_flight -= 1
+            self._condition.notify()
+
+    @contextmanager
+    def slot(self, *, timeout_seconds: float | None = None) -> Iterator[None]:
+        """Hold a piece of work's place for the `with` block."""
+        self.acquire(timeout_seconds=timeout_seconds)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
+        """Take the state of the memory into account; a guard calls this at each sample."""
+        with self._condition:
+            since = self._changed_seconds
+            if under_pressure:
+                if (
+                    since is None
+                    or self._limit == self.maximum
+                    or (time_seconds - since >= self.DECREASE_SECONDS)
+                ):
+                    busy = min(self._limit, max(1, self._in_flight))
+                    self._limit = max(1, int(busy * self.DECREASE))
+                    self._changed_seconds = time_seconds
+            elif self._limit < self.maximum and (
+                since is None or time_seconds - since >= self.INCREASE_SECONDS
+            ):
+                self._limit += 1
+                self._changed_seconds = time_seconds
+                self._condition.notify()

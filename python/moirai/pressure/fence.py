@@ -1,0 +1,53 @@
+"""A fence before the limit: an allocation that would cross it raises MemoryError."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+
+from moirai.pressure.source import optional_bytes
+
+__all__ = ["Fence"]
+
+
+class Fence:
+    """Where a sampler's fence stands.
+
+    The sampler keeps the soft `RLIMIT_DATA` of its process at what is mapped plus what is left, so
+    that libc and the kernel refuse what would cross the limit: Python raises MemoryError, in the
+    program, where it can be caught, instead of the kernel killing the process.
+    """
+
+    def __init__(
+        self,
+        *,
+        margin_bytes: int | str = "16 MiB",
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Describe a fence.
+
+        Args:
+            margin_bytes: What to leave between the fence and the limit, for the kernel's own needs
+                and for what grows between two samples; as an int or such as "16 MiB".
+            ledger: A file by which processes under the same limit find each other, made if it is
+                not there; each gets an equal share of what is left. None: this process is alone.
+
+        Raises:
+            InvalidArgument: An argument is outside its range.
+        """
+        margin = optional_bytes(margin_bytes, "margin_bytes")
+        if margin is None:
+            raise TypeError("margin_bytes: must be an int or a str, got NoneType")
+        self.margin_bytes = margin
+        self.ledger = None if ledger is None else os.fspath(ledger)
+
+    @staticmethod
+    def default_ledger(limit_name: str) -> str:
+        """Name the file by which this user's processes under the limit of that name meet."""
+        digest = hashlib.sha256(limit_name.encode()).hexdigest()[:16]
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+        return os.path.join(folder, f"moirai-fence-{os.getuid()}-{digest}")
+
+    def __repr__(self) -> str:
+        return f"Fence(margin_bytes={self.margin_bytes}, ledger={self.ledger!r})"

@@ -1,0 +1,528 @@
+"""Responds to memory pressure: stages, actions, a cap on work, reservations, a last resort."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from moirai.errors import Closed, InvalidArgument, MoiraiError, OutOfMemory
+from moirai.pressure.actions import Action, ActionRecord, actions_for, built_in_actions
+from moirai.pressure.concurrency import ConcurrencyCap
+from moirai.pressure.registry import REGISTRY, Registration, Registry
+from moirai.pressure.sampler import Sampler
+from moirai.pressure.samples import ReadsSamples, Sample
+from moirai.pressure.source import optional_bytes
+from moirai.pressure.stages import Forecasts, Stage, StageClock, Thresholds
+from moirai.pressure.worker import Call, Worker
+
+__all__ = ["Guard", "GuardStatus"]
+
+log = logging.getLogger("moirai.pressure")
+
+# Time between two rounds of actions, by stage.
+_ROUND_SECONDS = {Stage.GENTLE: 0.5, Stage.AGGRESSIVE: 0.2, Stage.EMERGENCY: 0.05}
+# Those that share a limit leave the first rounds to one of them, for so long.
+_FOLLOW_SECONDS = 1.0
+# A round wants to free down to this share of the limit less than where gentle begins.
+_BELOW_GENTLE = 0.05
+_RECORDS_KEPT = 1000
+
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class GuardStatus:
+    """What a guard sees and did.
+
+    Attributes:
+        stage: How hard it responds now.
+        highest_stage: How hard it ever did.
+        sample: The newest sample it saw, or None.
+        p_critical: Probabilities of the last forecast by horizon in seconds; empty without one.
+        reserved_bytes: What is promised to reservations.
+        action_count: Actions taken so far.
+        freed_bytes: What they freed, as far as they could tell.
+        stall_count: Times that the last resort was called.
+    """
+
+    stage: Stage
+    highest_stage: Stage
+    sample: Sample | None
+    p_critical: Mapping[int, float]
+    reserved_bytes: int
+    action_count: int
+    freed_bytes: int
+    stall_count: int
+
+
+class Guard:
+    """Watches memory use and has what is registered made smaller before the limit is reached.
+
+    `start` runs it on threads of its own. Without that, `step` runs one decision and its actions in
+    the caller's thread, on any sample: so recordings and tests run in virtual time. Any number of
+    threads may use it at once. A guard that runs goes on in a forked child, by itself.
+    """
+
+    def __init__(
+        self,
+        source: ReadsSamples | None = None,
+        *,
+        forecaster: Forecasts | None = None,
+        thresholds: Thresholds | None = None,
+        registry: Registry = REGISTRY,
+        built_in: Sequence[Action] | None = None,
+        dry_run: bool = False,
+        on_stage: Callable[[Stage, Sample], object] | None = None,
+        on_action: Callable[[ActionRecord], object] | None = None,
+        on_stall: Callable[[Guard], object] | None = None,
+        stall_seconds: float = 30.0,
+        action_timeout_seconds: float = 10.0,
+        forecast_seconds: float = 1.0,
+        leads: Callable[[], bool] | None = None,
+    ) -> None:
+        """Prepare a guard.
+
+        Args:
+            source: Where samples come from; default: a `Sampler` of this process.
+            forecaster: Something with `observe` and `forecast`; None: respond to the level alone.
+            thresholds: Where the stages begin.
+            registry: What may be made smaller; default: what `moirai.pressure.register` was given.
+            built_in: Actions besides; default: trim Moirai's resources, collect cycles within a
+                budget of CPU time, give libc's free heap back.
+            dry_run: Log what would be done, and do nothing.
+            on_stage: Called with each new stage and its sample, on the guard's thread.
+            on_action: Called with the record of each action, on the guard's thread.
+            on_stall: Called with the guard when it was at emergency for `stall_seconds` and nothing
+                it did helped: the place for a graceful end. Once for each such time.
+            stall_seconds: See `on_stall`; >= 0.
+            action_timeout_seconds: An action that takes longer is left to itself, and not asked
+                again before it came back; > 0.
+            forecast_seconds: Time between two observations for the forecaster; > 0.
+            leads: Whether this process acts at once. The others under the same limit follow after a
+                second, or at emergency. Default: what the sampler's fence says; without one, yes.
+
+        Raises:
+            InvalidArgument: A number is outside its range.
+        """
+        if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
+            raise InvalidArgument(
+                "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
+                f"0, got {stall_seconds}, {action_timeout_seconds} and {forecast_seconds}"
+            )
+        self.source = Sampler() if source is None else source
+        self.thresholds = Thresholds() if thresholds is None else thresholds
+        self.registry = registry
+        self.dry_run = dry_run
+        self._forecaster = forecaster
+        self._built_in = tuple(built_in_actions() if built_in is None else built_in)
+        self._on_stage = on_stage
+        self._on_action = on_action
+        self._on_stall = on_stall
+        self._stall_seconds = stall_seconds
+        self._action_timeout_seconds = action_timeout_seconds
+        self._forecast_seconds = forecast_seconds
+        self._leads = leads
+        self._pressed_since: float | None = None
+        self._clock = StageClock(self.thresholds)
+        self._known: dict[Registration, Action] = {}
+        self._busy: dict[int, Call] = {}
+        self._caps: list[ConcurrencyCap] = []
+        self._records: deque[ActionRecord] = deque(maxlen=_RECORDS_KEPT)
+        self._p_critical: Mapping[int, float] = {}
+        self._observed_seconds = float("-inf")
+        self._round_seconds = float("-inf")
+        self._sample: Sample | None = None
+        self._highest = Stage.CALM
+        self._stalled_since: tuple[float, int] | None = None
+        self._has_stalled = False
+        self._stall_count = 0
+        self._action_count = 0
+        self._freed_bytes = 0
+        self._reserved_bytes = 0
+        self._is_wanted = False
+        self._renew_threads()
+
+    def _renew_threads(self) -> None:
+        self._lock = threading.RLock()
+        self._account = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._worker: Worker | None = None
+
+    # What a program calls.
+
+    def start(self) -> Guard:
+        """Watch on threads of its own; does nothing if it does already.
+
+        Raises:
+            InvalidArgument: The source is no `Sampler`: such a one is stepped through.
+        """
+        if not isinstance(self.source, Sampler):
+            raise InvalidArgument(
+                f"source: must be a Sampler to be watched, got {type(self.source).__name__}: call "
+                "step with its samples"
+            )
+        with self._lock:
+            self.source.start()
+            if self._thread is None:
+                self._stopping = threading.Event()
+                self._worker = Worker()
+                self._thread = threading.Thread(
+                    target=self._watch, args=(self._stopping,), name="moirai-guard", daemon=True
+                )
+                self._thread.start()
+            self._is_wanted = True
+            _guards.add(self)
+        return self
+
+    def stop(self) -> None:
+        """End the threads and take the fence down; does nothing if it does not run."""
+        with self._lock:
+            self._is_wanted = False
+            self._stopping.set()
+            thread, self._thread = self._thread, None
+            worker, self._worker = self._worker, None
+        if isinstance(self.source, Sampler):
+            self.source.stop()
+        if worker is not None:
+            worker.stop()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(self._action_timeout_seconds)
+
+    def __enter__(self) -> Guard:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def cap(self, maximum: int) -> ConcurrencyCap:
+        """Make a cap on work in flight that this guard lowers under pressure."""
+        made = ConcurrencyCap(maximum)
+        self._caps = [*self._caps, made]
+        return made
+
+    @contextmanager
+    def reserve(
+        self, size: int | str, *, timeout_seconds: float = 0.0, margin: int | str = "8 MiB"
+    ) -> Iterator[int]:
+        """Ask before a large allocation, and hold the promise for the `with` block.
+
+        What does not fit at first is made room for: everything registered is asked, at once. Make
+        the allocation inside the block and touch it there: what is promised is taken off what
+        others are promised until the block ends.
+
+        Args:
+            size: Bytes, as an int or such as "1.2 GiB".
+            timeout_seconds: How long to go on making room; at least one round is made.
+            margin: Bytes to leave below the limit.
+
+        Raises:
+            OutOfMemory: There is no room; nothing is promised.
+        """
+        wanted = optional_bytes(size, "size")
+        spare = optional_bytes(margin, "margin")
+        if wanted is None or spare is None:
+            raise TypeError("size, margin: must be an int or a str, got NoneType")
+        self._promise(wanted, spare, timeout_seconds)
+        try:
+            yield wanted
+        finally:
+            with self._account:
+                self._reserved_bytes -= wanted
+
+    def records(self) -> tuple[ActionRecord, ...]:
+        """Give the last thousand actions, oldest first."""
+        return tuple(self._records)
+
+    def status(self) -> GuardStatus:
+        """Say what it sees and did."""
+        return GuardStatus(
+            self._clock.stage,
+            self._highest,
+            self._sample,
+            dict(self._p_critical),
+            self._reserved_bytes,
+            self._action_count,
+            self._freed_bytes,
+            self._stall_count,
+        )
+
+    @property
+    def stage(self) -> Stage:
+        """How hard it responds now."""
+        return self._clock.stage
+
+    # One decision.
+
+    def step(self, sample: Sample) -> Stage:
+        """Take one sample into account: decide, act, and give the stage.
+
+        Samples must come in the order of their times.
+        """
+        with self._lock:
+            self._sample = sample
+            self._look_ahead(sample)
+            before = self._clock.stage
+            stage = self._clock.update(sample, self._p_critical)
+            self._highest = max(self._highest, stage)
+            if stage is not before:
+                log.info("%s: %s", stage.name.lower(), _describe(sample))
+                self._tell(self._on_stage, stage, sample)
+            for cap in self._caps:
+                cap.adapt(sample.time_seconds, under_pressure=stage >= Stage.GENTLE)
+            if stage < Stage.GENTLE:
+                self._pressed_since = None
+            elif self._is_turn(sample, stage):
+                since = sample.time_seconds - self._round_seconds
+                if since >= _ROUND_SECONDS[stage] or stage > before:
+                    self._round(sample, stage, self._excess(sample))
+            self._watch_for_stall(sample, stage)
+            return stage
+
+    def _is_turn(self, sample: Sample, stage: Stage) -> bool:
+        """Whether to act now, or to leave it to the one that leads."""
+        if self._pressed_since is None:
+            self._pressed_since = sample.time_seconds
+        if stage is Stage.EMERGENCY or sample.time_seconds - self._pressed_since >= _FOLLOW_SECONDS:
+            return True
+        if self._leads is not None:
+            return self._leads()
+        return not isinstance(self.source, Sampler) or self.source.statistics().is_leader
+
+    def _look_ahead(self, sample: Sample) -> None:
+        if self._forecaster is None or sample.limit_bytes is None:
+            return
+        if sample.time_seconds - self._observed_seconds < self._forecast_seconds:
+            return
+        self._observed_seconds = sample.time_seconds
+        try:
+            self._forecaster.observe(sample.time_seconds, sample.used_bytes, sample.limit_bytes)
+            outlook = self._forecaster.forecast()
+            self._p_critical = {} if outlook is None else outlook.p_critical
+        except Exception:
+            self._p_critical = {}
+            log.exception("no forecast: responding to the level alone")
+
+    def _excess(self, sample: Sample) -> int:
+        """Bytes above what a round is to come down to; at least a hundredth of the limit."""
+        limit = sample.limit_bytes or 0
+        goal = (self.thresholds.gentle - _BELOW_GENTLE) * limit
+        return int(max(sample.used_bytes - goal, limit / 100))
+
+    def _round(self, sample: Sample, stage: Stage, wanted: int) -> int:
+        """Take the actions of a stage until enough is freed; give the bytes known to be freed."""
+        self._round_seconds = sample.time_seconds
+        may_be_irreversible = self.thresholds.allows_irreversible(sample, self._p_critical)
+        limit = sample.limit_bytes or 0
+        freed = 0
+        registered = actions_for(self.registry, self._known)
+        # What the registered ones let go of lands in the heaps that the built-in ones then trim.
+        ordered = [(each, False) for each in registered] + [(each, True) for each in self._built_in]
+        for action, is_ours in ordered:
+            if action.stage > stage or (action.is_irreversible and not may_be_irreversible):
+                continue
+            if freed >= wanted and not is_ours:
+                continue
+            if action.backoff.rests(sample.time_seconds, stage) or not self._is_free(action):
+                continue
+            freed += self._take(action, sample, stage, max(wanted - freed, 1), limit)
+        return freed
+
+    def _is_free(self, action: Action) -> bool:
+        call = self._busy.get(id(action))
+        if call is not None and not call.done.is_set():
+            return False
+        self._busy.pop(id(action), None)
+        return True
+
+    def _take(self, action: Action, sample: Sample, stage: Stage, wanted: int, limit: int) -> int:
+        """Take one action if there is something in it; give the bytes known to be freed."""
+        try:
+            if action.size() == 0 or not action.ready(limit):
+                return 0
+        except Exception as error:
+            self._record(action, sample, stage, wanted, None, 0.0, "failed", error)
+            action.backoff.judge(sample.time_seconds, 0, 0.0)
+            return 0
+        if self.dry_run:
+            self._record(action, sample, stage, wanted, None, 0.0, "dry run", None)
+            action.backoff.judge(sample.time_seconds, None, 0.0)
+            return 0
+        before = self._resident_bytes()
+        start = time.perf_counter()
+        call = self._call(lambda: action.run(wanted))
+        duration = time.perf_counter() - start
+        if not call.done.is_set():
+            self._busy[id(action)] = call
+            outcome, freed = "timed out", None
+        elif call.error is not None:
+            outcome, freed = "failed", None
+        else:
+            outcome, freed = "done", call.result
+            if freed is None and before is not None:
+                freed = max(0, before - (self._resident_bytes() or before))
+        action.backoff.judge(sample.time_seconds, freed, duration)
+        self._record(action, sample, stage, wanted, freed, duration, outcome, call.error)
+        return freed or 0
+
+    def _resident_bytes(self) -> int | None:
+        """What the process has in memory, or None where samples are not of this process now."""
+        return self._read_now().resident_bytes if isinstance(self.source, Sampler) else None
+
+    def _call(self, function: Callable[[], int | None]) -> Call:
+        worker = self._worker
+        if worker is None or threading.current_thread() is not self._thread:
+            call = Call(function)
+            call.run()
+            return call
+        return worker.call(function, timeout_seconds=self._action_timeout_seconds)
+
+    def _record(
+        self,
+        action: Action,
+        sample: Sample,
+        stage: Stage,
+        wanted: int,
+        freed: int | None,
+        duration: float,
+        outcome: str,
+        error: BaseException | None,
+    ) -> None:
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        record = ActionRecord(
+            sample.time_seconds, stage, action.name, wanted, freed, duration, outcome, text
+        )
+        self._records.append(record)
+        self._action_count += outcome != "dry run"
+        self._freed_bytes += freed or 0
+        log.info("%s: %s %s, %s bytes freed", stage.name.lower(), action.name, outcome, freed)
+        self._tell(self._on_action, record)
+
+    def _watch_for_stall(self, sample: Sample, stage: Stage) -> None:
+        """Call for the last resort when an emergency lasts and the use does not fall."""
+        if stage is not Stage.EMERGENCY:
+            self._stalled_since = None
+            self._has_stalled = False
+            return
+        used = sample.without_cache_bytes
+        if self._stalled_since is None or used < 0.98 * self._stalled_since[1]:
+            self._stalled_since = (sample.time_seconds, used)
+        if self._has_stalled or sample.time_seconds - self._stalled_since[0] < self._stall_seconds:
+            return
+        self._has_stalled = True
+        self._stall_count += 1
+        log.warning("nothing helps: %s", _describe(sample))
+        if not self.dry_run:
+            self._tell(self._on_stall, self)
+
+    def _tell(self, listener: Callable[..., object] | None, *arguments: object) -> None:
+        if listener is None:
+            return
+        try:
+            listener(*arguments)
+        except Exception:
+            log.exception("%r failed", listener)
+
+    # Reservations.
+
+    def _promise(self, wanted: int, spare: int, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            sample = self._read_now()
+            with self._account:
+                room = sample.room_bytes
+                left = None if room is None else room - self._reserved_bytes - spare
+                if left is None or left >= wanted:
+                    self._reserved_bytes += wanted
+                    return
+            with self._lock:
+                freed = self._round(sample, Stage.EMERGENCY, wanted - left)
+            if freed == 0 and time.monotonic() >= deadline:
+                break
+            if freed == 0:
+                self._stopping.wait(0.05)
+        # Something may have been freed that could not say how much.
+        sample = self._read_now()
+        with self._account:
+            room = sample.room_bytes or 0
+            if room - self._reserved_bytes - spare >= wanted:
+                self._reserved_bytes += wanted
+                return
+            reserved = self._reserved_bytes
+        raise OutOfMemory(
+            f"cannot reserve {wanted} bytes: {sample.used_bytes} of {sample.limit_bytes} are in "
+            f"use, {reserved} reserved, {spare} kept free, and nothing more could be freed"
+        )
+
+    def _read_now(self) -> Sample:
+        if isinstance(self.source, Sampler):
+            return self.source.read_now()
+        return self.source.read()
+
+    # The thread.
+
+    def _watch(self, stopping: threading.Event) -> None:
+        sampler = self.source
+        assert isinstance(sampler, Sampler)
+        while not stopping.is_set():
+            try:
+                self.step(sampler.next(timeout_seconds=1.0))
+            except Closed:
+                return
+            except TimeoutError:
+                continue
+            except MemoryError:
+                # The fence stands close: the next sample may find more room.
+                log.warning("no memory for a decision")
+            except MoiraiError:
+                log.exception("a decision failed")
+            stopping.wait(0.005)
+
+    def _after_fork(self) -> None:
+        self._renew_threads()
+        self._busy.clear()
+        self._reserved_bytes = 0
+        for cap in self._caps:
+            cap.after_fork()
+        if self._is_wanted:
+            self.start()
+
+
+def _describe(sample: Sample) -> str:
+    return (
+        f"{sample.used_bytes} of {sample.limit_bytes} bytes in use "
+        f"({sample.used_ratio:.0%}, {sample.bound})"
+    )
+
+
+def _after_fork_in_child() -> None:
+    REGISTRY.after_fork()
+    for guard in list(_guards):
+        try:
+            guard._after_fork()
+        except Exception:  # The child must come up, guarded or not.
+            log.exception("the guard does not run in this child")
+
+
+def _stop_all() -> None:
+    """Before the interpreter goes: no thread may come back to it from a wait afterwards."""
+    for guard in list(_guards):
+        guard.stop()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_stop_all)

@@ -1,0 +1,150 @@
+"""What can be made smaller: registered by name, held weakly, asked in order of cost."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from moirai.errors import InvalidArgument
+
+__all__ = ["Registration", "Registry", "register"]
+
+Shrink = Callable[[int], "int | None"]
+Size = Callable[[], int]
+
+
+class Registration:
+    """One thing that can be made smaller. `unregister` ends it; so does the end of its owner."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        name: str,
+        shrink: Callable[[], Shrink | None],
+        size: Callable[[], Size | None] | None,
+        cost: float,
+        is_irreversible: bool,
+    ) -> None:
+        self.name = name
+        self.cost = cost
+        self.is_irreversible = is_irreversible
+        self._registry = registry
+        self._shrink = shrink
+        self._size = size
+
+    def shrink(self) -> Shrink | None:
+        """Give the function that shrinks; None once its owner is gone."""
+        return self._shrink()
+
+    def size_bytes(self) -> int | None:
+        """Ask how large it is; None if nobody can say."""
+        size = None if self._size is None else self._size()
+        return None if size is None else int(size())
+
+    def unregister(self) -> None:
+        """Ask it no more; does nothing the second time."""
+        self._registry.remove(self)
+
+
+class Registry:
+    """Registrations, the cheapest first. Any number of threads may use it at once."""
+
+    def __init__(self) -> None:
+        self._all: list[Registration] = []
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which a thread that a child does not have may hold."""
+        self._lock = threading.Lock()
+
+    def register(
+        self,
+        name: str,
+        shrink: Shrink,
+        *,
+        size: Size | None = None,
+        cost: float = 1.0,
+        irreversible: bool = False,
+        owner: object | None = None,
+    ) -> Registration:
+        """See `moirai.pressure.register`."""
+        if not callable(shrink):
+            raise TypeError(f"shrink: must be callable, got {type(shrink).__name__}")
+        if size is not None and not callable(size):
+            raise TypeError(f"size: must be callable or None, got {type(size).__name__}")
+        if not (math.isfinite(cost) and cost >= 0):
+            raise InvalidArgument(f"cost: must be a number of at least 0, got {cost}")
+        kept_size = None if size is None else _weakly(size, owner)
+        made = Registration(self, name, _weakly(shrink, owner), kept_size, cost, irreversible)
+        with self._lock:
+            self._all.append(made)
+        return made
+
+    def remove(self, registration: Registration) -> None:
+        """Take a registration out, if it is in."""
+        with self._lock:
+            self._all = [other for other in self._all if other is not registration]
+
+    def live(self) -> list[Registration]:
+        """Give those whose owners live, the cheapest first."""
+        with self._lock:
+            every = list(self._all)
+        alive = [registration for registration in every if registration.shrink() is not None]
+        for gone in set(every) - set(alive):
+            self.remove(gone)
+        return sorted(alive, key=lambda registration: registration.cost)
+
+
+def _weakly(function: Callable[..., Any], owner: object | None) -> Callable[[], Any]:
+    """Hold a bound method, or a function of an owner, only as long as the object lives."""
+    if owner is not None:
+        owner_reference = weakref.ref(owner)
+        return lambda: function if owner_reference() is not None else None
+    if hasattr(function, "__func__"):
+        return weakref.WeakMethod(function)
+    try:  # A method of a compiled class: made anew from its object each time.
+        reference = weakref.ref(function.__self__)  # type: ignore[attr-defined]
+        name = function.__name__
+    except (AttributeError, TypeError):
+        return lambda: function
+    return lambda: getattr(reference(), name, None)
+
+
+REGISTRY = Registry()
+
+
+def register(
+    name: str,
+    shrink: Shrink,
+    *,
+    size: Size | None = None,
+    cost: float = 1.0,
+    irreversible: bool = False,
+    owner: object | None = None,
+) -> Registration:
+    """Have every guard of this process ask something to become smaller under pressure.
+
+    A bound method is held weakly: the registration ends with its object. Any other function is held
+    until `unregister`, or as long as `owner` lives (it must not refer to the owner itself).
+
+    Args:
+        name: What logs call it.
+        shrink: Called with the bytes wanted, on a thread of the guard; frees what it can and
+            returns the bytes freed, or None if it cannot say. It must not wait long for the
+            program's own threads, nor reserve.
+        size: Says how many bytes there are to free; what says 0 is not asked.
+        cost: What it costs to get a byte back later, compared with others; low goes first. Caches
+            of what can be read again are about 1, of what is computed again about 10.
+        irreversible: It cannot be undone: asked only near the limit.
+        owner: The object whose end ends the registration.
+
+    Raises:
+        InvalidArgument: `cost` is negative or no number.
+        TypeError: `shrink` or `size` cannot be called.
+    """
+    return REGISTRY.register(
+        name, shrink, size=size, cost=cost, irreversible=irreversible, owner=owner
+    )

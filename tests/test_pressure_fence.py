@@ -1,0 +1,196 @@
+"""The fence: allocations that would cross the limit raise MemoryError; no root is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from moirai.errors import InvalidArgument
+from moirai.pressure import Fence
+
+Runner = Callable[..., str]
+
+# What each program below starts with: a budget a little above what the process has.
+HEAD = """
+import resource
+from moirai import pressure
+from moirai.pressure import Fence, Sampler, Source
+
+MIB = 1 << 20
+before = resource.getrlimit(resource.RLIMIT_DATA)
+used = Source().read().resident_bytes
+
+def fenced(spare_mib, **options):
+    fence = Fence(margin_bytes="16 MiB", **options)
+    return Sampler(budget_bytes=used + spare_mib * MIB, longest_seconds=0.01, fence=fence)
+
+def refused(count):
+    try:
+        return not bytearray(count)
+    except MemoryError:
+        return True
+"""
+
+
+def test_what_would_cross_the_limit_raises_memory_error(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+with fenced(256) as sampler:
+    assert refused(300 * MIB)
+    block = bytearray(100 * MIB)
+    assert sampler.statistics().fence_room_bytes is not None
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+assert not refused(300 * MIB)
+"""
+    )
+
+
+def test_growth_in_small_steps_ends_in_memory_error_below_the_limit(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+kept = []
+with fenced(256) as sampler:
+    try:
+        while len(kept) < 4096:
+            kept.append(bytearray(b"x" * MIB))
+    except MemoryError:
+        reached = len(kept)
+    grown = Source().read().resident_bytes - used
+    del kept
+assert 128 <= reached <= 256, reached
+assert grown <= 256 * MIB, grown
+"""
+    )
+
+
+def test_room_that_is_freed_can_be_had_again(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+with fenced(256) as sampler:
+    block = bytearray(b"x") * (180 * MIB)
+    sampler.next(timeout_seconds=60)
+    assert refused(150 * MIB)
+    del block
+    while sampler.next(timeout_seconds=60).resident_bytes > used + 100 * MIB:
+        pass
+    while sampler.statistics().fence_room_bytes < 200 * MIB:
+        sampler.next(timeout_seconds=60)
+    assert not refused(150 * MIB)
+"""
+    )
+
+
+def test_a_limit_of_the_users_own_stays(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+own = (900 * MIB, before[1])
+resource.setrlimit(resource.RLIMIT_DATA, own)
+with fenced(4096) as sampler:
+    sampler.next(timeout_seconds=60)
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= own[0]
+    assert refused(1000 * MIB)
+assert resource.getrlimit(resource.RLIMIT_DATA) == own
+"""
+    )
+
+
+def test_a_forked_child_has_a_fence_of_its_own(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+import os
+
+with fenced(256) as sampler:
+    child = os.fork()
+    if child == 0:
+        sampler.next(timeout_seconds=60)
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        good = limit != resource.RLIM_INFINITY and refused(400 * MIB)
+        sampler.stop()
+        good = good and resource.getrlimit(resource.RLIMIT_DATA) == before
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] != before[0]
+"""
+    )
+
+
+def test_processes_that_share_a_limit_share_the_room(run_python: Runner, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    run_python(
+        HEAD
+        + f"""
+import os
+
+ledger = {str(tmp_path / "ledger")!r}
+with fenced(512, ledger=ledger) as sampler:
+    assert sampler.statistics().sharer_count == 1
+    assert sampler.statistics().is_leader
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        sampler.next(timeout_seconds=60)
+        counts = sampler.statistics()
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        os._exit(0 if counts.sharer_count == 2 and not counts.is_leader else 1)
+    os.read(ready[0], 1)
+    while sampler.statistics().sharer_count != 2:
+        sampler.next(timeout_seconds=60)
+    assert refused(400 * MIB)
+    os.write(done[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    while sampler.statistics().sharer_count != 1:
+        sampler.next(timeout_seconds=60)
+"""
+    )
+
+
+def test_threads_start_and_work_behind_the_fence(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+import threading
+
+with fenced(512) as sampler:
+    refusals = []
+    def work():
+        refusals.append(refused(700 * MIB))
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert refusals == [True] * 8
+"""
+    )
+
+
+def test_numpy_and_moirai_memory_respect_the_fence(run_python: Runner) -> None:
+    run_python(
+        """
+import numpy as np
+from moirai import memory
+"""
+        + HEAD
+        + """
+memory.install(memory.PoolResource())
+with fenced(256) as sampler:
+    try:
+        np.ones(300 * MIB, dtype=np.uint8)
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError("it was granted")
+    array = np.ones(64 * MIB, dtype=np.uint8)
+"""
+    )
+
+
+def test_a_fence_is_checked_and_says_what_it_is() -> None:
+    assert repr(Fence(margin_bytes="1 KiB")) == "Fence(margin_bytes=1024, ledger=None)"
+    with pytest.raises(InvalidArgument, match="margin_bytes: must be at least 0, got -1"):
+        Fence(margin_bytes=-1)
+    assert Fence.default_ledger("a") != Fence.default_ledger("b")

@@ -1,0 +1,634 @@
+"""How a guard responds, in virtual time: samples go in, stages and actions come out."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moirai.errors import Closed, InvalidArgument, OutOfMemory, Timeout
+from moirai.pressure import (
+    Action,
+    ActionRecord,
+    ConcurrencyCap,
+    Guard,
+    Registry,
+    Sample,
+    Sampler,
+    Stage,
+    Thresholds,
+)
+from moirai.pressure.actions import Backoff, built_in_actions
+from moirai.pressure.stages import StageClock
+
+MIB = 1 << 20
+LIMIT = 1000 * MIB
+
+
+def sample(seconds: float, used_mib: float, *, cache_mib: float = 0) -> Sample:
+    used = int(used_mib * MIB)
+    return Sample(seconds, used, LIMIT, "test", without_cache_bytes=used - int(cache_mib * MIB))
+
+
+@dataclass
+class Program:
+    """Memory that a test gives out: something grows, and caches can be shrunk."""
+
+    used_mib: float = 0
+    seconds: float = 0
+    registry: Registry = field(default_factory=Registry)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def read(self) -> Sample:
+        return sample(self.seconds, self.used_mib)
+
+    def cache(self, name: str, mib: float, **options: object) -> None:
+        held = [mib]
+        self.used_mib += mib
+
+        def shrink(wanted_bytes: int) -> int:
+            self.asked.append((name, wanted_bytes))
+            freed = min(held[0], wanted_bytes / MIB)
+            held[0] -= freed
+            self.used_mib -= freed
+            return int(freed * MIB)
+
+        self.registry.register(name, shrink, size=lambda: int(held[0] * MIB), **options)  # type: ignore[arg-type]
+
+    def guard(self, **options: object) -> Guard:
+        return Guard(self, registry=self.registry, built_in=(), **options)  # type: ignore[arg-type]
+
+    def step(self, guard: Guard, seconds: float = 0.1) -> Stage:
+        self.seconds += seconds
+        return guard.step(self.read())
+
+
+class Foretold:
+    """A forecaster that says what a test wants."""
+
+    def __init__(self, p_critical: Mapping[int, float]) -> None:
+        self.p_critical = p_critical
+        self.observed: list[tuple[float, int, int]] = []
+
+    def observe(self, time_seconds: float, used_bytes: int, limit_bytes: int) -> None:
+        self.observed.append((time_seconds, used_bytes, limit_bytes))
+
+    def forecast(self) -> Foretold:
+        return self
+
+
+# Stages.
+
+
+@pytest.mark.parametrize(
+    ("used_mib", "stage"),
+    [
+        (699, Stage.CALM),
+        (700, Stage.MONITOR),
+        (800, Stage.GENTLE),
+        (900, Stage.AGGRESSIVE),
+        (950, Stage.EMERGENCY),
+    ],
+)
+def test_the_level_chooses_the_stage(used_mib: float, stage: Stage) -> None:
+    assert Program(used_mib).guard().step(sample(0, used_mib)) is stage
+
+
+def test_file_cache_alone_is_no_reason_to_be_aggressive() -> None:
+    guard = Program().guard()
+    assert guard.step(sample(0, 990, cache_mib=300)) is Stage.GENTLE
+
+
+@pytest.mark.parametrize(
+    ("p_critical", "stage"),
+    [
+        ({30: 0.1, 60: 0.2, 120: 0.4}, Stage.CALM),
+        ({30: 0.1, 60: 0.2, 120: 0.6}, Stage.MONITOR),
+        ({30: 0.1, 60: 0.6, 120: 0.6}, Stage.GENTLE),
+        ({30: 0.9, 60: 0.9, 120: 0.9}, Stage.AGGRESSIVE),
+    ],
+)
+def test_a_forecast_chooses_the_stage_before_the_level_does(
+    p_critical: Mapping[int, float], stage: Stage
+) -> None:
+    guard = Program().guard(forecaster=Foretold(p_critical))
+    assert guard.step(sample(0, 500)) is stage
+    assert guard.status().p_critical == p_critical
+
+
+def test_the_forecaster_sees_a_sample_a_second() -> None:
+    forecaster = Foretold({})
+    guard = Program().guard(forecaster=forecaster)
+    for tenth in range(31):
+        guard.step(sample(tenth / 10, 100))
+    assert [round(time) for time, *_ in forecaster.observed] == [0, 1, 2, 3]
+    assert forecaster.observed[0][1:] == (100 * MIB, LIMIT)
+
+
+def test_a_forecaster_that_fails_leaves_the_level(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Foretold):
+        def forecast(self) -> Foretold:
+            raise RuntimeError("no idea")
+
+    guard = Program().guard(forecaster=Broken({}))
+    assert guard.step(sample(0, 850)) is Stage.GENTLE
+    assert "responding to the level alone" in caplog.text
+
+
+def test_a_stage_ends_below_where_it_began_and_after_a_while() -> None:
+    clock = StageClock(Thresholds())
+    steps = [(0.0, 910), (0.1, 890), (5.0, 860), (5.1, 840), (5.5, 840), (6.2, 840), (7.5, 600)]
+    stages = [clock.update(sample(time, used), {}) for time, used in steps]
+    assert stages == [
+        Stage.AGGRESSIVE,  # 91 %
+        Stage.AGGRESSIVE,  # above 85 %
+        Stage.AGGRESSIVE,
+        Stage.AGGRESSIVE,  # below 85 %, for 0 s
+        Stage.AGGRESSIVE,
+        Stage.GENTLE,  # for 1.1 s
+        Stage.GENTLE,  # below 75 %, for 0 s
+    ]
+
+
+@given(st.lists(st.integers(0, 1000), max_size=60))
+def test_a_stage_is_never_below_what_the_level_asks_for(levels: list[int]) -> None:
+    clock = StageClock(Thresholds())
+    for index, level in enumerate(levels):
+        now = sample(index / 10, level)
+        assert clock.update(now, {}) >= Thresholds().stage(now, {})
+
+
+def test_thresholds_are_checked() -> None:
+    with pytest.raises(InvalidArgument, match="shares must grow"):
+        Thresholds(monitor=0.9)
+    with pytest.raises(InvalidArgument, match="probabilities"):
+        Thresholds(gentle_p60=0)
+    with pytest.raises(InvalidArgument, match="calm_below"):
+        Thresholds(calm_below=0.8)
+
+
+# Actions.
+
+
+def test_the_cheapest_is_asked_first_and_only_for_what_is_missing() -> None:
+    program = Program(used_mib=500)
+    program.cache("dear", 200, cost=10)
+    program.cache("cheap", 110, cost=1)
+    guard = program.guard()
+
+    assert program.step(guard) is Stage.GENTLE
+    # From 810 down to 750 of 1000 MiB: the cheap one has all that.
+    assert program.asked == [("cheap", 60 * MIB)]
+    assert program.used_mib == 750
+    (record,) = guard.records()
+    assert (record.name, record.freed_bytes, record.outcome) == ("cheap", 60 * MIB, "done")
+    assert guard.status().freed_bytes == 60 * MIB
+
+
+def test_the_next_is_asked_for_what_the_first_has_not() -> None:
+    program = Program(used_mib=620)
+    program.cache("dear", 200, cost=10)
+    program.cache("cheap", 30, cost=1)
+    program.step(program.guard())
+    assert program.asked == [("cheap", 100 * MIB), ("dear", 70 * MIB)]
+
+
+def test_what_is_empty_is_not_asked() -> None:
+    program = Program(used_mib=850)
+    program.cache("empty", 0)
+    program.step(program.guard())
+    assert program.asked == []
+
+
+def test_what_cannot_be_undone_waits_until_the_limit_is_near() -> None:
+    program = Program(used_mib=50)
+    program.cache("spill", 800, irreversible=True)
+    guard = program.guard()
+    assert program.step(guard) is Stage.GENTLE
+    assert program.asked == []
+    program.used_mib = 920
+    assert program.step(guard) is Stage.AGGRESSIVE
+    assert [name for name, _ in program.asked] == ["spill"]
+
+
+def test_what_cannot_be_undone_is_done_when_the_forecast_is_certain() -> None:
+    for p30, asked in ((0.8, False), (0.9, True)):
+        program = Program(used_mib=50)
+        program.cache("spill", 600, irreversible=True)
+        program.step(program.guard(forecaster=Foretold({30: p30})))
+        assert bool(program.asked) is asked
+
+
+def test_while_there_is_pressure_it_goes_on_freeing() -> None:
+    """No dead-lock of who pauses at one level and is only helped above another."""
+    program = Program(used_mib=600)
+    program.cache("cache", 300)
+    guard = program.guard()
+    program.step(guard)
+    assert program.used_mib == 750
+    # Within the hysteresis, below the threshold: somebody else grows again.
+    program.used_mib = 790
+    assert guard.stage is Stage.AGGRESSIVE
+    program.step(guard, 0.5)
+    assert program.used_mib == 750
+
+
+def test_of_those_that_share_a_limit_one_acts_first() -> None:
+    program = Program(used_mib=700)
+    program.cache("cache", 150)
+    guard = program.guard(leads=lambda: False)
+    for _ in range(4):
+        program.step(guard, 0.25)
+    assert program.asked == []
+    program.step(guard, 0.25)
+    assert len(program.asked) == 1
+
+
+def test_in_an_emergency_all_act() -> None:
+    program = Program(used_mib=800)
+    program.cache("cache", 160)
+    program.step(program.guard(leads=lambda: False))
+    assert len(program.asked) == 1
+
+
+def test_an_action_that_frees_nothing_rests_longer_each_time() -> None:
+    registry = Registry()
+    times: list[float] = []
+    now = [0.0]
+
+    def shrink(wanted_bytes: int) -> int:
+        times.append(now[0])
+        return 0
+
+    registry.register("useless", shrink)
+    guard = Guard(Program(), registry=registry, built_in=())
+    for tenth in range(400):
+        now[0] = tenth / 10
+        guard.step(sample(now[0], 850))
+    gaps = [round(later - earlier, 1) for earlier, later in itertools.pairwise(times)]
+    assert gaps == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+def test_near_the_limit_it_rests_a_second_at_most() -> None:
+    backoff = Backoff()
+    for _ in range(9):
+        backoff.judge(0, 0, 0)
+    assert backoff.rest_seconds == 60
+    assert backoff.rests(30, Stage.AGGRESSIVE)
+    assert backoff.rests(30, Stage.EMERGENCY)
+    assert not backoff.rests(31, Stage.EMERGENCY)
+
+
+def test_an_action_is_judged_by_bytes_for_its_time() -> None:
+    backoff = Backoff()
+    backoff.judge(0, MIB, 0.001)
+    assert backoff.rest_seconds == 0
+    backoff.judge(0, MIB, 1.0)
+    assert backoff.rest_seconds == 1
+
+
+def test_an_action_that_fails_is_recorded_and_the_others_are_taken() -> None:
+    program = Program(used_mib=750)
+
+    def fail(wanted_bytes: int) -> int:
+        raise ValueError("no")
+
+    program.registry.register("broken", fail, cost=0)
+    program.cache("cache", 100)
+    guard = program.guard()
+    program.step(guard)
+    broken, cache = guard.records()
+    assert (broken.outcome, broken.error) == ("failed", "ValueError: no")
+    assert (cache.outcome, cache.freed_bytes) == ("done", 100 * MIB)
+
+
+def test_a_dry_run_does_nothing_and_says_what_it_would() -> None:
+    program = Program(used_mib=700)
+    program.cache("cache", 200)
+    records: list[ActionRecord] = []
+    guard = program.guard(dry_run=True, on_action=records.append)
+    program.step(guard)
+    assert program.asked == []
+    assert [record.outcome for record in records] == ["dry run"]
+    assert guard.status().action_count == 0
+
+
+def test_listeners_hear_of_stages_and_their_faults_are_kept_apart() -> None:
+    program = Program(used_mib=710)
+    heard: list[Stage] = []
+
+    def listen(stage: Stage, now: Sample) -> None:
+        heard.append(stage)
+        raise RuntimeError("listener")
+
+    guard = program.guard(on_stage=listen)
+    program.step(guard)
+    program.used_mib = 960
+    assert program.step(guard) is Stage.EMERGENCY
+    assert heard == [Stage.MONITOR, Stage.EMERGENCY]
+    assert guard.status().highest_stage is Stage.EMERGENCY
+
+
+def test_the_last_resort_is_called_when_nothing_helps() -> None:
+    program = Program(used_mib=960)
+    calls: list[float] = []
+    guard = program.guard(stall_seconds=5, on_stall=lambda guard: calls.append(program.seconds))
+    for _ in range(100):
+        program.step(guard, 0.25)
+    assert calls == [5.25]
+    assert guard.status().stall_count == 1
+
+
+def test_the_last_resort_waits_while_the_use_falls() -> None:
+    program = Program(used_mib=1000)
+    guard = program.guard(stall_seconds=5, on_stall=lambda guard: pytest.fail("it helped"))
+    for _ in range(30):
+        program.used_mib = max(955, program.used_mib * 0.985)
+        program.step(guard, 0.3)
+        if program.used_mib == 955:
+            break
+
+
+def test_collections_keep_to_their_budget() -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.1  # Each collection seems to take 0.1 s.
+        return now[0]
+
+    _, collection, _ = built_in_actions(clock)
+    taken = 0
+    for _ in range(10):
+        if collection.ready(LIMIT):
+            collection.run(1)
+            taken += 1
+    assert 1 <= taken < 5
+    now[0] += 100
+    assert collection.ready(LIMIT)
+
+
+# Registration.
+
+
+def test_a_method_is_held_weakly_and_a_function_until_unregistered() -> None:
+    class Cache:
+        def shrink(self, wanted_bytes: int) -> int:
+            return 0
+
+    registry = Registry()
+    cache = Cache()
+    registry.register("method", cache.shrink)
+    registration = registry.register("function", lambda wanted: 0)
+    owner = Cache()
+    registry.register("owned", lambda wanted: 0, owner=owner)
+    assert {each.name for each in registry.live()} == {"method", "function", "owned"}
+    del cache, owner
+    gc.collect()
+    assert [each.name for each in registry.live()] == ["function"]
+    registration.unregister()
+    registration.unregister()
+    assert registry.live() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"shrink": 1}, TypeError, "shrink: must be callable, got int"),
+        ({"size": 1}, TypeError, "size: must be callable or None, got int"),
+        ({"cost": -1}, InvalidArgument, "cost: must be a number of at least 0, got -1"),
+    ],
+)
+def test_a_registration_is_checked(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Registry().register(**{"name": "x", "shrink": lambda wanted: 0, **arguments})  # type: ignore[arg-type]
+
+
+# The cap.
+
+
+def test_the_cap_falls_by_what_is_in_flight_and_rises_one_by_one() -> None:
+    cap = ConcurrencyCap(10)
+    for _ in range(8):
+        assert cap.try_acquire()
+    cap.adapt(0.0, under_pressure=True)
+    assert cap.limit == 5
+    cap.adapt(0.1, under_pressure=True)
+    assert cap.limit == 5
+    cap.adapt(0.6, under_pressure=True)
+    assert cap.limit == 3
+    assert not cap.try_acquire()
+    limits = []
+    for tenth in range(7, 50):
+        cap.adapt(tenth / 10, under_pressure=False)
+        limits.append(cap.limit)
+    assert limits == sorted(limits)
+    assert cap.limit == 10
+    assert not cap.is_capped
+
+
+def test_one_may_always_run() -> None:
+    cap = ConcurrencyCap(4)
+    for second in range(20):
+        cap.adapt(second, under_pressure=True)
+    assert cap.limit == 1
+    with cap.slot(timeout_seconds=0), pytest.raises(Timeout, match="1 in flight, 1 of 4 allowed"):
+        cap.acquire(timeout_seconds=0)
+    assert cap.in_flight == 0
+    with pytest.raises(InvalidArgument, match="nothing is in flight"):
+        cap.release()
+
+
+def test_who_waits_for_the_cap_is_let_in_when_it_rises() -> None:
+    cap = ConcurrencyCap(2)
+    cap.adapt(0, under_pressure=True)
+    assert cap.limit == 1
+    cap.acquire()
+    waiting = threading.Thread(target=cap.acquire)
+    waiting.start()
+    cap.adapt(1, under_pressure=False)
+    waiting.join(60)
+    assert cap.in_flight == 2
+
+
+def test_a_guard_moves_its_caps() -> None:
+    program = Program(used_mib=850)
+    guard = program.guard()
+    cap = guard.cap(10)
+    program.step(guard)
+    assert cap.limit < 10
+
+
+# Reservations.
+
+
+def test_what_fits_is_promised_once() -> None:
+    program = Program(used_mib=400)
+    guard = program.guard()
+    with guard.reserve("500 MiB") as size:
+        assert size == 500 * MIB
+        assert guard.status().reserved_bytes == size
+        with pytest.raises(OutOfMemory, match="cannot reserve"), guard.reserve("200 MiB"):
+            pass
+    assert guard.status().reserved_bytes == 0
+    with guard.reserve("500 MiB"):
+        pass
+
+
+def test_room_is_made_for_what_does_not_fit() -> None:
+    program = Program(used_mib=400)
+    program.cache("cache", 300)
+    guard = program.guard()
+    with guard.reserve("500 MiB", margin=0):
+        assert program.asked == [("cache", 200 * MIB)]
+    assert guard.records()[0].stage is Stage.EMERGENCY
+
+
+def test_a_reservation_that_is_refused_names_what_is_in_the_way() -> None:
+    program = Program(used_mib=900)
+    with (
+        pytest.raises(OutOfMemory, match=r"943718400 of 1048576000 are in use, 0 reserved"),
+        program.guard().reserve("500 MiB"),
+    ):
+        pass
+
+
+# Threads.
+
+
+def test_only_a_sampler_can_be_watched() -> None:
+    with pytest.raises(InvalidArgument, match="must be a Sampler to be watched, got Program"):
+        Program().guard().start()
+
+
+def test_numbers_are_checked() -> None:
+    with pytest.raises(InvalidArgument, match="stall_seconds"):
+        Guard(Program(), stall_seconds=-1)
+
+
+def watched(registry: Registry, tree_root: object, **options: object) -> Guard:
+    sampler = Sampler(root=tree_root, longest_seconds=0.01)  # type: ignore[arg-type]
+    return Guard(sampler, registry=registry, built_in=(), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def full_tree(tmp_path) -> object:  # type: ignore[no-untyped-def]
+    from pressure_trees import Tree
+
+    tree = Tree(tmp_path)
+    tree.join_v2("/a")
+    tree.v2("a", current_mib=990, maximum_mib=1000)
+    return tree.root
+
+
+def test_a_watched_process_has_its_actions_taken_on_another_thread(full_tree: object) -> None:
+    registry = Registry()
+    called = threading.Event()
+    threads: list[str] = []
+
+    def shrink(wanted_bytes: int) -> int:
+        threads.append(threading.current_thread().name)
+        called.set()
+        return 0
+
+    registry.register("cache", shrink)
+    with watched(registry, full_tree) as guard:
+        assert called.wait(60)
+        assert guard.stage is Stage.EMERGENCY
+    assert threads[0] == "moirai-actions"
+    names = [thread.name for thread in threading.enumerate()]
+    assert "moirai-guard" not in names
+
+
+def test_an_action_that_hangs_is_left_to_itself(full_tree: object) -> None:
+    registry = Registry()
+    release = threading.Event()
+    other = threading.Event()
+    hangs = [0]
+
+    def hang(wanted_bytes: int) -> int:
+        hangs[0] += 1
+        release.wait(60)
+        return 0
+
+    registry.register("hangs", hang, cost=0)
+
+    def helps(wanted_bytes: int) -> int:
+        other.set()
+        return MIB
+
+    registry.register("helps", helps)
+    with watched(registry, full_tree, action_timeout_seconds=0.01) as guard:
+        assert other.wait(60)
+        assert hangs == [1]
+        release.set()
+        first = guard.records()[0]
+        assert (first.name, first.outcome) == ("hangs", "timed out")
+
+
+def test_a_source_that_ends_ends_the_watch() -> None:
+    guard = Guard(Sampler(longest_seconds=0.01))
+    with guard:
+        pass
+    with pytest.raises(Closed):
+        guard.source.next()  # type: ignore[attr-defined]
+
+
+def test_what_is_built_in_gives_memory_back() -> None:
+    import numpy as np
+
+    from moirai import memory
+
+    pool = memory.PoolResource()
+    with memory.use(pool):
+        array = np.ones(8 * MIB, dtype=np.uint8)
+        del array
+    assert pool.statistics().cached_bytes > 0
+    resources: Action = built_in_actions()[0]
+    assert (resources.run(1) or 0) > 0
+    assert pool.statistics().cached_bytes == 0
+
+
+Runner = Callable[..., str]
+
+
+def test_a_program_may_end_without_stopping_its_guard(run_python: Runner) -> None:
+    for _ in range(5):
+        run_python("""
+            from moirai.pressure import Guard, Sampler
+
+            guard = Guard(Sampler(longest_seconds=0.005)).start()
+            guard.source.next(timeout_seconds=60)
+        """)
+
+
+def test_a_guard_goes_on_in_a_forked_child(run_python: Runner) -> None:
+    run_python("""
+        import os, threading
+        from moirai import pressure
+
+        guard = pressure.start(limit="1 GiB")
+        cap = guard.cap(4)
+        cap.acquire()
+        child = os.fork()
+        if child == 0:
+            seen = threading.Event()
+            block = bytearray(900 << 20)
+            while guard.stage < pressure.Stage.GENTLE:
+                pressure.current().source.next(timeout_seconds=60)
+            ok = cap.in_flight == 0
+            os._exit(0 if ok else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        pressure.stop()
+        try:
+            pressure.current()
+        except Exception as error:
+            assert "no guard" in str(error)
+    """)
