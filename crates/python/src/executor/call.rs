@@ -7,6 +7,12 @@ use pyo3::exceptions::PyException;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
+use std::cell::Cell;
+
+thread_local! {
+    /// The call that this thread is at; null: none.
+    static CURRENT: Cell<*const Call> = const { Cell::new(std::ptr::null()) };
+}
 
 /// How the arguments are given to the function.
 pub(super) enum Arguments {
@@ -29,17 +35,17 @@ pub(super) struct Call {
 impl Call {
     /// A call in a copy of the context of this moment.
     pub(super) fn new(
-        function: &Bound<'_, PyAny>,
+        py: Python<'_>,
+        function: Py<PyAny>,
         arguments: Arguments,
         future: &Py<Future>,
     ) -> PyResult<Self> {
-        let py = function.py();
         // SAFETY: attached.
         let context = unsafe { ffi::PyContext_CopyCurrent() };
         // SAFETY: the answer is a new reference, or null with an exception set.
         let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
         Ok(Call {
-            function: function.clone().unbind(),
+            function,
             arguments,
             context: context?.unbind(),
             future: future.clone_ref(py),
@@ -61,7 +67,9 @@ impl Call {
         if unsafe { ffi::PyContext_Enter(context) } != 0 {
             return Err(PyErr::fetch(py));
         }
+        let before = CURRENT.replace(self);
         let outcome = self.make_here(py);
+        CURRENT.set(before);
         // SAFETY: entered above, in this thread; what was entered since was left again.
         if unsafe { ffi::PyContext_Exit(context) } != 0 {
             return Err(PyErr::fetch(py));
@@ -84,6 +92,15 @@ impl Call {
             }),
         }
     }
+}
+
+/// The future of the call that this thread is at, if any.
+pub(super) fn current_future(py: Python<'_>) -> Option<Py<Future>> {
+    let call = CURRENT.get();
+    // SAFETY: not null only within `Call::make` in this thread, which borrows the call until it has
+    // put back what was there before.
+    let call = unsafe { call.as_ref() }?;
+    Some(call.future.clone_ref(py))
 }
 
 /// The results up to the first that fails, and why that one does: a list, and an exception or None.
