@@ -18,38 +18,40 @@ thread_local! {
 pub(super) enum Arguments {
     /// All at once.
     Once(Py<PyTuple>, Option<Py<PyDict>>),
+    /// The same for one of many that were queued together.
+    OnceOfMany(Py<PyTuple>),
     /// One call for each, which is its only argument.
     Each(Vec<Py<PyAny>>),
     /// One call for each, which are its arguments.
     EachStar(Vec<Py<PyAny>>),
 }
 
+/// A call that is asked for.
+pub(super) struct Request {
+    pub(super) function: Py<PyAny>,
+    pub(super) arguments: Arguments,
+    /// Its own, or that of many, of which each enters a copy: a context is entered once at a time.
+    pub(super) context: Py<PyAny>,
+}
+
 /// A call that is to be made, and the future that gets the outcome.
 pub(super) struct Call {
-    function: Py<PyAny>,
-    arguments: Arguments,
-    context: Py<PyAny>,
+    request: Request,
     future: Py<Future>,
 }
 
+/// A copy of the context of this moment.
+pub(super) fn current_context(py: Python<'_>) -> PyResult<Py<PyAny>> {
+    // SAFETY: attached.
+    let context = unsafe { ffi::PyContext_CopyCurrent() };
+    // SAFETY: the answer is a new reference, or null with an exception set.
+    let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
+    Ok(context?.unbind())
+}
+
 impl Call {
-    /// A call in a copy of the context of this moment.
-    pub(super) fn new(
-        py: Python<'_>,
-        function: Py<PyAny>,
-        arguments: Arguments,
-        future: &Py<Future>,
-    ) -> PyResult<Self> {
-        // SAFETY: attached.
-        let context = unsafe { ffi::PyContext_CopyCurrent() };
-        // SAFETY: the answer is a new reference, or null with an exception set.
-        let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
-        Ok(Call {
-            function,
-            arguments,
-            context: context?.unbind(),
-            future: future.clone_ref(py),
-        })
+    pub(super) fn new(request: Request, future: Py<Future>) -> Self {
+        Call { request, future }
     }
 
     pub(super) fn into_future(self) -> Py<Future> {
@@ -62,7 +64,16 @@ impl Call {
 
     /// Make it.
     pub(super) fn make(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let context = self.context.as_ptr();
+        let copy = match &self.request.arguments {
+            Arguments::Once(..) => self.request.context.clone_ref(py),
+            _ => {
+                // SAFETY: a context, which is alive.
+                let copy = unsafe { ffi::PyContext_Copy(self.request.context.as_ptr()) };
+                // SAFETY: the answer is a new reference, or null with an exception set.
+                unsafe { Bound::from_owned_ptr_or_err(py, copy) }?.unbind()
+            }
+        };
+        let context = copy.as_ptr();
         // SAFETY: a context, which is alive.
         if unsafe { ffi::PyContext_Enter(context) } != 0 {
             return Err(PyErr::fetch(py));
@@ -78,13 +89,16 @@ impl Call {
     }
 
     fn make_here(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let function = self.function.bind(py);
-        match &self.arguments {
+        let function = self.request.function.bind(py);
+        match &self.request.arguments {
             Arguments::Once(arguments, keywords) => {
                 let keywords = keywords.as_ref().map(|keywords| keywords.bind(py));
                 function
                     .call(arguments.bind(py), keywords)
                     .map(Bound::unbind)
+            }
+            Arguments::OnceOfMany(arguments) => {
+                function.call1(arguments.bind(py)).map(Bound::unbind)
             }
             Arguments::Each(items) => each(py, items, |item| function.call1((item,))),
             Arguments::EachStar(items) => each(py, items, |item| {

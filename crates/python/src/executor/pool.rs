@@ -1,7 +1,7 @@
 //! `BareExecutor`: queueing calls and running workers; which threads there are is Python's.
 
 use super::admission::{Bound as Admission, WHEN_FULL, WhenFull};
-use super::call::Arguments;
+use super::call::{Arguments, Request, current_context};
 use super::future::{self, Future, Outcome};
 use super::limits::Terms;
 use super::{Shared, future_of};
@@ -211,8 +211,12 @@ impl BareExecutor {
             }
         }
         let arguments = Arguments::Once(arguments.unbind(), rest);
-        let function = function.clone().unbind();
-        this.queue(slf, &this.shared(), function, arguments, &options)
+        let request = Request {
+            function: function.clone().unbind(),
+            arguments,
+            context: current_context(py)?,
+        };
+        this.queue(slf, &this.shared(), request, &options)
     }
 
     /// Queue a call of a function for each of some arguments; their futures, in order.
@@ -247,7 +251,7 @@ impl BareExecutor {
             } else {
                 PyTuple::new(py, [item])?
             };
-            let arguments = Arguments::Once(arguments.unbind(), None);
+            let arguments = Arguments::OnceOfMany(arguments.unbind());
             calls.push((function.clone().unbind(), arguments));
         }
         this.queue_many(slf, calls, false, &options)
@@ -286,7 +290,7 @@ impl BareExecutor {
                 )));
             };
             let arguments = tuple.get_slice(1, tuple.len()).unbind();
-            found.push((function.unbind(), Arguments::Once(arguments, None)));
+            found.push((function.unbind(), Arguments::OnceOfMany(arguments)));
         }
         this.queue_many(slf, found, true, &options)
     }

@@ -1,7 +1,7 @@
 //! How a call becomes a queued task: room for it, its future, its place, and a thread if need be.
 
 use super::admission::{Admitted, admit};
-use super::call::{Arguments, Call};
+use super::call::{Arguments, Call, Request, current_context};
 use super::future::{self, Future};
 use super::limits::{self, TimerHandle};
 use super::pool::{BareExecutor, Options};
@@ -24,8 +24,7 @@ impl BareExecutor {
         &self,
         slf: &Bound<'_, Self>,
         shared: &Arc<Shared>,
-        function: Py<PyAny>,
-        arguments: Arguments,
+        request: Request,
         options: &Options,
     ) -> PyResult<Py<Future>> {
         let py = slf.py();
@@ -34,9 +33,9 @@ impl BareExecutor {
         }
         let deadline = options.terms.deadline_nanoseconds;
         if admit(py, shared, 1, false, deadline)? == Admitted::Here {
-            return self.call_here(slf, shared, function, arguments, options);
+            return self.call_here(slf, shared, request, options);
         }
-        let prepared = self.prepare(slf, shared, function, arguments, options);
+        let prepared = self.prepare(slf, shared, request, options);
         let (task, future) = prepared.inspect_err(|_| shared.give_room(1))?;
         let queued = place(shared, options, task);
         match queued {
@@ -56,12 +55,11 @@ impl BareExecutor {
         &self,
         py: Python<'_>,
         shared: &Arc<Shared>,
-        function: Py<PyAny>,
-        arguments: Arguments,
+        request: Request,
     ) -> PyResult<(Arc<Task>, Py<Future>, Call)> {
         let task = Arc::new(Task::empty());
         let future = future::make(self.kind.bind(py), Arc::clone(&task), Arc::clone(shared))?;
-        let call = Call::new(py, function, arguments, &future)?;
+        let call = Call::new(request, future.clone_ref(py));
         add(&shared.tally.submitted);
         Ok((task, future, call))
     }
@@ -71,11 +69,10 @@ impl BareExecutor {
         &self,
         slf: &Bound<'_, Self>,
         shared: &Arc<Shared>,
-        function: Py<PyAny>,
-        arguments: Arguments,
+        request: Request,
         options: &Options,
     ) -> PyResult<(Arc<Task>, Py<Future>)> {
-        let (task, future, call) = self.make(slf.py(), shared, function, arguments)?;
+        let (task, future, call) = self.make(slf.py(), shared, request)?;
         let refused = task.fill(call);
         debug_assert!(refused.is_ok());
         if let Err(error) = set_limits(slf, shared, &future, options) {
@@ -91,12 +88,11 @@ impl BareExecutor {
         &self,
         slf: &Bound<'_, Self>,
         shared: &Arc<Shared>,
-        function: Py<PyAny>,
-        arguments: Arguments,
+        request: Request,
         options: &Options,
     ) -> PyResult<Py<Future>> {
         let py = slf.py();
-        let (_, future, call) = self.make(py, shared, function, arguments)?;
+        let (_, future, call) = self.make(py, shared, request)?;
         if let Err(error) = set_limits(slf, shared, &future, options) {
             shared.tally.submitted.fetch_sub(1, Ordering::Relaxed);
             return Err(error);
@@ -151,22 +147,27 @@ impl BareExecutor {
         let py = slf.py();
         let deadline = options.terms.deadline_nanoseconds;
         let node = options.node.unwrap_or_else(|| here(shared));
-        let mut calls = calls.into_iter();
+        let context = current_context(py)?;
+        let mut calls = calls.into_iter().map(|(function, arguments)| Request {
+            function,
+            arguments,
+            context: context.clone_ref(py),
+        });
         while calls.len() > 0 {
             let count = match admit(py, shared, calls.len(), whole, deadline)? {
                 Admitted::Queue(count) => count,
                 Admitted::Here => {
                     let next = if whole { calls.len() } else { 1 };
-                    for (function, arguments) in calls.by_ref().take(next) {
-                        let future = self.call_here(slf, shared, function, arguments, options)?;
+                    for request in calls.by_ref().take(next) {
+                        let future = self.call_here(slf, shared, request, options)?;
                         futures.push(future);
                     }
                     continue;
                 }
             };
             let mut tasks = Vec::with_capacity(count);
-            for (function, arguments) in calls.by_ref().take(count) {
-                match self.prepare(slf, shared, function, arguments, options) {
+            for request in calls.by_ref().take(count) {
+                match self.prepare(slf, shared, request, options) {
                     Ok((task, future)) => {
                         tasks.push(task);
                         futures.push(future);
