@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -43,3 +44,24 @@ def run_python() -> RunPython:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def gate():
+    """Call it with an executor to make its workers busy; gives the event that lets them go."""
+    opened = threading.Event()
+
+    def shut(executor):
+        barrier = threading.Barrier(executor.max_workers + 1)
+
+        def hold():
+            barrier.wait(60)
+            opened.wait(60)
+
+        for _ in range(executor.max_workers):
+            executor.submit(hold)
+        barrier.wait(60)
+        return opened
+
+    yield shut
+    opened.set()

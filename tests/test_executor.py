@@ -29,30 +29,6 @@ def executor(request):
         yield made
 
 
-@pytest.fixture
-def gate():
-    """Make an executor's workers busy until the event is set: (executor, event) when they are."""
-    opened = threading.Event()
-    executors = []
-
-    def shut(executor):
-        count = executor.max_workers
-        barrier = threading.Barrier(count + 1)
-
-        def hold():
-            barrier.wait(WAIT_SECONDS)
-            opened.wait(WAIT_SECONDS)
-
-        for _ in range(count):
-            executor.submit(hold)
-        barrier.wait(WAIT_SECONDS)
-        executors.append(executor)
-        return opened
-
-    yield shut
-    opened.set()
-
-
 def raise_error():
     raise ValueError("asked to fail")
 

@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "Buffer",
     "BufferPool",
+    "CancelToken",
     "Channel",
     "ChannelStatistics",
     "Future",
@@ -59,6 +60,7 @@ __all__ = [
     "SystemResource",
     "ThreadLocalArena",
     "Ticket",
+    "TimerHandle",
     "TransactionArena",
     "TransactionStore",
     "Vector",
@@ -67,6 +69,7 @@ __all__ = [
     "WorkerHandle",
     "build_profile",
     "current_lane",
+    "current_token",
     "handler_of",
     "install",
     "installed",
@@ -1605,7 +1608,10 @@ class Future:
 
     def __new__(cls) -> Self: ...
     def cancel(self) -> bool:
-        """Withdraw the task if nobody has begun it; whether it is cancelled."""
+        """Withdraw the task if nobody has begun it, or ask it to end; whether it is cancelled.
+
+        A task that has begun learns of it by its token (`moirai.executor.current_token`).
+        """
     def cancelled(self) -> bool:
         """Whether it was withdrawn."""
     def running(self) -> bool:
@@ -1664,6 +1670,8 @@ class BareExecutor:
         order: Sequence[Sequence[int]],
         node_ids: Sequence[int],
         outsiders_help: bool,
+        max_pending: int | None,
+        when_full: str,
     ) -> Self: ...
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
         """Queue a call of a function; its future.
@@ -1671,12 +1679,18 @@ class BareExecutor:
         Args:
             function: What is called, in a copy of this moment's context.
             arguments: Its arguments.
-            keywords: Its keyword arguments, but for `priority` and `node`: how urgent the task is
-                (a Priority), and the id of the node whose workers are to take it first.
+            keywords: Its keyword arguments, but for these, which are the executor's: `priority`,
+                how urgent the task is (a Priority); `node`, the id of the node whose workers are to
+                take it first; `timeout_seconds`, how long it may run, from its start; `deadline`,
+                the moment of `time.monotonic()` by which it is to have ended. When its time is
+                over the future raises Timeout; one that has not begun is not begun any more.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
-            InvalidArgument: `priority` is no Priority, or `node` has no workers.
+            InvalidArgument: `priority` is no Priority, or `node` has no workers, or a time is
+                outside its range.
+            Full: There is no room, and `when_full` is "raise".
+            Timeout: The deadline passed while it waited for room.
         """
     def queue_calls(
         self,
@@ -1687,8 +1701,22 @@ class BareExecutor:
         star: bool,
         priority: Any = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[Any]:
         """Queue a call of a function for each of some arguments; their futures, in order."""
+    def queue_group(
+        self,
+        calls: Iterable[tuple[Any, ...]],
+        /,
+        *,
+        priority: Any = None,
+        node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
+    ) -> list[Any]:
+        """Queue calls, each a tuple of a function and its arguments, all at once or none; their
+        futures, in order."""
     def queue_chunks(
         self,
         function: Callable[..., Any],
@@ -1742,6 +1770,40 @@ class WorkerHandle:
         """Take no more calls; as `BareExecutor.close`."""
     def give_up(self) -> None:
         """A worker cannot be set up: whatever is queued fails, and nothing more is taken."""
+
+@final
+class TimerHandle:
+    """What the thread that waits for time limits has of an executor."""
+
+    def work(self) -> None:
+        """End tasks whose time is over, until the executor is closed and none has a time limit."""
+    def close(self) -> None:
+        """Take no more calls; as `BareExecutor.close`."""
+
+@final
+class CancelToken:
+    """By which the function of a task learns that it is to end. Any thread may use it."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the task is asked to end, or its time is over."""
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Seconds until the task's time is over, or None if that is not limited."""
+    def check(self) -> None:
+        """Raise what ends the task, if it is to end.
+
+        Raises:
+            CancelledError: The task is asked to end; when its function lets this pass, the future
+                is cancelled.
+            Timeout: Its time is over.
+        """
+
+def current_token() -> CancelToken:
+    """The token of the task that this thread is running, the innermost one.
+
+    Outside of a task, one that is never cancelled.
+    """
 
 @final
 class LoopDoorbell:

@@ -48,7 +48,11 @@ mod _native {
     #[pymodule_export]
     use super::executor::future::Future;
     #[pymodule_export]
-    use super::executor::pool::{BareExecutor, WorkerHandle};
+    use super::executor::limits::{CancelToken, TimerHandle, current_token};
+    #[pymodule_export]
+    use super::executor::pool::BareExecutor;
+    #[pymodule_export]
+    use super::executor::worker::WorkerHandle;
     #[pymodule_export]
     use super::lane::current_lane;
     #[pymodule_export]

@@ -11,13 +11,16 @@ from moirai.executor.future import Future
 from moirai.executor.group import TaskGroup
 from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
 from moirai.executor.threads import Executor
+from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
 
 __all__ = [
+    "CancelToken",
     "Executor",
     "ExecutorStatistics",
     "Future",
     "Priority",
     "TaskGroup",
     "WorkerStatistics",
+    "current_token",
 ]

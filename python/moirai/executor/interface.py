@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import queue
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar, cast
 
 from moirai.errors import InvalidArgument, Timeout
 from moirai.executor.group import TaskGroup
@@ -21,6 +22,7 @@ _Chunk = tuple[list[Any], BaseException | None]
 
 _CHUNKS_PER_WORKER = 8
 _LARGEST_CHUNK = 1024
+_POP: Callable[[list[Any]], Any] = list.pop
 
 
 class BaseExecutor(concurrent.futures.Executor):
@@ -71,7 +73,7 @@ class BaseExecutor(concurrent.futures.Executor):
         """
         futures = self._chunks(fn, iterables, chunksize, priority, node)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return _in_order(futures, deadline)
+        return _Flattened.of(_in_order(futures, deadline))
 
     def map_unordered(
         self,
@@ -85,7 +87,7 @@ class BaseExecutor(concurrent.futures.Executor):
         """As `map`, but the results come as their tasks end."""
         futures = self._chunks(fn, iterables, chunksize, priority, node)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return _as_they_end(futures, deadline)
+        return _Flattened.of(_as_they_end(futures, deadline))
 
     def group(self) -> TaskGroup:
         """Tasks that end with a `with` block; the first failure cancels the rest."""
@@ -116,17 +118,33 @@ class BaseExecutor(concurrent.futures.Executor):
         return list(found)
 
 
+class _Flattened(itertools.chain[_Result]):
+    """What the iterators of a generator give; closed as a generator is."""
+
+    _source: Generator[Iterator[Any]]
+
+    @classmethod
+    def of(cls, source: Generator[Iterator[_Result]]) -> Self:
+        found = cast("Self", cls.from_iterable(source))
+        found._source = source
+        return found
+
+    def close(self) -> None:
+        """Cancel what has not begun."""
+        self._source.close()
+
+
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else deadline - time.monotonic()
 
 
-def _results(chunk: _Chunk) -> Iterator[Any]:
-    """One by one, keeping none of them."""
+def _results(chunk: _Chunk) -> Generator[Iterator[Any]]:
+    """An iterator over the results, which keeps none that it gave; then the failure is raised."""
     results, failure = chunk
     del chunk
     results.reverse()
-    while results:
-        yield results.pop()
+    # Without a frame of Python to enter for each.
+    yield map(_POP, itertools.repeat(results, len(results)))
     if failure is not None:
         try:
             raise failure
@@ -136,7 +154,7 @@ def _results(chunk: _Chunk) -> Iterator[Any]:
 
 def _in_order(
     futures: list[concurrent.futures.Future[_Chunk]], deadline: float | None
-) -> Iterator[Any]:
+) -> Generator[Iterator[Any]]:
     futures.reverse()
     try:
         while futures:
@@ -157,7 +175,7 @@ def _result_or_cancel(future: concurrent.futures.Future[_Chunk], timeout: float 
 
 def _as_they_end(
     futures: list[concurrent.futures.Future[_Chunk]], deadline: float | None
-) -> Iterator[Any]:
+) -> Generator[Iterator[Any]]:
     ended: queue.SimpleQueue[concurrent.futures.Future[_Chunk]] = queue.SimpleQueue()
     left = len(futures)
     try:

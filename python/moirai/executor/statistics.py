@@ -44,6 +44,9 @@ class ExecutorStatistics:
         failed: Tasks that raised.
         cancelled: Tasks that were cancelled before they began.
         helped: Tasks that ran in a thread that waited, within those that ended.
+        timed_out: Tasks whose time was over, within those that failed.
+        ran_by_submitter: Tasks that their submitter ran for want of room, within those that ended.
+        refused: Tasks that were not queued for want of room.
         workers_started: Threads that were started.
         queued: Entries in the queues now, those of tasks that are over included.
         workers: What each worker has done.
@@ -54,6 +57,9 @@ class ExecutorStatistics:
     failed: int
     cancelled: int
     helped: int
+    timed_out: int
+    ran_by_submitter: int
+    refused: int
     workers_started: int
     queued: int
     workers: tuple[WorkerStatistics, ...]

@@ -28,12 +28,13 @@ __all__ = ["Executor"]
 
 _Result = TypeVar("_Result")
 Affinity = Literal["auto", "node", "core"] | None
+WhenFull = Literal["block", "raise", "caller_runs"]
 
 _MOST_WORKERS = 1 << 12
 _numbers = itertools.count()
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-# Every worker's thread that may still run, with how to end it: executors may go before workers do.
-_workers: weakref.WeakKeyDictionary[threading.Thread, _native.WorkerHandle]
+# Every thread that may still run, with how to end it: executors may go before their workers do.
+_workers: weakref.WeakKeyDictionary[threading.Thread, _native.WorkerHandle | _native.TimerHandle]
 _workers = weakref.WeakKeyDictionary()
 
 
@@ -54,6 +55,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
         affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
             the kernel puts it; "auto": "node" where there are several nodes, else None.
         topology: The machine; None reads it.
+        max_pending: How many tasks may wait to begin, at most; None: as many as memory holds.
+        when_full: What whoever submits one more does: "block" until there is room, "raise"
+            queue.Full, or "caller_runs": it runs the call itself, besides the workers. A task of
+            the executor that would have to block runs the call itself too.
 
     Raises:
         InvalidArgument: An argument is outside its range.
@@ -65,6 +70,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
 
     _max_workers: int
     _threads: set[threading.Thread]
+    _timers: set[threading.Thread]
     _prefix: str
     _initializer: Callable[..., object] | None
     _initargs: tuple[Any, ...]
@@ -79,6 +85,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
         *,
         affinity: Affinity = "auto",
         topology: Topology | None = None,
+        max_pending: int | None = None,
+        when_full: WhenFull = "block",
     ) -> Executor:
         machine = Topology.read() if topology is None else topology
         if max_workers is None:
@@ -107,6 +115,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
             order=steal_order(machine),
             node_ids=[node.id for node in nodes],
             outsiders_help=initializer is None,
+            max_pending=max_pending,
+            when_full=when_full,
         )
         self._max_workers = max_workers
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
@@ -123,6 +133,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
 
     def _reset_threads(self) -> None:
         self._threads = set()
+        self._timers = set()
         self._lock = threading.Lock()
 
     @property
@@ -144,23 +155,72 @@ class Executor(_native.BareExecutor, BaseExecutor):
         *iterables: Iterable[Any],
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[Future[_Result]]:
         """Queue a call of a function for each item of the iterables; their futures, in order.
 
-        Cheaper than as many `submit`, and either all are queued or, after `shutdown`, none.
+        Cheaper than as many `submit`. With `max_pending`, they are queued as there is room; when
+        the rest cannot be, those that were queued and have not begun are cancelled.
 
         Args:
             fn: The function.
             iterables: Where its arguments come from, one from each; the shortest ends it.
             priority: How urgent the tasks are; None: Priority.NORMAL.
             node: Id of the node whose workers are to take them first; None: the submitter's.
+            timeout_seconds: How long each may run, from its start; then its future raises Timeout.
+            deadline: The moment of `time.monotonic()` by which they are to have ended.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
+            Full: There is no room for all of them, and `when_full` is "raise".
+            Timeout: The deadline passed while it waited for room.
         """
         star = len(iterables) != 1
-        items = zip(*iterables, strict=False) if star else iterables[0]
-        return self.queue_calls(fn, items, star=star, priority=priority, node=node)
+        return self.queue_calls(
+            fn,
+            zip(*iterables, strict=False) if star else iterables[0],
+            star=star,
+            priority=priority,
+            node=node,
+            timeout_seconds=timeout_seconds,
+            deadline=deadline,
+        )
+
+    def submit_group(
+        self,
+        calls: Iterable[tuple[Any, ...]],
+        *,
+        priority: Priority | None = None,
+        node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
+    ) -> list[Future[Any]]:
+        """Queue calls of any functions, all of them at once or none; their futures, in order.
+
+        With `max_pending`, room for all of them is taken in one step, and who waits for it is
+        not passed by those who need less.
+
+        Args:
+            calls: Tuples of a function and its arguments.
+            priority: As in `submit_many`, and so are the others.
+            node: The node.
+            timeout_seconds: The time for each run.
+            deadline: The moment for all ends.
+
+        Raises:
+            Closed: After `shutdown`; a RuntimeError.
+            InvalidArgument: A call is not such a tuple, or there are more than `max_pending`.
+            Full: There is no room for all of them, and `when_full` is "raise".
+            Timeout: The deadline passed while it waited for room.
+        """
+        return self.queue_group(
+            calls,
+            priority=priority,
+            node=node,
+            timeout_seconds=timeout_seconds,
+            deadline=deadline,
+        )
 
     def _queue_chunks(
         self,
@@ -186,7 +246,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             self.cancel_queued()
         if wait:
             with self._lock:
-                threads = list(self._threads)
+                threads = [*self._threads, *self._timers]
             for thread in threads:
                 _join(thread)
 
@@ -203,14 +263,27 @@ class Executor(_native.BareExecutor, BaseExecutor):
             target=_work,
             args=(handle, who, self._cpus[who], self._initializer, self._initargs),
         )
+        self._start(thread, handle, self._threads)
+
+    def _start_timer(self, handle: _native.TimerHandle) -> None:
+        """Called by the native part when the first task with a time limit is queued."""
+        thread = threading.Thread(name=f"{self._prefix}_timer", target=handle.work)
+        self._start(thread, handle, self._timers)
+
+    def _start(
+        self,
+        thread: threading.Thread,
+        handle: _native.WorkerHandle | _native.TimerHandle,
+        kept: set[threading.Thread],
+    ) -> None:
         with self._lock:
             # Before it starts: a signal's exception may come when it has.
-            self._threads.add(thread)
+            kept.add(thread)
             _workers[thread] = handle
             try:
                 thread.start()
             except Exception:
-                self._threads.discard(thread)
+                kept.discard(thread)
                 del _workers[thread]
                 raise
 

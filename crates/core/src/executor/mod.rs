@@ -5,6 +5,7 @@
 //! Who sleeps and who is looking for work is one word ([`idle`]), after the scheduler of Go: whoever
 //! queues a task wakes a sleeper only if nobody is looking already. A task's own state is one word
 //! too ([`task`]), so that whoever takes it first has it: a worker, or the thread that waits for it.
+//! How many may wait ([`room`]) and what is due when ([`timer`]) is kept apart, for those who ask.
 //!
 //! Left out: preemption, and moving tasks that are queued between nodes before somebody has nothing
 //! to do.
@@ -13,8 +14,12 @@ pub mod idle;
 #[cfg(not(loom))]
 mod lanes;
 #[cfg(not(loom))]
+pub mod room;
+#[cfg(not(loom))]
 mod scheduler;
 pub mod task;
+#[cfg(not(loom))]
+pub mod timer;
 #[cfg(not(loom))]
 mod worker;
 

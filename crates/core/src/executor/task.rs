@@ -27,6 +27,7 @@ const FINISHED: u32 = 3;
 const WATCHED: u32 = 0b100;
 const LOCKED: u32 = 0b1000;
 const EMPTY: u32 = 0b10000;
+const ASKED: u32 = 0b100000;
 
 /// Who has to be told of the end, as it was known at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +49,8 @@ pub enum Cancel<C> {
 
 /// One call, its state and who watches it. Any thread may call any method at any time.
 pub struct Task<C> {
-    /// The stage (two bits) and two flags that only ever get set. `Release` at the end, `Acquire`
-    /// when read: who sees the end sees the outcome that was stored before it.
+    /// The stage (two bits) and flags that, but for EMPTY, only ever get set. `Release` at the end,
+    /// `Acquire` when read: who sees the end sees the outcome that was stored before it.
     word: AtomicU32,
     /// Which worker is at it, from 1; 0: none. A hint for whoever waits, so `Relaxed` suffices.
     runner: AtomicU32,
@@ -205,6 +206,17 @@ impl<C> Task<C> {
     /// From now on nobody ends it without its lock. False: it is over already.
     pub fn lock_end(&self) -> bool {
         self.word.fetch_or(LOCKED, Ordering::AcqRel) & STAGE < CANCELLED
+    }
+
+    /// Whoever is at it, or will be, is asked to end soon.
+    pub fn ask_to_end(&self) {
+        self.word.fetch_or(ASKED, Ordering::AcqRel);
+    }
+
+    /// Whether somebody asked.
+    #[inline]
+    pub fn is_asked_to_end(&self) -> bool {
+        self.word.load(Ordering::Acquire) & ASKED != 0
     }
 
     /// Whether nobody may end it without its lock.

@@ -7,43 +7,51 @@ use pyo3::exceptions::PyException;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
+use std::cell::Cell;
+
+thread_local! {
+    /// The call that this thread is at; null: none.
+    static CURRENT: Cell<*const Call> = const { Cell::new(std::ptr::null()) };
+}
 
 /// How the arguments are given to the function.
 pub(super) enum Arguments {
     /// All at once.
     Once(Py<PyTuple>, Option<Py<PyDict>>),
+    /// The same for one of many that were queued together.
+    OnceOfMany(Py<PyTuple>),
     /// One call for each, which is its only argument.
     Each(Vec<Py<PyAny>>),
     /// One call for each, which are its arguments.
     EachStar(Vec<Py<PyAny>>),
 }
 
+/// A call that is asked for.
+pub(super) struct Request {
+    pub(super) function: Py<PyAny>,
+    pub(super) arguments: Arguments,
+    /// Its own, or that of many, of which each enters a copy: a context is entered once at a time.
+    pub(super) context: Py<PyAny>,
+}
+
 /// A call that is to be made, and the future that gets the outcome.
 pub(super) struct Call {
-    function: Py<PyAny>,
-    arguments: Arguments,
-    context: Py<PyAny>,
+    request: Request,
     future: Py<Future>,
 }
 
+/// A copy of the context of this moment.
+pub(super) fn current_context(py: Python<'_>) -> PyResult<Py<PyAny>> {
+    // SAFETY: attached.
+    let context = unsafe { ffi::PyContext_CopyCurrent() };
+    // SAFETY: the answer is a new reference, or null with an exception set.
+    let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
+    Ok(context?.unbind())
+}
+
 impl Call {
-    /// A call in a copy of the context of this moment.
-    pub(super) fn new(
-        function: &Bound<'_, PyAny>,
-        arguments: Arguments,
-        future: &Py<Future>,
-    ) -> PyResult<Self> {
-        let py = function.py();
-        // SAFETY: attached.
-        let context = unsafe { ffi::PyContext_CopyCurrent() };
-        // SAFETY: the answer is a new reference, or null with an exception set.
-        let context = unsafe { Bound::from_owned_ptr_or_err(py, context) };
-        Ok(Call {
-            function: function.clone().unbind(),
-            arguments,
-            context: context?.unbind(),
-            future: future.clone_ref(py),
-        })
+    pub(super) fn new(request: Request, future: Py<Future>) -> Self {
+        Call { request, future }
     }
 
     pub(super) fn into_future(self) -> Py<Future> {
@@ -56,12 +64,23 @@ impl Call {
 
     /// Make it.
     pub(super) fn make(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let context = self.context.as_ptr();
+        let copy = match &self.request.arguments {
+            Arguments::Once(..) => self.request.context.clone_ref(py),
+            _ => {
+                // SAFETY: a context, which is alive.
+                let copy = unsafe { ffi::PyContext_Copy(self.request.context.as_ptr()) };
+                // SAFETY: the answer is a new reference, or null with an exception set.
+                unsafe { Bound::from_owned_ptr_or_err(py, copy) }?.unbind()
+            }
+        };
+        let context = copy.as_ptr();
         // SAFETY: a context, which is alive.
         if unsafe { ffi::PyContext_Enter(context) } != 0 {
             return Err(PyErr::fetch(py));
         }
+        let before = CURRENT.replace(self);
         let outcome = self.make_here(py);
+        CURRENT.set(before);
         // SAFETY: entered above, in this thread; what was entered since was left again.
         if unsafe { ffi::PyContext_Exit(context) } != 0 {
             return Err(PyErr::fetch(py));
@@ -70,13 +89,16 @@ impl Call {
     }
 
     fn make_here(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let function = self.function.bind(py);
-        match &self.arguments {
+        let function = self.request.function.bind(py);
+        match &self.request.arguments {
             Arguments::Once(arguments, keywords) => {
                 let keywords = keywords.as_ref().map(|keywords| keywords.bind(py));
                 function
                     .call(arguments.bind(py), keywords)
                     .map(Bound::unbind)
+            }
+            Arguments::OnceOfMany(arguments) => {
+                function.call1(arguments.bind(py)).map(Bound::unbind)
             }
             Arguments::Each(items) => each(py, items, |item| function.call1((item,))),
             Arguments::EachStar(items) => each(py, items, |item| {
@@ -84,6 +106,15 @@ impl Call {
             }),
         }
     }
+}
+
+/// The future of the call that this thread is at, if any.
+pub(super) fn current_future(py: Python<'_>) -> Option<Py<Future>> {
+    let call = CURRENT.get();
+    // SAFETY: not null only within `Call::make` in this thread, which borrows the call until it has
+    // put back what was there before.
+    let call = unsafe { call.as_ref() }?;
+    Some(call.future.clone_ref(py))
 }
 
 /// The results up to the first that fails, and why that one does: a list, and an exception or None.

@@ -2,11 +2,12 @@
 
 use super::Shared;
 use super::Task;
+use super::limits::Limits;
 use super::wait::{self, help};
 use crate::errors::Timeout;
 use moirai_core::executor::task::{Audience, Cancel, Stage};
-use moirai_core::sync::Mutex;
 use moirai_core::sync::parker::Parker;
+use moirai_core::sync::{AtomicU64, Mutex};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -18,9 +19,10 @@ use std::sync::{Arc, MutexGuard, OnceLock};
 import_exception!(concurrent.futures, CancelledError);
 import_exception!(concurrent.futures, InvalidStateError);
 
-/// How a task ended.
-enum Outcome {
+/// How a task ended. Whoever stores one first, ends it.
+pub(super) enum Outcome {
     None,
+    Cancelled,
     Value(Py<PyAny>),
     Failure(Py<PyAny>),
 }
@@ -38,6 +40,7 @@ struct Watch {
     watchers: Mutex<Watchers>,
     condition: OnceLock<Py<PyAny>>,
     waiters: OnceLock<Py<PyList>>,
+    limits: OnceLock<Limits>,
 }
 
 thread_local! {
@@ -103,24 +106,45 @@ impl Future {
         watchers.parkers.retain(|other| !Arc::ptr_eq(other, parker));
     }
 
-    /// Store the outcome and tell everybody.
-    pub(super) fn finish(&self, slf: &Bound<'_, Future>, outcome: PyResult<Py<PyAny>>) {
-        let py = slf.py();
-        let outcome = match outcome {
-            Ok(value) => Outcome::Value(value),
-            Err(error) => Outcome::Failure(error.into_value(py).into_any()),
-        };
-        let how = match outcome {
-            Outcome::Failure(_) => "add_exception",
-            _ => "add_result",
-        };
-        *lock(&self.outcome) = outcome;
-        self.end(slf, how, false);
+    /// The time limits of its task, if it has any.
+    #[inline]
+    pub(super) fn limits(&self) -> Option<&Limits> {
+        self.watch.get()?.limits.get()
     }
 
-    /// As `finish`, for one that somebody took to cancel it.
-    pub(super) fn finish_cancelled(&self, slf: &Bound<'_, Future>) {
-        self.end(slf, "add_cancelled", true);
+    /// Before its task is queued.
+    pub(super) fn limit(&self, limits: Limits) {
+        let refused = self.watch().limits.set(limits);
+        debug_assert!(refused.is_ok());
+    }
+
+    /// Store the outcome of a task that somebody has taken, count it, and tell everybody. False: it
+    /// has one already.
+    pub(super) fn finish(
+        &self,
+        slf: &Bound<'_, Future>,
+        outcome: Outcome,
+        counts: &[&AtomicU64],
+    ) -> bool {
+        let (how, cancelled) = match outcome {
+            Outcome::Cancelled => ("add_cancelled", true),
+            Outcome::Failure(_) => ("add_exception", false),
+            _ => ("add_result", false),
+        };
+        {
+            let mut place = lock(&self.outcome);
+            if !matches!(*place, Outcome::None) {
+                drop(place);
+                drop(outcome);
+                return false;
+            }
+            *place = outcome;
+        }
+        for count in counts {
+            super::add(count);
+        }
+        self.end(slf, how, cancelled);
+        true
     }
 
     #[inline]
@@ -168,6 +192,9 @@ impl Future {
     }
 
     fn tell(&self, slf: &Bound<'_, Future>, audience: Audience) {
+        if let (Some(limits), Some(shared)) = (self.limits(), &self.shared) {
+            limits.end(shared);
+        }
         if !audience.watched {
             return;
         }
@@ -199,10 +226,12 @@ impl Future {
             }
         };
         let Some(audience) = audience else {
+            self.task.ask_to_end();
             return self.task.stage() == Stage::Cancelled;
         };
         if let Some(shared) = &self.shared {
             super::add(&shared.tally.cancelled);
+            shared.give_room(1);
             shared.died();
         }
         self.tell(slf, audience);
@@ -215,7 +244,7 @@ impl Future {
         match &*lock(&self.outcome) {
             Outcome::Value(value) => Ok(Ok(value.clone_ref(py))),
             Outcome::Failure(error) => Ok(Err(error.clone_ref(py))),
-            Outcome::None => Err(CancelledError::new_err(())),
+            Outcome::None | Outcome::Cancelled => Err(CancelledError::new_err(())),
         }
     }
 
@@ -240,17 +269,17 @@ impl Future {
         )))
     }
 
-    fn end_by_hand(slf: &Bound<'_, Future>, outcome: PyResult<Py<PyAny>>) -> PyResult<()> {
+    fn end_by_hand(slf: &Bound<'_, Future>, outcome: Outcome) -> PyResult<()> {
         let future = slf.get();
         // One that nobody runs: it was made by hand.
-        if future.shared.is_some() || future.task.is_over() {
-            let state = future.state();
-            return Err(InvalidStateError::new_err(format!(
-                "{state}: the outcome of this future is set by its executor"
-            )));
+        let by_hand = future.shared.is_none() && !future.task.is_over();
+        if by_hand && future.finish(slf, outcome, &[]) {
+            return Ok(());
         }
-        future.finish(slf, outcome);
-        Ok(())
+        let state = future.state();
+        Err(InvalidStateError::new_err(format!(
+            "{state}: the outcome of this future is set by its executor"
+        )))
     }
 }
 
@@ -302,7 +331,7 @@ impl Future {
         }
     }
 
-    /// Withdraw the task if nobody has begun it; whether it is cancelled.
+    /// Withdraw the task if nobody has begun it, or ask it to end; whether it is cancelled.
     fn cancel(slf: &Bound<'_, Self>) -> bool {
         slf.get().withdraw(slf)
     }
@@ -361,12 +390,14 @@ impl Future {
 
     /// Set the result of a future that was made by hand.
     fn set_result(slf: &Bound<'_, Self>, result: Py<PyAny>) -> PyResult<()> {
-        Self::end_by_hand(slf, Ok(result))
+        Self::end_by_hand(slf, Outcome::Value(result))
     }
 
     /// Set the exception of a future that was made by hand.
     fn set_exception(slf: &Bound<'_, Self>, exception: Bound<'_, PyAny>) -> PyResult<()> {
-        Self::end_by_hand(slf, Err(PyErr::from_value(exception)))
+        let py = slf.py();
+        let error = PyErr::from_value(exception).into_value(py);
+        Self::end_by_hand(slf, Outcome::Failure(error.into_any()))
     }
 
     #[getter]
@@ -444,7 +475,7 @@ impl Future {
         if let Ok(outcome) = self.outcome.try_lock() {
             match &*outcome {
                 Outcome::Value(it) | Outcome::Failure(it) => visit.call(it)?,
-                Outcome::None => {}
+                Outcome::None | Outcome::Cancelled => {}
             }
         }
         if let Some(watch) = self.watch.get() {

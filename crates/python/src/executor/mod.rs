@@ -4,12 +4,19 @@
 //! to rest. So it takes a task when it can run it at once, and until then whoever waits for the
 //! task may take it. One attachment runs as many tasks as there are, but lets others in by clock.
 
+mod admission;
 mod call;
 pub(crate) mod future;
+pub(crate) mod limits;
 pub(crate) mod pool;
+mod queueing;
 mod wait;
+pub(crate) mod worker;
 
+use admission::Bound as Admission;
 use call::Call;
+use future::{CancelledError, Future, Outcome};
+use moirai_core::executor::timer::Timer;
 use moirai_core::executor::{Scheduler, Worker, task};
 use moirai_core::os::now_nanoseconds;
 use moirai_core::sync::{AtomicBool, AtomicU64, Ordering, spin};
@@ -31,6 +38,10 @@ pub(crate) struct Shared {
     broken: AtomicBool,
     /// Whether this process is a child of the one whose workers these are.
     inherited: AtomicBool,
+    /// How many tasks may wait to begin, if that is limited.
+    bound: Option<Admission>,
+    /// Futures of tasks with a time limit, from their queueing to their end.
+    timer: Timer<Py<Future>>,
     tally: Tally,
 }
 
@@ -43,15 +54,23 @@ struct Tally {
     cancelled: AtomicU64,
     /// Of those that ended, the ones that a waiting thread ran.
     helped: AtomicU64,
+    /// Of those that failed, the ones that took too long.
+    timed_out: AtomicU64,
+    /// Of those that ended, the ones that their submitter ran for want of room.
+    ran_by_submitter: AtomicU64,
+    /// Tasks that were not queued for want of room.
+    refused: AtomicU64,
 }
 
 impl Shared {
-    fn new(scheduler: Arc<Queue>, outsiders_help: bool) -> Self {
+    fn new(scheduler: Arc<Queue>, outsiders_help: bool, bound: Option<Admission>) -> Self {
         Shared {
             scheduler,
             outsiders_help,
             broken: AtomicBool::new(false),
             inherited: AtomicBool::new(false),
+            bound,
+            timer: Timer::default(),
             tally: Tally::default(),
         }
     }
@@ -62,6 +81,33 @@ impl Shared {
 
     fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
+    }
+
+    /// Take no more calls; what is queued is still run.
+    fn close(&self) {
+        self.scheduler.close();
+        if let Some(bound) = &self.bound {
+            bound.close();
+        }
+        self.timer.close();
+    }
+
+    /// Take a task, which does not wait any more.
+    #[inline]
+    fn claim(&self, task: &Task) -> Option<Call> {
+        let call = task.claim();
+        if call.is_some() {
+            self.give_room(1);
+        }
+        call
+    }
+
+    /// So many tasks do not wait any more.
+    #[inline]
+    fn give_room(&self, count: usize) {
+        if let Some(bound) = &self.bound {
+            bound.give_back(count);
+        }
     }
 
     /// A task ended that is still in some queue.
@@ -121,26 +167,61 @@ enum Ran {
     Interrupted(PyErr),
 }
 
+/// The future of a task that nobody has taken.
+fn future_of(py: Python<'_>, shared: &Shared, task: &Task) -> Option<Py<Future>> {
+    let call = shared.claim(task)?;
+    let future = call.future().clone_ref(py);
+    drop(call);
+    Some(future)
+}
+
 /// Make the call of a task, unless somebody else does.
+#[inline]
 fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> Ran {
-    let Some(call) = task.claim() else {
+    let Some(call) = shared.claim(task) else {
         return Ran::Late;
     };
     if let Some(worker) = worker {
         task.run_by(worker);
     }
-    let outcome = running(shared, || call.make(py));
+    perform(py, shared, call)
+}
+
+/// Make a call that nobody else has. Who is called back at its end is a part of the task.
+fn perform(py: Python<'_>, shared: &Shared, call: Call) -> Ran {
+    running(shared, || {
+        if let Some(limits) = call.future().get().limits() {
+            limits.begin(shared);
+        }
+        let outcome = call.make(py);
+        let future = call.into_future();
+        end(py, shared, future.bind(py), outcome)
+    })
+}
+
+/// Store what came of a call, count it and tell; unless its time was over before.
+fn end(
+    py: Python<'_>,
+    shared: &Shared,
+    slf: &Bound<'_, Future>,
+    outcome: PyResult<Py<PyAny>>,
+) -> Ran {
+    let future = slf.get();
     let mut ran = Ran::Done;
-    match &outcome {
-        Ok(_) => add(&shared.tally.succeeded),
+    let (outcome, count) = match outcome {
+        Ok(value) => (Outcome::Value(value), &shared.tally.succeeded),
         Err(error) => {
-            add(&shared.tally.failed);
             if error.is_instance_of::<PyKeyboardInterrupt>(py) {
                 ran = Ran::Interrupted(error.clone_ref(py));
             }
+            if future.task().is_asked_to_end() && error.is_instance_of::<CancelledError>(py) {
+                (Outcome::Cancelled, &shared.tally.cancelled)
+            } else {
+                let error = error.into_value(py).into_any();
+                (Outcome::Failure(error), &shared.tally.failed)
+            }
         }
-    }
-    let future = call.into_future();
-    future.get().finish(future.bind(py), outcome);
+    };
+    future.finish(slf, outcome, &[count]);
     ran
 }

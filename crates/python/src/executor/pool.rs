@@ -1,56 +1,51 @@
 //! `BareExecutor`: queueing calls and running workers; which threads there are is Python's.
 
-use super::call::{Arguments, Call};
-use super::future::{self, Future};
-use super::{RUNNING, Ran, Shared, Task, WORKER, add, current_worker, let_leave, run};
-use crate::argument::count;
-use crate::errors::{Closed, InvalidArgument};
+use super::admission::{Bound as Admission, WHEN_FULL, WhenFull};
+use super::call::{Arguments, Request, current_context};
+use super::future::{self, Future, Outcome};
+use super::limits::Terms;
+use super::{Shared, future_of};
+use crate::argument::{choice, count, timeout};
+use crate::errors::InvalidArgument;
 use crate::lane;
-use moirai_core::executor::{PRIORITY_COUNT, Priority, Queued, Rest, Scheduler, Worker};
+use moirai_core::executor::{PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
-use pyo3::exceptions::PyException;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
-use pyo3::{import_exception, intern};
-use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-import_exception!(concurrent.futures.thread, BrokenThreadPool);
-
-/// How long a worker keeps the interpreter while others may want it. Python code lets others in
-/// by itself; functions written in C do not.
-const KEEP: Duration = Duration::from_millis(1);
-/// What a thread takes from queueing a task to waiting for it.
-const SUBMITTER_LEAVES_NANOSECONDS: u64 = 1_500;
-/// Tasks between two looks at the clock.
-const CLOCK_TURNS: u32 = 32;
+/// Tasks that may wait, at most, where that is limited.
+const MOST_PENDING: usize = 1 << 40;
 
 /// The mechanism of an executor; the threads are started and joined by its Python class.
 #[pyclass(frozen, subclass, module = "moirai.executor")]
 pub struct BareExecutor {
     /// Another one in a forked child. Locked for a moment.
     shared: Mutex<Arc<Shared>>,
-    kind: Py<PyType>,
+    pub(super) kind: Py<PyType>,
     node_of_worker: Vec<usize>,
     order: Vec<Vec<usize>>,
     /// What the nodes are called.
     node_ids: Vec<usize>,
-}
-
-/// What a worker's thread has of an executor: not the object, which may go before it.
-#[pyclass(frozen, module = "moirai.executor")]
-pub struct WorkerHandle {
-    shared: Arc<Shared>,
-    /// The start that it is for.
-    start: u64,
+    bound: Option<(usize, WhenFull)>,
 }
 
 /// What `submit` takes besides the function's own arguments.
-struct Options {
-    priority: Priority,
-    node: Option<usize>,
+pub(super) struct Options {
+    pub(super) priority: Priority,
+    pub(super) node: Option<usize>,
+    pub(super) terms: Terms,
+}
+
+/// The same as Python gives it.
+#[derive(Default)]
+struct Given<'a, 'py> {
+    priority: Option<&'a Bound<'py, PyAny>>,
+    node: Option<&'a Bound<'py, PyAny>>,
+    timeout_seconds: Option<f64>,
+    deadline: Option<f64>,
 }
 
 const PRIORITIES: [Priority; PRIORITY_COUNT] = [
@@ -62,22 +57,19 @@ const PRIORITIES: [Priority; PRIORITY_COUNT] = [
 
 impl BareExecutor {
     #[inline]
-    fn shared(&self) -> Arc<Shared> {
+    pub(super) fn shared(&self) -> Arc<Shared> {
         let shared = self.shared.lock();
         Arc::clone(&shared.unwrap_or_else(|poison| poison.into_inner()))
     }
 
     fn new_shared(&self, outsiders_help: bool) -> Arc<Shared> {
         let scheduler = Scheduler::new(&self.node_of_worker, &self.order);
-        Arc::new(Shared::new(scheduler, outsiders_help))
+        let bound = self.bound.map(|(limit, how)| Admission::new(limit, how));
+        Arc::new(Shared::new(scheduler, outsiders_help, bound))
     }
 
-    fn options(
-        &self,
-        priority: Option<&Bound<'_, PyAny>>,
-        node: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Options> {
-        let priority = match priority {
+    fn options(&self, given: Given<'_, '_>) -> PyResult<Options> {
+        let priority = match given.priority {
             None => Priority::Normal,
             Some(value) => match lane::from_priority("priority", value)? {
                 Lane::Realtime => PRIORITIES[0],
@@ -96,164 +88,28 @@ impl BareExecutor {
                 ))
             })
         };
-        let node = node.map(place).transpose()?;
-        Ok(Options { priority, node })
-    }
-
-    /// A queued task's future.
-    fn queue(
-        &self,
-        slf: &Bound<'_, Self>,
-        shared: &Arc<Shared>,
-        function: &Bound<'_, PyAny>,
-        arguments: Arguments,
-        options: &Options,
-    ) -> PyResult<Py<Future>> {
-        let py = slf.py();
-        if shared.scheduler.is_closed() {
-            return Err(refusal(shared));
-        }
-        let (task, future) = self.prepare(py, shared, function, arguments)?;
-        let queued = place(shared, options, task);
-        match queued {
-            Queued::Done => {}
-            Queued::Start(who) => start(slf, shared, who, Some(&future))?,
-            Queued::TooLate => {
-                if withdraw(shared, future.get().task()) {
-                    return Err(refusal(shared));
-                }
-            }
-        }
-        Ok(future)
-    }
-
-    fn prepare(
-        &self,
-        py: Python<'_>,
-        shared: &Arc<Shared>,
-        function: &Bound<'_, PyAny>,
-        arguments: Arguments,
-    ) -> PyResult<(Arc<Task>, Py<Future>)> {
-        let task = Arc::new(Task::empty());
-        let future = future::make(self.kind.bind(py), Arc::clone(&task), Arc::clone(shared))?;
-        let call = Call::new(function, arguments, &future)?;
-        let refused = task.fill(call);
-        debug_assert!(refused.is_ok());
-        add(&shared.tally.submitted);
-        Ok((task, future))
-    }
-
-    /// Queue many tasks; all of them, or none if the executor is closed.
-    fn queue_many(
-        &self,
-        slf: &Bound<'_, Self>,
-        function: &Bound<'_, PyAny>,
-        arguments: impl ExactSizeIterator<Item = Arguments>,
-        options: &Options,
-    ) -> PyResult<Vec<Py<Future>>> {
-        let py = slf.py();
-        let shared = self.shared();
-        if shared.scheduler.is_closed() {
-            return Err(refusal(&shared));
-        }
-        let mut tasks = Vec::with_capacity(arguments.len());
-        let mut futures = Vec::with_capacity(arguments.len());
-        for each in arguments {
-            let (task, future) = self.prepare(py, &shared, function, each)?;
-            tasks.push(task);
-            futures.push(future);
-        }
-        let node = options.node.unwrap_or_else(|| here(&shared));
-        let mut queued = shared.scheduler.push_many(node, options.priority, tasks);
-        if queued == Queued::TooLate {
-            let withdrawn = futures
-                .iter()
-                .filter(|it| withdraw(&shared, it.get().task()));
-            if withdrawn.count() == futures.len() {
-                return Err(refusal(&shared));
-            }
-            return Ok(futures);
-        }
-        while let Queued::Start(who) = queued {
-            start(slf, &shared, who, None)?;
-            queued = shared.scheduler.start();
-        }
-        Ok(futures)
+        let node = given.node.map(place).transpose()?;
+        let terms = Terms {
+            timeout: timeout("timeout_seconds", given.timeout_seconds)?,
+            deadline_nanoseconds: given.deadline.map(moment).transpose()?,
+        };
+        Ok(Options {
+            priority,
+            node,
+            terms,
+        })
     }
 }
 
-/// The node that tasks of this thread go to unless told.
-fn here(shared: &Shared) -> usize {
-    current_worker(shared).map_or(0, |worker| worker.node())
-}
-
-fn place(shared: &Shared, options: &Options, task: Arc<Task>) -> Queued {
-    let scheduler = &shared.scheduler;
-    let inside = std::ptr::eq(RUNNING.get().0, shared);
-    if !inside && scheduler.worker_count() == 1 {
-        return scheduler.push(0, options.priority, task);
+/// A moment of `time.monotonic()` in nanoseconds.
+fn moment(seconds: f64) -> PyResult<u64> {
+    if seconds.is_nan() {
+        return Err(InvalidArgument::new_err(
+            "deadline: must be a moment of time.monotonic(), got nan",
+        ));
     }
-    let worker = if inside { current_worker(shared) } else { None };
-    match (worker, options.node, options.priority) {
-        // With one worker, tasks are run in the order in which they are queued.
-        (Some(worker), None, Priority::Normal) if scheduler.worker_count() > 1 => worker.push(task),
-        (worker, node, priority) => {
-            let node = node.unwrap_or_else(|| worker.map_or(0, |worker| worker.node()));
-            scheduler.push(node, priority, task)
-        }
-    }
-}
-
-/// Take a task back that was queued too late; false if somebody has begun it.
-fn withdraw(shared: &Shared, task: &Task) -> bool {
-    use moirai_core::executor::task::Cancel;
-    // Nobody has seen its future yet, so nobody is to be told.
-    match task.cancel(true) {
-        Cancel::Done(call, _) => {
-            add(&shared.tally.cancelled);
-            shared.died();
-            drop(call);
-            true
-        }
-        _ => false,
-    }
-}
-
-fn refusal(shared: &Shared) -> PyErr {
-    if shared.is_broken() {
-        return BrokenThreadPool::new_err(BROKEN);
-    }
-    Closed::new_err("cannot schedule new futures after shutdown")
-}
-
-const BROKEN: &str = "A thread initializer failed, the thread pool is not usable anymore";
-
-/// Have a thread started. What fails is told if no other worker is there, and `future` is withdrawn.
-#[cold]
-fn start(
-    slf: &Bound<'_, BareExecutor>,
-    shared: &Arc<Shared>,
-    who: usize,
-    future: Option<&Py<Future>>,
-) -> PyResult<()> {
-    let py = slf.py();
-    let handle = WorkerHandle {
-        shared: Arc::clone(shared),
-        start: shared.scheduler.next_start(who),
-    };
-    let handle = Py::new(py, handle)?;
-    let Err(error) = slf.call_method1(intern!(py, "_start_worker"), (handle, who)) else {
-        return Ok(());
-    };
-    // A signal's exception may come after the thread was started.
-    shared.scheduler.not_started(who);
-    if shared.scheduler.started_count() > 0 && error.is_instance_of::<PyException>(py) {
-        return Ok(());
-    }
-    if let Some(future) = future {
-        withdraw(shared, future.get().task());
-    }
-    Err(error)
+    // A cast keeps within the bounds of the integer.
+    Ok((seconds * 1e9) as u64)
 }
 
 /// What is in an iterable.
@@ -267,14 +123,27 @@ fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
 #[pymethods]
 impl BareExecutor {
     #[new]
-    #[pyo3(signature = (kind, *, node_of_worker, order, node_ids, outsiders_help))]
+    #[pyo3(signature = (
+        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full
+    ))]
     fn new(
         kind: Bound<'_, PyType>,
         node_of_worker: Vec<usize>,
         order: Vec<Vec<usize>>,
         node_ids: Vec<usize>,
         outsiders_help: bool,
+        max_pending: Option<&Bound<'_, PyAny>>,
+        when_full: &str,
     ) -> PyResult<Self> {
+        let when_full = choice("when_full", when_full, &WHEN_FULL)?;
+        let limit = max_pending.map(|it| count("max_pending", it, 1..=MOST_PENDING));
+        let bound = limit.transpose()?.map(|limit| (limit, when_full));
+        if bound.is_some_and(|(_, how)| how == WhenFull::CallerRuns) && !outsiders_help {
+            return Err(InvalidArgument::new_err(
+                "when_full: must be \"block\" or \"raise\" with an initializer, as only workers \
+                 run tasks then, got \"caller_runs\"",
+            ));
+        }
         if !future::is_kind(&kind)? || node_of_worker.is_empty() {
             return Err(InvalidArgument::new_err(
                 "kind: must be a class of futures, and there must be a worker",
@@ -293,12 +162,15 @@ impl BareExecutor {
             ));
         }
         let scheduler = Scheduler::new(&node_of_worker, &order);
+        let admission = bound.map(|(limit, how)| Admission::new(limit, how));
+        let shared = Shared::new(scheduler, outsiders_help, admission);
         Ok(BareExecutor {
-            shared: Mutex::new(Arc::new(Shared::new(scheduler, outsiders_help))),
+            shared: Mutex::new(Arc::new(shared)),
             kind: kind.unbind(),
             node_of_worker,
             order,
             node_ids,
+            bound,
         })
     }
 
@@ -315,6 +187,7 @@ impl BareExecutor {
         let mut options = Options {
             priority: Priority::Normal,
             node: None,
+            terms: Terms::default(),
         };
         let mut rest = None;
         if let Some(keywords) = keywords {
@@ -325,19 +198,33 @@ impl BareExecutor {
                 }
                 Ok(found.filter(|found| !found.is_none()))
             };
-            let priority = take(intern!(py, "priority"))?;
-            let node = take(intern!(py, "node"))?;
-            options = this.options(priority.as_ref(), node.as_ref())?;
+            let seconds =
+                |name| -> PyResult<Option<f64>> { take(name)?.map(|it| it.extract()).transpose() };
+            options = this.options(Given {
+                priority: take(intern!(py, "priority"))?.as_ref(),
+                node: take(intern!(py, "node"))?.as_ref(),
+                timeout_seconds: seconds(intern!(py, "timeout_seconds"))?,
+                deadline: seconds(intern!(py, "deadline"))?,
+            })?;
             if !keywords.is_empty() {
                 rest = Some(keywords.unbind());
             }
         }
         let arguments = Arguments::Once(arguments.unbind(), rest);
-        this.queue(slf, &this.shared(), function, arguments, &options)
+        let request = Request {
+            function: function.clone().unbind(),
+            arguments,
+            context: current_context(py)?,
+        };
+        this.queue(slf, &this.shared(), request, &options)
     }
 
     /// Queue a call of a function for each of some arguments; their futures, in order.
-    #[pyo3(signature = (function, items, /, *, star, priority = None, node = None))]
+    #[pyo3(signature = (
+        function, items, /, *, star, priority = None, node = None, timeout_seconds = None,
+        deadline = None
+    ))]
+    #[allow(clippy::too_many_arguments)] // keywords of a Python function
     fn queue_calls(
         slf: &Bound<'_, Self>,
         function: &Bound<'_, PyAny>,
@@ -345,10 +232,17 @@ impl BareExecutor {
         star: bool,
         priority: Option<&Bound<'_, PyAny>>,
         node: Option<&Bound<'_, PyAny>>,
+        timeout_seconds: Option<f64>,
+        deadline: Option<f64>,
     ) -> PyResult<Vec<Py<Future>>> {
         let this = slf.get();
         let py = slf.py();
-        let options = this.options(priority, node)?;
+        let options = this.options(Given {
+            priority,
+            node,
+            timeout_seconds,
+            deadline,
+        })?;
         let items = items_of(items)?;
         let mut calls = Vec::with_capacity(items.len());
         for item in items {
@@ -357,9 +251,48 @@ impl BareExecutor {
             } else {
                 PyTuple::new(py, [item])?
             };
-            calls.push(Arguments::Once(arguments.unbind(), None));
+            let arguments = Arguments::OnceOfMany(arguments.unbind());
+            calls.push((function.clone().unbind(), arguments));
         }
-        this.queue_many(slf, function, calls.into_iter(), &options)
+        this.queue_many(slf, calls, false, &options)
+    }
+
+    /// Queue calls, each a tuple of a function and its arguments, all at once or none; their
+    /// futures, in order.
+    #[pyo3(signature = (
+        calls, /, *, priority = None, node = None, timeout_seconds = None, deadline = None
+    ))]
+    fn queue_group(
+        slf: &Bound<'_, Self>,
+        calls: &Bound<'_, PyAny>,
+        priority: Option<&Bound<'_, PyAny>>,
+        node: Option<&Bound<'_, PyAny>>,
+        timeout_seconds: Option<f64>,
+        deadline: Option<f64>,
+    ) -> PyResult<Vec<Py<Future>>> {
+        let this = slf.get();
+        let options = this.options(Given {
+            priority,
+            node,
+            timeout_seconds,
+            deadline,
+        })?;
+        let mut found = Vec::new();
+        for call in calls.try_iter()? {
+            let call = call?;
+            let tuple = call.cast::<PyTuple>().ok();
+            let function = tuple.and_then(|tuple| tuple.get_item(0).ok());
+            let (Some(tuple), Some(function)) = (tuple, function.filter(|it| it.is_callable()))
+            else {
+                return Err(InvalidArgument::new_err(format!(
+                    "calls: must be tuples of a function and its arguments, got {}",
+                    call.repr()?
+                )));
+            };
+            let arguments = tuple.get_slice(1, tuple.len()).unbind();
+            found.push((function.unbind(), Arguments::OnceOfMany(arguments)));
+        }
+        this.queue_many(slf, found, true, &options)
     }
 
     /// Queue calls of a function, `size` of them to a task; the tasks' futures, in order. Each
@@ -376,24 +309,29 @@ impl BareExecutor {
         node: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Py<Future>>> {
         let this = slf.get();
-        let options = this.options(priority, node)?;
+        let options = this.options(Given {
+            priority,
+            node,
+            ..Given::default()
+        })?;
         let mut items = items_of(items)?;
         let mut chunks = Vec::with_capacity(items.len() / size.max(1) + 1);
         while !items.is_empty() {
             let rest = items.split_off(size.clamp(1, items.len()));
             let chunk = std::mem::replace(&mut items, rest);
-            chunks.push(if star {
+            let arguments = if star {
                 Arguments::EachStar(chunk)
             } else {
                 Arguments::Each(chunk)
-            });
+            };
+            chunks.push((function.clone().unbind(), arguments));
         }
-        this.queue_many(slf, function, chunks.into_iter(), &options)
+        this.queue_many(slf, chunks, false, &options)
     }
 
     /// Take no more calls; workers end when nothing is queued.
     fn close(&self) {
-        self.shared().scheduler.close();
+        self.shared().close();
     }
 
     /// Whether it was closed.
@@ -410,10 +348,12 @@ impl BareExecutor {
 
     /// Cancel what is queued.
     fn cancel_queued(&self, py: Python<'_>) {
-        for task in self.shared().scheduler.take_all() {
-            if let Some(future) = future_of(py, &task) {
-                add(&self.shared().tally.cancelled);
-                future.get().finish_cancelled(future.bind(py));
+        let shared = self.shared();
+        for task in shared.scheduler.take_all() {
+            if let Some(future) = future_of(py, &shared, &task) {
+                let slf = future.bind(py);
+                let counts = [&shared.tally.cancelled];
+                future.get().finish(slf, Outcome::Cancelled, &counts);
             }
         }
     }
@@ -424,7 +364,7 @@ impl BareExecutor {
         old.inherited.store(true, Ordering::Relaxed);
         let new = self.new_shared(old.outsiders_help);
         if old.scheduler.is_closed() {
-            new.scheduler.close();
+            new.close();
         }
         let mut shared = self
             .shared
@@ -468,6 +408,9 @@ impl BareExecutor {
             ("failed", &tally.failed),
             ("cancelled", &tally.cancelled),
             ("helped", &tally.helped),
+            ("timed_out", &tally.timed_out),
+            ("ran_by_submitter", &tally.ran_by_submitter),
+            ("refused", &tally.refused),
         ];
         for (name, count) in read {
             whole.set_item(name, count.load(Ordering::Relaxed))?;
@@ -491,94 +434,9 @@ impl BareExecutor {
     }
 }
 
-/// The future of a task that nobody has taken.
-fn future_of(py: Python<'_>, task: &Task) -> Option<Py<Future>> {
-    let call = task.claim()?;
-    let future = call.future().clone_ref(py);
-    drop(call);
-    Some(future)
-}
-
 impl Drop for BareExecutor {
     /// What is queued is still run; the workers end then.
     fn drop(&mut self) {
-        self.shared().scheduler.close();
-    }
-}
-
-#[pymethods]
-impl WorkerHandle {
-    /// Take no more calls; as `BareExecutor.close`.
-    fn close(&self) {
-        self.shared.scheduler.close();
-    }
-
-    /// Be the worker `who` until the executor is closed and nothing is queued.
-    fn work(&self, py: Python<'_>, who: usize) -> PyResult<()> {
-        let shared = &self.shared;
-        let Some(worker) = shared.scheduler.enter(who, self.start) else {
-            return Ok(());
-        };
-        let worker = Rc::new(worker);
-        WORKER.set(Some(Rc::clone(&worker)));
-        let done = work(py, shared, &worker);
-        WORKER.set(None);
-        done
-    }
-
-    /// A worker cannot be set up: whatever is queued fails, and nothing more is taken.
-    fn give_up(&self, py: Python<'_>) {
-        let shared = &self.shared;
-        shared.broken.store(true, Ordering::Release);
-        shared.scheduler.close();
-        for task in shared.scheduler.take_all() {
-            if let Some(future) = future_of(py, &task) {
-                add(&shared.tally.failed);
-                let failure = BrokenThreadPool::new_err(BROKEN);
-                future.get().finish(future.bind(py), Err(failure));
-            }
-        }
-    }
-}
-
-fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) -> PyResult<()> {
-    loop {
-        if worker.take_seat() {
-            run_all(py, shared, worker);
-            worker.leave_seat();
-        }
-        if shared.is_inherited() {
-            return Ok(());
-        }
-        let (who, mut looks) = (worker.index(), worker.begin_rest());
-        let rest = py.detach(|| {
-            let rest = shared.scheduler.rest(who, &mut looks);
-            let_leave(SUBMITTER_LEAVES_NANOSECONDS);
-            rest
-        });
-        worker.end_rest(rest, looks);
-        if rest == Rest::Closed {
-            return Ok(());
-        }
-    }
-}
-
-/// Run what there is, letting others have the interpreter by clock.
-fn run_all(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) {
-    let mut since = Instant::now();
-    let mut turn = 0;
-    while let Some(task) = worker.take() {
-        if matches!(run(py, shared, &task, Some(worker.index())), Ran::Late) {
-            shared.scheduler.buried();
-        }
-        drop(task);
-        if shared.is_inherited() || shared.scheduler.is_crowded() {
-            return;
-        }
-        turn += 1;
-        if turn % CLOCK_TURNS == 0 && since.elapsed() > KEEP {
-            py.detach(|| {});
-            since = Instant::now();
-        }
+        self.shared().close();
     }
 }

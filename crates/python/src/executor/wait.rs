@@ -1,7 +1,7 @@
 //! Waiting for a task: run it if nobody has begun it, help with what it needs, then sleep.
 
 use super::future::Future;
-use super::{RUNNING, Ran, Shared, add, current_worker, let_leave, run};
+use super::{RUNNING, Ran, Shared, add, current_worker, let_leave, run, running};
 use crate::argument::timeout;
 use crate::errors::Disconnected;
 use moirai_core::executor::Worker;
@@ -43,12 +43,14 @@ pub(super) fn help(py: Python<'_>, future: &Future) -> PyResult<()> {
     if !shared.outsiders_help || depth >= DEEPEST || !shared.scheduler.take_seat() {
         return Ok(());
     }
-    let helped = if shared.scheduler.worker_count() == 1 {
-        help_in_order(py, shared, future)
-    } else {
+    // With a seat, this thread counts as one that is at a task.
+    let helped = running(shared, || {
+        if shared.scheduler.worker_count() == 1 {
+            return help_in_order(py, shared, future);
+        }
         claim(py, shared, future, None);
         Ok(())
-    };
+    });
     shared.scheduler.give_seat();
     helped
 }

@@ -1,0 +1,190 @@
+//! How long a task may take, and the token by which it learns that it is to end.
+
+use super::call::current_future;
+use super::future::{CancelledError, Future, Outcome};
+use super::{Shared, Task};
+use crate::errors::Timeout;
+use moirai_core::executor::timer::{Key, NEVER};
+use moirai_core::os::now_nanoseconds;
+use moirai_core::sync::Mutex;
+use pyo3::prelude::*;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+/// The time limits of one task, as `submit` was given them.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Terms {
+    /// For its run, from its start.
+    pub(super) timeout: Option<Duration>,
+    /// For its end, on the monotonic clock.
+    pub(super) deadline_nanoseconds: Option<u64>,
+}
+
+impl Terms {
+    pub(super) fn is_none(&self) -> bool {
+        self.timeout.is_none() && self.deadline_nanoseconds.is_none()
+    }
+}
+
+/// Terms, and the entry in the executor's timer, which is there until the task ends.
+pub(super) struct Limits {
+    terms: Terms,
+    /// Locked for moments, in which no Python code runs.
+    entry: Mutex<Option<Key>>,
+}
+
+impl Limits {
+    fn entry(&self) -> MutexGuard<'_, Option<Key>> {
+        self.entry
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// The task begins.
+    #[cold]
+    pub(super) fn begin(&self, shared: &Shared) {
+        let Some(timeout) = self.terms.timeout else {
+            return;
+        };
+        let nanoseconds = u64::try_from(timeout.as_nanos()).unwrap_or(NEVER);
+        let due = now_nanoseconds().saturating_add(nanoseconds);
+        let mut entry = self.entry();
+        if let Some(key) = *entry
+            && due < key.due_nanoseconds()
+        {
+            *entry = shared.timer.move_to(key, due).or(Some(key));
+        }
+    }
+
+    /// It has ended.
+    #[cold]
+    pub(super) fn end(&self, shared: &Shared) {
+        let key = self.entry().take();
+        let kept = key.and_then(|key| shared.timer.remove(key));
+        // A reference to a future, which others have too.
+        drop(kept);
+    }
+
+    fn due_nanoseconds(&self) -> Option<u64> {
+        let due = self.entry().map(|key| key.due_nanoseconds());
+        due.filter(|due| *due != NEVER)
+    }
+}
+
+/// Give a task that nobody has seen yet its limits. True: the timer's thread is to be started.
+pub(super) fn limit(py: Python<'_>, shared: &Shared, future: &Py<Future>, terms: Terms) -> bool {
+    let due = terms.deadline_nanoseconds.unwrap_or(NEVER);
+    let entry = Mutex::new(None);
+    future.get().limit(Limits { terms, entry });
+    if let Some(limits) = future.get().limits() {
+        let mut entry = limits.entry();
+        *entry = Some(shared.timer.add(due, future.clone_ref(py)));
+    }
+    shared.timer.needs_thread()
+}
+
+/// The time of a task is over: its future fails, now, whoever is at it.
+fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
+    let future = slf.get();
+    let call = shared.claim(future.task());
+    if call.is_some() {
+        shared.died();
+    } else if future.task().is_over() {
+        return;
+    }
+    let message = if call.is_some() {
+        "deadline: it passed before the task began; the task is not run"
+    } else {
+        "the task has not ended in the time it was given; its call goes on"
+    };
+    let failure = Timeout::new_err(message).into_value(slf.py()).into_any();
+    let counts = [&shared.tally.failed, &shared.tally.timed_out];
+    future.finish(slf, Outcome::Failure(failure), &counts);
+}
+
+/// What the thread that waits for time limits has of an executor.
+#[pyclass(frozen, module = "moirai.executor")]
+pub struct TimerHandle {
+    pub(super) shared: Arc<Shared>,
+}
+
+#[pymethods]
+impl TimerHandle {
+    /// Take no more calls; as `BareExecutor.close`.
+    fn close(&self) {
+        self.shared.close();
+    }
+
+    /// End tasks whose time is over, until the executor is closed and none has a time limit.
+    fn work(&self, py: Python<'_>) {
+        let shared = &self.shared;
+        while let Some(due) = py.detach(|| shared.timer.wait()) {
+            for future in due {
+                expire(future.bind(py), shared);
+            }
+        }
+    }
+}
+
+/// By which the function of a task learns that it is to end. Any thread may use it.
+#[pyclass(frozen, module = "moirai.executor")]
+pub struct CancelToken {
+    /// None: of code that is no task, which nobody cancels.
+    task: Option<Arc<Task>>,
+    due_nanoseconds: Option<u64>,
+}
+
+impl CancelToken {
+    fn is_late(&self) -> bool {
+        self.due_nanoseconds
+            .is_some_and(|due| due <= now_nanoseconds())
+    }
+
+    fn is_asked(&self) -> bool {
+        self.task.as_ref().is_some_and(|it| it.is_asked_to_end())
+    }
+}
+
+#[pymethods]
+impl CancelToken {
+    /// Whether the task is asked to end, or its time is over.
+    #[getter]
+    fn is_cancelled(&self) -> bool {
+        self.is_asked() || self.is_late()
+    }
+
+    /// Seconds until the task's time is over, or None if that is not limited.
+    #[getter]
+    fn remaining_seconds(&self) -> Option<f64> {
+        let left = self.due_nanoseconds?.saturating_sub(now_nanoseconds());
+        Some(left as f64 / 1e9)
+    }
+
+    /// Raise what ends the task, if it is to end.
+    fn check(&self) -> PyResult<()> {
+        if self.is_asked() {
+            return Err(CancelledError::new_err(()));
+        }
+        if self.is_late() {
+            let message = "the task has not ended in the time it was given";
+            return Err(Timeout::new_err(message));
+        }
+        Ok(())
+    }
+}
+
+/// The token of the task that this thread is running, the innermost one.
+#[pyfunction]
+pub fn current_token(py: Python<'_>) -> CancelToken {
+    let Some(future) = current_future(py) else {
+        return CancelToken {
+            task: None,
+            due_nanoseconds: None,
+        };
+    };
+    let future = future.get();
+    CancelToken {
+        task: Some(Arc::clone(future.task())),
+        due_nanoseconds: future.limits().and_then(Limits::due_nanoseconds),
+    }
+}
