@@ -2029,6 +2029,9 @@ class SharedSender:
         """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""
     def _send_array(self, array: NDArray[Any], give: bool, timeout_seconds: float | None) -> bool:
         """Send an array by reference; false if it does not lie in shared memory."""
+    @staticmethod
+    def _lends(buffer: Any) -> bool:
+        """Whether the bytes of an object lie in shared memory, and would be sent by reference."""
     def _send_object(
         self,
         pickle: Any,

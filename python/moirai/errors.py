@@ -7,6 +7,7 @@
     ├── OutOfMemory (MemoryError)            free something, then retry
     ├── Closed (RuntimeError)                you closed it
     ├── Disconnected (ConnectionError)       the other side closed it
+    │   └── WorkerFailed                     the process that had a task died, or cannot read it
     ├── Timeout (TimeoutError)               it took longer than you allowed
     ├── Corrupted (RuntimeError)             the bytes are not what was written
     └── Unsupported (NotImplementedError)    this machine or build cannot do it
@@ -23,6 +24,7 @@ __all__ = [
     "OutOfMemory",
     "Timeout",
     "Unsupported",
+    "WorkerFailed",
 ]
 
 
@@ -44,6 +46,10 @@ class Closed(MoiraiError, RuntimeError):
 
 class Disconnected(MoiraiError, ConnectionError):
     """The other side is gone."""
+
+
+class WorkerFailed(Disconnected):
+    """The process that had a task died, or one of the two sides cannot read what the other sent."""
 
 
 class Timeout(MoiraiError, TimeoutError):

@@ -1,14 +1,18 @@
 """Calls of functions by a set of workers: queued, stolen, awaited, cancelled and counted.
 
 `Executor` is a `concurrent.futures.Executor` over threads, whose queues, workers and futures are
-native. Every object here may be used by any number of threads at once, with or without the GIL.
-What a forked child has is told in docs/executor.md.
+native; `ProcessExecutor` is one over processes, with calls and results in shared memory. Every
+object here may be used by any number of threads at once, with or without the GIL. What a forked
+child has is told in docs/executor.md.
 """
 
 from __future__ import annotations
 
 from moirai.executor.future import Future
 from moirai.executor.group import TaskGroup
+from moirai.executor.process_statistics import ProcessStatistics
+from moirai.executor.processes import ProcessExecutor
+from moirai.executor.progress import Progress
 from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
@@ -20,6 +24,9 @@ __all__ = [
     "ExecutorStatistics",
     "Future",
     "Priority",
+    "ProcessExecutor",
+    "ProcessStatistics",
+    "Progress",
     "TaskGroup",
     "WorkerStatistics",
     "current_token",

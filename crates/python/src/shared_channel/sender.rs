@@ -256,6 +256,14 @@ impl SharedSender {
         Ok(true)
     }
 
+    /// Whether the bytes of an object lie in shared memory, and would be sent by reference.
+    #[staticmethod]
+    fn _lends(buffer: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let exported = Exported::new(buffer, false)?;
+        let shown = exported.bytes();
+        Ok(reference::part(buffer, shown.as_ptr(), shown.len(), 0)?.is_some())
+    }
+
     /// Send a pickle and its out-of-band buffers; those in shared memory by reference, if allowed.
     #[pyo3(signature = (pickle, buffers, timeout_seconds, *, give=false, references=true))]
     fn _send_object(

@@ -1,0 +1,73 @@
+"""Tasks that wait, by priority, none of them for ever."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from moirai.memory import Priority
+
+__all__ = ["Lanes"]
+
+_Item = TypeVar("_Item")
+
+_PATIENCE_SECONDS = {Priority.HIGH: 0.05, Priority.NORMAL: 0.05, Priority.BACKGROUND: 0.1}
+"""How long a lane is passed over before it gets a turn; as in the executor of threads."""
+
+
+class Lanes(Generic[_Item]):
+    """A queue for each priority. For one thread at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._queues: dict[Priority, collections.deque[_Item]] = {
+            priority: collections.deque() for priority in sorted(Priority)
+        }
+        self._served_at: dict[Priority, float] = {}
+
+    def append(self, item: _Item, priority: Priority) -> None:
+        """Queue an item."""
+        queue = self._queues[priority]
+        if not queue:
+            self._served_at[priority] = self._clock()
+        queue.append(item)
+
+    def put_back(self, item: _Item, priority: Priority) -> None:
+        """Queue an item before all others of its priority."""
+        self.append(item, priority)
+        self._queues[priority].rotate(1)
+
+    def pop(self) -> _Item:
+        """Take the next item.
+
+        Raises:
+            IndexError: There is none.
+        """
+        waiting = [priority for priority, queue in self._queues.items() if queue]
+        if not waiting:
+            raise IndexError("no task waits")
+        chosen = waiting[0]
+        if len(waiting) > 1:
+            now = self._clock()
+            for priority in waiting[1:]:
+                if now - self._served_at[priority] >= _PATIENCE_SECONDS[priority]:
+                    chosen = priority
+                    break
+            self._served_at[chosen] = now
+        return self._queues[chosen].popleft()
+
+    def clear(self) -> list[_Item]:
+        """Take all of them."""
+        items = list(self)
+        for queue in self._queues.values():
+            queue.clear()
+        return items
+
+    def __iter__(self) -> Iterator[_Item]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))

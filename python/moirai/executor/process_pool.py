@@ -1,0 +1,547 @@
+"""The processes of a `ProcessExecutor`: which of them gets which call, and what if one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from moirai import errors
+from moirai.channels import SharedChannel, SharedReceiver, SharedSender
+from moirai.executor import process_messages as messages
+from moirai.executor.lanes import Lanes
+from moirai.executor.process_messages import Content, Head, Packed, Placer
+from moirai.executor.process_statistics import ProcessStatistics
+from moirai.executor.process_watch import Watch
+from moirai.executor.process_worker import (
+    CALL,
+    DIED,
+    FAILED,
+    READY,
+    RETURNED,
+    UNFIT,
+    UNREADABLE,
+    WAKE,
+    Start,
+    work,
+)
+from moirai.executor.progress import Counter
+from moirai.executor.remote import RemoteFuture
+from moirai.memory import Priority
+
+__all__ = ["ProcessPool", "Settings", "Task", "WorkerFailed"]
+
+_CALLS_BYTES = 256 << 10
+_RESULTS_BYTES = 1 << 20
+
+_CALLS_AHEAD = 2
+"""Calls that a worker has at once: the one that it runs, and the next."""
+
+_MOST_EARLY_DEATHS = 3
+"""Workers in a row that may end before they are ready, until the executor is broken."""
+
+_numbers = itertools.count()
+_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
+_is_interpreter_ending = False
+
+
+class WorkerFailed(errors.WorkerFailed, BrokenProcessPool):
+    """What `errors.WorkerFailed` is, for code that knows concurrent.futures' exception."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `ProcessExecutor` was made with."""
+
+    max_workers: int
+    context: BaseContext
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    max_tasks_per_child: int | None
+    memory_bytes: int
+
+
+@dataclass(eq=False)
+class Task:
+    """A call, or several in a chunk, on the way to its result."""
+
+    future: RemoteFuture[Any]
+    content: Content
+    priority: Priority
+    call_count: int = 1
+    number: int = 0
+    is_running: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, and the tasks that were sent to it and are not over."""
+
+    number: int
+    process: BaseProcess
+    calls: SharedChannel
+    sender: SharedSender
+    tasks: dict[int, Task] = field(default_factory=dict)
+    given_count: int = 0
+    is_ready: bool = False
+
+    def take_back(self) -> Task | None:
+        """Take the next task that the process has not taken out of its channel."""
+        with self.calls.receiver() as receiver, contextlib.suppress(errors.Timeout):
+            head, _ = messages.receive(receiver, 0)
+            self.given_count -= 1
+            return self.tasks.pop(head.call)
+        return None
+
+    def close(self) -> None:
+        """Tell the process that nothing more will come."""
+        self.calls.close()
+
+
+class ProcessPool:
+    """What is behind a `ProcessExecutor`, which may be dropped before it.
+
+    One thread, the manager, has everything that belongs to workers. Others queue tasks and wake it
+    by a message among the results.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = f"moirai-processes-{next(_numbers)}"
+        self.counter = Counter()
+        self._reset()
+        _pools.add(self)
+
+    def _reset(self) -> None:
+        # Reentrant: dropping an object may call back in the thread that drops it.
+        self._lock = threading.RLock()
+        self.counter.reset()
+        self._lanes: Lanes[Task] = Lanes()
+        self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
+        self._worker_counts = dict.fromkeys(("started", "lost"), 0)
+        self._taken_back = self._copied_bytes = self._lent_bytes = 0
+        self.workers: dict[int, _Worker] = {}
+        self._leaving: dict[int, _Worker] = {}
+        self._task_numbers = itertools.count(1)
+        self._worker_numbers = itertools.count()
+        self._early_deaths = 0
+        self._placer = Placer(self.settings.memory_bytes)
+        self.is_closed = False
+        self.broken: str | None = None
+        self._is_woken = False
+        self._results: SharedChannel | None = None
+        self._receiver: SharedReceiver
+        self._waker: SharedSender
+        self._watch: Watch | None = None
+        self.manager: threading.Thread | None = None
+
+    # === any thread =============================================================================
+
+    def add(self, tasks: Sequence[Task], failed_count: int = 0) -> None:
+        """Queue tasks: all or, if this raises, none.
+
+        Args:
+            tasks: What is to be queued.
+            failed_count: How many more there were, that could not be pickled.
+
+        Raises:
+            Closed: After `close`.
+            BrokenProcessPool: The initializer failed, or workers do not start.
+        """
+        with self._lock:
+            if self.broken is not None:
+                raise BrokenProcessPool(self.broken)
+            if self.is_closed or _is_interpreter_ending:
+                after = "interpreter shutdown" if _is_interpreter_ending else "shutdown"
+                raise errors.Closed(f"cannot schedule new futures after {after}")
+            self._begin()
+            for task in tasks:
+                task.number = next(self._task_numbers)
+                self._lanes.append(task, task.priority)
+            self._counts["submitted"] += len(tasks) + failed_count
+            self._counts["failed"] += failed_count
+            self.counter.add(sum(task.call_count for task in tasks))
+        self._wake()
+
+    def close(self) -> None:
+        """Take no more tasks; the workers end when all that is queued is over."""
+        self.is_closed = True
+        self._wake()
+
+    def cancel_queued(self) -> None:
+        """Cancel what was not sent to a worker yet."""
+        with self._lock:
+            tasks = self._lanes.clear()
+        for task in tasks:
+            if task.is_running or not task.future.cancel():
+                # A worker died and gave it back, or the manager was faster.
+                with self._lock:
+                    self._lanes.append(task, task.priority)
+                continue
+            task.future.set_running_or_notify_cancel()
+            self._over(task, "cancelled")
+        self._wake()
+
+    def join(self) -> None:
+        """Wait until the workers have ended."""
+        manager = self.manager
+        if manager is not None and manager is not threading.current_thread():
+            manager.join()
+
+    def statistics(self) -> ProcessStatistics:
+        """Give the counts as they are."""
+        with self._lock:
+            return ProcessStatistics(
+                **self._counts,
+                workers_started=self._worker_counts["started"],
+                workers_lost=self._worker_counts["lost"],
+                taken_back=self._taken_back,
+                queued=len(self._lanes),
+                copied_bytes=self._copied_bytes,
+                lent_bytes=self._lent_bytes,
+            )
+
+    def _wake(self) -> None:
+        if self._results is None or self._is_woken:
+            return
+        try:
+            self._is_woken = True
+            # It has ended if nobody receives any more.
+            with contextlib.suppress(errors.Disconnected, errors.Closed):
+                messages.send_head(self._waker, Head(WAKE))
+        except BaseException:
+            self._is_woken = False
+            raise
+
+    def _tell_of_end(self, number: int) -> None:
+        with contextlib.suppress(errors.Disconnected, errors.Closed):
+            messages.send_head(self._waker, Head(DIED, number))
+
+    def _begin(self) -> None:
+        if self.manager is not None:
+            return
+        results = SharedChannel.create(capacity_bytes=_RESULTS_BYTES)
+        self._receiver, self._waker = results.receiver(), results.sender()
+        self._results = results
+        try:
+            if self.settings.context.get_start_method() == "fork":
+                # All of them now, before this starts threads: a fork has only the thread it is in.
+                for _ in range(self.settings.max_workers):
+                    self._start_worker()
+            self._watch = Watch(self._tell_of_end, f"{self.name}-watch")
+            for worker in self.workers.values():
+                self._watch.add(worker.number, worker.process)
+            manager = threading.Thread(target=self._manage, name=self.name)
+            manager.start()
+            self.manager = manager
+        except BaseException:
+            for worker in self.workers.values():
+                worker.close()
+            if self._watch is not None:
+                self._watch.stop()
+            results.close()
+            self._results = self._watch = None
+            self.workers.clear()
+            raise
+
+    # === the manager ============================================================================
+
+    def _manage(self) -> None:
+        try:
+            while self._dispatch():
+                head, packed = messages.receive(self._receiver, None)
+                self._handle(head, packed)
+                del packed
+        except BaseException as error:
+            self._break(f"the thread that manages the workers failed: {error!r}")
+            raise
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        assert self._watch is not None
+        assert self._results is not None
+        workers = [*self.workers.values(), *self._leaving.values()]
+        for worker in workers:
+            worker.close()
+        for worker in workers:
+            worker.process.join()
+        # Nobody receives what the watch says, so it must not wait for room.
+        self._receiver.close()
+        self._watch.stop()
+        self._results.close()
+        self.workers.clear()
+        self._leaving.clear()
+
+    def _dispatch(self) -> bool:
+        """Send tasks to workers; whether there is, or may be, anything to do."""
+        self._is_woken = False
+        with self._lock:
+            waiting_count, is_closed = len(self._lanes), self.is_closed
+        if self.broken is not None:
+            return False
+        if waiting_count:
+            self._start_workers(waiting_count)
+            self._feed()
+        else:
+            self._share()
+        return not is_closed or len(self._lanes) > 0 or self._has_tasks()
+
+    def _has_tasks(self) -> bool:
+        return any(worker.tasks for worker in self.workers.values())
+
+    def _takes_more(self, worker: _Worker) -> bool:
+        most = self.settings.max_tasks_per_child
+        return most is None or worker.given_count < most
+
+    def _start_workers(self, waiting_count: int) -> None:
+        """As many as there are tasks that no worker is free for."""
+        free = sum(not worker.tasks for worker in self.workers.values())
+        most = self.settings.max_workers - len(self.workers)
+        assert self._watch is not None
+        for _ in range(min(waiting_count - free, most)):
+            try:
+                worker = self._start_worker()
+            except Exception as error:
+                if not self.workers:
+                    self._break(f"no worker process could be started: {error!r}")
+                return
+            self._watch.add(worker.number, worker.process)
+
+    def _start_worker(self) -> _Worker:
+        settings, number = self.settings, next(self._worker_numbers)
+        assert self._results is not None
+        calls = SharedChannel.create(capacity_bytes=_CALLS_BYTES)
+        start = Start(
+            number,
+            calls,
+            self._results,
+            settings.memory_bytes,
+            settings.max_tasks_per_child,
+            settings.initializer,
+            settings.initargs,
+        )
+        process = settings.context.Process(  # type: ignore[attr-defined]
+            target=work, args=(start,), name=f"{self.name}_{number}"
+        )
+        worker = _Worker(number, process, calls, calls.sender())
+        # Before it starts: a signal's exception may come when it has.
+        self.workers[number] = worker
+        try:
+            process.start()
+        except Exception:
+            del self.workers[number]
+            worker.close()
+            raise
+        self._worker_counts["started"] += 1
+        return worker
+
+    def _feed(self) -> None:
+        for depth in range(1, _CALLS_AHEAD + 1):
+            for worker in list(self.workers.values()):
+                while len(worker.tasks) < depth and self._takes_more(worker):
+                    with self._lock:
+                        if not self._lanes:
+                            return
+                        task = self._lanes.pop()
+                    if not self._give(worker, task):
+                        break
+
+    def _give(self, worker: _Worker, task: Task) -> bool:
+        """Send a task to a worker, or be done with it; false if it is queued again."""
+        if not task.is_running:
+            if not task.future.set_running_or_notify_cancel():
+                self._over(task, "cancelled")
+                return True
+            task.is_running = True
+        try:
+            self._send(worker, task.content, task.number)
+        except (errors.Timeout, errors.OutOfMemory, errors.Disconnected) as error:
+            if isinstance(error, errors.OutOfMemory) and not self._has_tasks():
+                self._fail(task, error)  # it would never be there
+                return True
+            with self._lock:
+                self._lanes.put_back(task, task.priority)
+            return False
+        except Exception as error:
+            self._fail(task, error)
+            return True
+        worker.tasks[task.number] = task
+        worker.given_count += 1
+        return True
+
+    def _send(self, worker: _Worker, content: Content, number: int) -> None:
+        head, inline_bytes = Head(CALL, worker.number, number), worker.calls.inline_bytes
+        try:
+            messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
+        except errors.Timeout:
+            if self._has_tasks():  # which will make room
+                raise
+            # No reference is left to lend its memory by: others have them.
+            content = content._replace(lent=[False] * len(content.lent))
+            messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
+        self._copied_bytes += content.copied_bytes
+        self._lent_bytes += content.lent_bytes
+
+    def _share(self) -> None:
+        """Give an idle worker what another one has not begun."""
+        idle = [
+            worker
+            for worker in self.workers.values()
+            if worker.is_ready and not worker.tasks and self._takes_more(worker)
+        ]
+        if not idle:
+            return
+        for worker in list(self.workers.values()):
+            if len(worker.tasks) > worker.is_ready:
+                task = worker.take_back()
+                if task is not None:
+                    self._taken_back += 1
+                    self._give(idle.pop(), task)
+                    if not idle:
+                        return
+
+    def _handle(self, head: Head, packed: Packed) -> None:
+        if head.kind == WAKE:
+            return
+        if head.kind == DIED:
+            self._bury(head.worker)
+            return
+        worker = self.workers[head.worker]
+        if head.kind == READY:
+            worker.is_ready = True
+            self._early_deaths = 0
+        elif head.kind == UNFIT:
+            self._break("A child process terminated abruptly: its initializer failed")
+        else:
+            self._conclude(head.kind, worker.tasks.pop(head.call), packed)
+            if not worker.tasks and not self._takes_more(worker):
+                self._leaving[worker.number] = self.workers.pop(worker.number)
+
+    def _conclude(self, kind: int, task: Task, packed: Packed) -> None:
+        for buffer in packed.buffers:
+            if buffer.readonly:
+                self._lent_bytes += len(buffer)
+            else:
+                self._copied_bytes += len(buffer)
+        try:
+            value = messages.load(packed)
+        except BaseException as error:
+            self._fail(task, _with_cause(f"the result cannot be read: {error!r}", error))
+            return
+        if kind == RETURNED:
+            self._over(task, "succeeded")
+            task.future.set_result(value)
+        elif kind == UNREADABLE:
+            self._fail(task, _with_cause(f"the worker cannot read the call: {value!r}", value))
+        else:
+            assert kind == FAILED
+            self._fail(task, value)
+
+    def _over(self, task: Task, count: str) -> None:
+        with self._lock:
+            self._counts[count] += 1
+        self.counter.complete(task.call_count)
+
+    def _fail(self, task: Task, error: BaseException) -> None:
+        self._over(task, "failed")
+        task.future.set_exception(error)
+
+    def _bury(self, number: int) -> None:
+        """A process has ended, and all that it sent was received."""
+        worker = self.workers.pop(number, None)
+        if worker is None:
+            worker = self._leaving.pop(number)
+        worker.process.join()
+        # What is still in its channel it has not begun.
+        with contextlib.suppress(errors.Disconnected):
+            unbegun = list(iter(worker.take_back, None))
+        worker.close()
+        with self._lock:
+            for task in reversed(unbegun):
+                self._lanes.put_back(task, task.priority)
+        for task in worker.tasks.values():
+            self._fail(task, WorkerFailed(f"{_end_of(worker.process)} while it had this call"))
+        if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
+            self._worker_counts["lost"] += 1
+        if not worker.is_ready:
+            self._early_deaths += 1
+            if self._early_deaths == _MOST_EARLY_DEATHS:
+                self._break(
+                    f"{_end_of(worker.process)} before it was ready, as did those before it"
+                )
+
+    def _break(self, message: str) -> None:
+        """Run nothing more."""
+        with self._lock:
+            self.broken = message
+            tasks = self._lanes.clear()
+        workers = [*self.workers.values(), *self._leaving.values()]
+        for worker in workers:
+            tasks += worker.tasks.values()
+            worker.tasks.clear()
+            worker.process.terminate()
+        for task in tasks:
+            if task.is_running or task.future.set_running_or_notify_cancel():
+                self._fail(task, BrokenProcessPool(message))
+            else:
+                self._over(task, "cancelled")
+
+    # === fork ===================================================================================
+
+    def after_fork(self) -> None:
+        """In a child: nothing is queued, nothing runs."""
+        tasks = list(self._lanes)
+        for worker in [*self.workers.values(), *self._leaving.values()]:
+            tasks += worker.tasks.values()
+        self._reset()
+        for task in tasks:
+            task.future.disconnect()
+
+
+def _with_cause(message: str, cause: BaseException) -> WorkerFailed:
+    error = WorkerFailed(message)
+    error.__cause__ = cause
+    return error
+
+
+def _end_of(process: BaseProcess) -> str:
+    code = process.exitcode
+    if code is not None and code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"was killed by signal {-code}"
+    else:
+        how = f"ended with status {code}"
+    return f"the worker process {process.pid} {how}"
+
+
+def _end_all() -> None:
+    """Before the interpreter waits for its threads: what is queued is run, then workers end."""
+    global _is_interpreter_ending
+    _is_interpreter_ending = True
+    pools = list(_pools)
+    for pool in pools:
+        pool.close()
+    for pool in pools:
+        pool.join()
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool.after_fork()
+
+
+# As concurrent.futures does, for the same reason: atexit comes after the threads were joined.
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_after_fork_in_child)

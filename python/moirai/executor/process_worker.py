@@ -1,0 +1,173 @@
+"""What a worker process does: takes calls from its channel, and sends what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures.process import _ExceptionWithTraceback
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from moirai.channels import SharedChannel, SharedSender
+from moirai.errors import Disconnected, OutOfMemory
+from moirai.executor import process_messages as messages
+from moirai.executor.process_messages import Content, Head, Placer
+from moirai.executor.reporting import initializer_failed
+
+__all__ = [
+    "CALL",
+    "DIED",
+    "FAILED",
+    "READY",
+    "RETURNED",
+    "UNFIT",
+    "UNREADABLE",
+    "WAKE",
+    "Start",
+    "run_chunk",
+    "work",
+]
+
+# What a message is: to a worker; from a worker; from within the process that has the executor.
+CALL = 0
+READY, RETURNED, FAILED, UNREADABLE, UNFIT = range(1, 6)
+WAKE, DIED = 6, 7
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker process is given.
+
+    Attributes:
+        worker: Its number.
+        calls: Where it takes calls from.
+        results: Where it sends to.
+        memory_bytes: How much shared memory its results may take.
+        call_count: Calls after which it ends; None: it does not.
+        initializer: Called before the first of them.
+        initargs: Its arguments.
+    """
+
+    worker: int
+    calls: SharedChannel
+    results: SharedChannel
+    memory_bytes: int
+    call_count: int | None
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+
+
+def run_chunk(
+    fn: Callable[..., Any], items: Iterable[Any], star: bool
+) -> tuple[list[Any], BaseException | None]:
+    """Call a function for each item: the results up to the first failure, and that or None."""
+    results: list[Any] = []
+    try:
+        for item in items:
+            results.append(fn(*item) if star else fn(item))
+    except BaseException as error:
+        return results, with_traceback(error)
+    return results, None
+
+
+def with_traceback(error: BaseException) -> Any:
+    """What is unpickled as the exception, with its traceback as the text of its cause."""
+    return _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]
+
+
+class _Interrupts:
+    """Ctrl-C reaches every process of a terminal: it ends the call that runs, nothing else."""
+
+    def __init__(self) -> None:
+        self.is_calling = False
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.is_calling:
+            raise KeyboardInterrupt
+
+
+class _Results:
+    """What a worker sends."""
+
+    def __init__(self, start: Start, sender: SharedSender) -> None:
+        self._worker = start.worker
+        self._sender = sender
+        self._placer = Placer(start.memory_bytes)
+        self._inline_bytes = start.results.inline_bytes
+
+    def send(self, kind: int, call: int, content: Content) -> None:
+        head = Head(kind, self._worker, call)
+        messages.send(self._sender, head, content, self._placer, self._inline_bytes, None)
+
+    def say(self, kind: int) -> None:
+        messages.send_head(self._sender, Head(kind, self._worker))
+
+    def fail(self, kind: int, call: int, error: BaseException) -> None:
+        try:
+            content = messages.dump(with_traceback(error))
+        except Exception as unpicklable:
+            text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
+            content = messages.dump(RuntimeError(text))
+        self.send(kind, call, content)
+
+
+def work(start: Start) -> None:
+    """Run calls until the executor closes the channel, or is gone."""
+    interrupts = _Interrupts()
+    with start.results.sender() as sender, start.calls.receiver() as receiver:
+        results = _Results(start, sender)
+        # The executor is gone: nobody waits for what is left.
+        with contextlib.suppress(Disconnected):
+            if not _initialize(start, interrupts):
+                results.say(UNFIT)
+                return
+            results.say(READY)
+            left = start.call_count
+            while left is None or left > 0:
+                head, packed = messages.receive(receiver, None)
+                _run(head.call, packed, results, interrupts)
+                del packed
+                if left is not None:
+                    left -= 1
+
+
+def _initialize(start: Start, interrupts: _Interrupts) -> bool:
+    if start.initializer is None:
+        return True
+    try:
+        interrupts.is_calling = True
+        start.initializer(*start.initargs)
+    except BaseException as error:
+        initializer_failed(error)
+        return False
+    finally:
+        interrupts.is_calling = False
+    return True
+
+
+def _run(call: int, packed: messages.Packed, results: _Results, interrupts: _Interrupts) -> None:
+    """One call; what it leaves behind is dropped before the next is waited for."""
+    try:
+        fn, args, kwargs = messages.load(packed)
+    except BaseException as error:
+        results.fail(UNREADABLE, call, error)
+        return
+    try:
+        try:
+            interrupts.is_calling = True
+            value = fn(*args, **kwargs)
+        finally:
+            interrupts.is_calling = False
+        content = messages.dump(value)
+    except BaseException as error:
+        results.fail(FAILED, call, error)
+        return
+    del packed, fn, args, kwargs, value
+    try:
+        results.send(RETURNED, call, content)
+    except OutOfMemory as error:
+        results.fail(FAILED, call, error)

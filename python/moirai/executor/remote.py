@@ -1,0 +1,60 @@
+"""The future of a call that another process runs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from typing import Any, TypeVar
+
+from moirai.errors import Disconnected, Timeout
+
+__all__ = ["RemoteFuture"]
+
+_Result = TypeVar("_Result")
+
+
+class RemoteFuture(concurrent.futures.Future[_Result]):
+    """A `concurrent.futures.Future`; any thread may use it.
+
+    In a forked child, waiting for a call that the parent queued and that had not ended raises
+    Disconnected.
+    """
+
+    def result(self, timeout: float | None = None) -> _Result:
+        """Wait for the call to end; what it returned, or raise what it raised.
+
+        Raises:
+            Timeout: It has not ended in time; it goes on.
+            CancelledError: It was cancelled.
+        """
+        try:
+            return super().result(timeout)
+        except TimeoutError:
+            if self.done():
+                raise
+            raise _timed_out(timeout) from None
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the call to end; what it raised, or None.
+
+        Raises:
+            Timeout: It has not ended in time; it goes on.
+            CancelledError: It was cancelled.
+        """
+        try:
+            return super().exception(timeout)
+        except TimeoutError:
+            raise _timed_out(timeout) from None
+
+    def disconnect(self) -> None:
+        """In a forked child: nobody here will end it. No callback is called."""
+        self._condition = threading.Condition()
+        self._waiters = []
+        self._done_callbacks: list[Any] = []
+        if not self.done():
+            message = "the task was queued in the parent process, and is not run in a forked child"
+            self.set_exception(Disconnected(message))
+
+
+def _timed_out(timeout: float | None) -> Timeout:
+    return Timeout(f"timeout: the task has not ended within {timeout} s")
