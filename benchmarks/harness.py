@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import platform
 import statistics
 import subprocess
@@ -515,13 +516,22 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+# A list of numbers as `json` indents it, one to a line.
+SAMPLES = re.compile(r"\[\n\s*(-?\d[^\]\[\"{}]*)\]")
+
+
+def _in_one_line(samples: re.Match[str]) -> str:
+    return f"[{' '.join(samples[1].split())}]"
+
+
 def publish(report: Report, *, write_docs: bool, output: Path | None = None) -> None:
     """Print a report, write its JSON and, if asked, its section of the docs page."""
     about = machine()
     document = report.as_dict(about)
     path = output or RESULTS / f"{report.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1, allow_nan=False)
+    path.write_text(SAMPLES.sub(_in_one_line, text) + "\n", encoding="utf-8")
     print(f"# {report.name}: {report.question}\n{machine_line(about)}\n")
     print(report.markdown)
     if report.goals:
