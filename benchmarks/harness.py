@@ -16,8 +16,8 @@ import importlib.util
 import json
 import math
 import os
-import re
 import platform
+import re
 import statistics
 import subprocess
 import sys
