@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import threading
@@ -139,6 +140,40 @@ def test_a_forecaster_that_fails_leaves_the_level(caplog: pytest.LogCaptureFixtu
     guard = Program().guard(forecaster=Broken({}))
     assert guard.step(sample(0, 850)) is Stage.GENTLE
     assert "responding to the level alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("used_mib", "cache_mib", "stage"),
+    [
+        (850, 0, Stage.AGGRESSIVE),
+        (850, 100, Stage.GENTLE),
+        (790, 0, Stage.MONITOR),
+        (990, 800, Stage.GENTLE),
+        (100, 0, Stage.CALM),
+    ],
+)
+@pytest.mark.parametrize("sign", ["hits", "stalls"])
+def test_the_kernel_confirms_pressure_and_never_makes_it(
+    used_mib: int, cache_mib: int, stage: Stage, sign: str
+) -> None:
+    clock = StageClock(Thresholds())
+    before = sample(0, 0)
+    now = sample(1, used_mib, cache_mib=cache_mib)
+    if sign == "hits":
+        before = dataclasses.replace(before, total_limit_hits=7)
+        now = dataclasses.replace(now, total_limit_hits=8)
+    else:
+        now = dataclasses.replace(now, stalled_ratio=0.2)
+    assert clock.update(before, {}) is Stage.CALM
+    assert clock.update(now, {}) is stage
+
+
+def test_what_happened_before_the_first_sample_confirms_nothing() -> None:
+    clock = StageClock(Thresholds())
+    now = dataclasses.replace(sample(0, 850), total_limit_hits=100)
+    assert clock.update(now, {}) is Stage.GENTLE
+    later = dataclasses.replace(sample(1, 850), total_limit_hits=100)
+    assert clock.update(later, {}) is Stage.GENTLE
 
 
 def test_a_stage_ends_below_where_it_began_and_after_a_while() -> None:
