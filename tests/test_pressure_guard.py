@@ -63,7 +63,8 @@ class Program:
         self.registry.register(name, shrink, size=lambda: int(held[0] * MIB), **options)  # type: ignore[arg-type]
 
     def guard(self, **options: object) -> Guard:
-        return Guard(self, registry=self.registry, built_in=(), **options)  # type: ignore[arg-type]
+        made: dict[str, object] = {"forecaster": None, "built_in": (), **options}
+        return Guard(self, registry=self.registry, **made)  # type: ignore[arg-type]
 
     def step(self, guard: Guard, seconds: float = 0.1) -> Stage:
         self.seconds += seconds
@@ -302,7 +303,7 @@ def test_an_action_that_frees_nothing_rests_longer_each_time() -> None:
         return 0
 
     registry.register("useless", shrink)
-    guard = Guard(Program(), registry=registry, built_in=())
+    guard = Guard(Program(), forecaster=None, registry=registry, built_in=())
     for tenth in range(400):
         now[0] = tenth / 10
         guard.step(sample(now[0], 850))
@@ -550,7 +551,8 @@ def test_numbers_are_checked() -> None:
 
 def watched(registry: Registry, tree_root: object, **options: object) -> Guard:
     sampler = Sampler(root=tree_root, longest_seconds=0.01)  # type: ignore[arg-type]
-    return Guard(sampler, registry=registry, built_in=(), **options)  # type: ignore[arg-type]
+    made: dict[str, object] = {"forecaster": None, "built_in": (), **options}
+    return Guard(sampler, registry=registry, **made)  # type: ignore[arg-type]
 
 
 @pytest.fixture
