@@ -495,6 +495,8 @@ def cases(traces: Sequence[Trace]) -> list[list[float]]:
 def measure(arguments: argparse.Namespace) -> harness.Report:
     """Train and replay fold by fold."""
     traces = training.read_traces(arguments.traces)
+    sampling = pressure_sampling.measure(quick=arguments.quick)
+    groups = pressure_groups.measure(quick=arguments.quick)
     step = 8 if arguments.quick else training.STEP
     table = training.describe_traces(traces, step)
     folds = training.program_folds(traces, arguments.folds)
@@ -508,8 +510,8 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
             replays += [replay(trace, ratio, model) for ratio in ratios[number]]
     recorded = [each for each in replays if each.is_recorded]
     results = {
-        "sampling": pressure_sampling.measure(quick=arguments.quick),
-        "groups": pressure_groups.measure(quick=arguments.quick),
+        "sampling": sampling,
+        "groups": groups,
         "values": value_table(recorded),
         "crossing": crossing_table(recorded),
         "alarms": alarm_table(replays),

@@ -82,12 +82,12 @@ def workers() -> dict[str, Any]:
     return {"counted": used["budget"], "group": used["cgroup"], "summed": resident}
 
 
-def calm() -> dict[str, Any]:
+def calm(duration: str) -> dict[str, Any]:
     """Do nothing at 45 % of a limit, guarded; what the guard's threads take of a processor."""
     from moirai import pressure
 
     held = bytearray(b"x") * (450 * MIB)
-    seconds = 10.0
+    seconds = float(duration)
     before = set(os.listdir("/proc/self/task"))
     guard = pressure.start(limit=1000 * MIB)
     while guard.forecaster is None:
@@ -125,7 +125,7 @@ def run(group: Path | None, *arguments: str) -> dict[str, Any]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Run the programs; where no limited control group can be made, the last alone."""
-    found: dict[str, Any] = {"calm": run(None, "calm")}
+    found: dict[str, Any] = {"calm": run(None, "calm", "1" if quick else "10")}
     with limited_group(STREAM_LIMIT) as group:
         if group is None:
             return found

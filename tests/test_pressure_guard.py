@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import threading
@@ -62,7 +63,8 @@ class Program:
         self.registry.register(name, shrink, size=lambda: int(held[0] * MIB), **options)  # type: ignore[arg-type]
 
     def guard(self, **options: object) -> Guard:
-        return Guard(self, registry=self.registry, built_in=(), **options)  # type: ignore[arg-type]
+        made: dict[str, object] = {"forecaster": None, "built_in": (), **options}
+        return Guard(self, registry=self.registry, **made)  # type: ignore[arg-type]
 
     def step(self, guard: Guard, seconds: float = 0.1) -> Stage:
         self.seconds += seconds
@@ -139,6 +141,40 @@ def test_a_forecaster_that_fails_leaves_the_level(caplog: pytest.LogCaptureFixtu
     guard = Program().guard(forecaster=Broken({}))
     assert guard.step(sample(0, 850)) is Stage.GENTLE
     assert "responding to the level alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("used_mib", "cache_mib", "stage"),
+    [
+        (850, 0, Stage.AGGRESSIVE),
+        (850, 100, Stage.GENTLE),
+        (790, 0, Stage.MONITOR),
+        (990, 800, Stage.GENTLE),
+        (100, 0, Stage.CALM),
+    ],
+)
+@pytest.mark.parametrize("sign", ["hits", "stalls"])
+def test_the_kernel_confirms_pressure_and_never_makes_it(
+    used_mib: int, cache_mib: int, stage: Stage, sign: str
+) -> None:
+    clock = StageClock(Thresholds())
+    before = sample(0, 0)
+    now = sample(1, used_mib, cache_mib=cache_mib)
+    if sign == "hits":
+        before = dataclasses.replace(before, total_limit_hits=7)
+        now = dataclasses.replace(now, total_limit_hits=8)
+    else:
+        now = dataclasses.replace(now, stalled_ratio=0.2)
+    assert clock.update(before, {}) is Stage.CALM
+    assert clock.update(now, {}) is stage
+
+
+def test_what_happened_before_the_first_sample_confirms_nothing() -> None:
+    clock = StageClock(Thresholds())
+    now = dataclasses.replace(sample(0, 850), total_limit_hits=100)
+    assert clock.update(now, {}) is Stage.GENTLE
+    later = dataclasses.replace(sample(1, 850), total_limit_hits=100)
+    assert clock.update(later, {}) is Stage.GENTLE
 
 
 def test_a_stage_ends_below_where_it_began_and_after_a_while() -> None:
@@ -267,7 +303,7 @@ def test_an_action_that_frees_nothing_rests_longer_each_time() -> None:
         return 0
 
     registry.register("useless", shrink)
-    guard = Guard(Program(), registry=registry, built_in=())
+    guard = Guard(Program(), forecaster=None, registry=registry, built_in=())
     for tenth in range(400):
         now[0] = tenth / 10
         guard.step(sample(now[0], 850))
@@ -515,7 +551,8 @@ def test_numbers_are_checked() -> None:
 
 def watched(registry: Registry, tree_root: object, **options: object) -> Guard:
     sampler = Sampler(root=tree_root, longest_seconds=0.01)  # type: ignore[arg-type]
-    return Guard(sampler, registry=registry, built_in=(), **options)  # type: ignore[arg-type]
+    made: dict[str, object] = {"forecaster": None, "built_in": (), **options}
+    return Guard(sampler, registry=registry, **made)  # type: ignore[arg-type]
 
 
 @pytest.fixture

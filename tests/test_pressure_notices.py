@@ -183,7 +183,13 @@ def receiver() -> Iterator[tuple[str, type[Receiver]]]:
 def test_stages_are_posted_from_one_on_and_their_end(receiver: tuple[str, type[Receiver]]) -> None:
     url, posted = receiver
     webhook = Webhook(url, headers={"Authorization": "Bearer x"})
-    guard = Guard(TraceSource(os.devnull), registry=Registry(), built_in=(), on_stage=webhook)
+    guard = Guard(
+        TraceSource(os.devnull),
+        forecaster=None,
+        registry=Registry(),
+        built_in=(),
+        on_stage=webhook,
+    )
     for second, used in enumerate([10, 85, 92, 97, 97, 60, 60, 60]):
         guard.step(Sample(float(second), used << 20, 100 << 20))
     webhook.join()

@@ -91,15 +91,30 @@ class Thresholds:
                 f"{self.calm_below} and {self.calm_seconds}"
             )
 
-    def stage(self, sample: Sample, p_critical: Mapping[int, float], *, slack: float = 0) -> Stage:
-        """Give the stage that a sample and a forecast call for, with shares less `slack`."""
+    def stage(
+        self,
+        sample: Sample,
+        p_critical: Mapping[int, float],
+        *,
+        slack: float = 0,
+        is_confirmed: bool = False,
+    ) -> Stage:
+        """Give the stage that a sample and a forecast call for, with shares less `slack`.
+
+        `is_confirmed` says that the kernel itself has been short: then what is gentle without any
+        file cache is aggressive. By itself it says nothing, as streaming a file looks alike.
+        """
         used = sample.used_ratio + slack
         hard = sample.without_cache_ratio + slack
         counts = sample.used_ratio >= self.forecast_from
         p30, p60, p120 = (counts * p_critical.get(horizon, 0.0) for horizon in (30, 60, 120))
         if hard >= self.emergency:
             return Stage.EMERGENCY
-        if hard >= self.aggressive or p30 >= self.aggressive_p30:
+        if (
+            hard >= self.aggressive
+            or p30 >= self.aggressive_p30
+            or (is_confirmed and hard >= self.gentle)
+        ):
             return Stage.AGGRESSIVE
         if used >= self.gentle or p60 >= self.gentle_p60:
             return Stage.GENTLE
@@ -116,14 +131,18 @@ class Thresholds:
 class StageClock:
     """The current stage: it rises at once, and falls when it was lower for a while."""
 
+    # Threads waited for memory for so much of the last ten seconds: the kernel confirms.
+    STALLED_RATIO = 0.1
+
     def __init__(self, thresholds: Thresholds) -> None:
         self._thresholds = thresholds
+        self._limit_hits: int | None = None
         self._lower_since: float | None = None
         self.stage = Stage.CALM
 
     def update(self, sample: Sample, p_critical: Mapping[int, float]) -> Stage:
         """Take a sample and a forecast into account; give the stage now."""
-        wanted = self._thresholds.stage(sample, p_critical)
+        wanted = self._thresholds.stage(sample, p_critical, is_confirmed=self._is_confirmed(sample))
         slack = self._thresholds.calm_below
         held = min(self.stage, self._thresholds.stage(sample, p_critical, slack=slack))
         if wanted >= self.stage or held >= self.stage:
@@ -138,3 +157,13 @@ class StageClock:
             self.stage = max(wanted, Stage(held))
             self._lower_since = None
         return self.stage
+
+    def _is_confirmed(self, sample: Sample) -> bool:
+        """Whether the group ran into its limit since the last sample, or threads waited for it."""
+        before, self._limit_hits = self._limit_hits, sample.total_limit_hits
+        has_hit = (
+            before is not None
+            and sample.total_limit_hits is not None
+            and sample.total_limit_hits > before
+        )
+        return has_hit or (sample.stalled_ratio or 0.0) >= self.STALLED_RATIO
