@@ -1672,6 +1672,8 @@ class BareExecutor:
         outsiders_help: bool,
         max_pending: int | None,
         when_full: str,
+        memory: use | None,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
     ) -> Self: ...
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
         """Queue a call of a function; its future.

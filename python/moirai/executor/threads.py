@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from moirai import _native
 from moirai.errors import InvalidArgument
+from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
@@ -22,7 +23,7 @@ from moirai.executor.sizing import (
     working_nodes,
 )
 from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
-from moirai.memory import Priority, Topology
+from moirai.memory import Priority, Resource, Topology, use
 
 __all__ = ["Executor"]
 
@@ -59,6 +60,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
         when_full: What whoever submits one more does: "block" until there is room, "raise"
             queue.Full, or "caller_runs": it runs the call itself, besides the workers. A task of
             the executor that would have to block runs the call itself too.
+        memory: A resource that NumPy draws from in tasks; None: what it draws from where the task
+            is submitted. If it has lanes, the priority of a task is that of its memory.
+        task_arena: Whether each call has an arena, from `memory` if given, which is given back when
+            the call ends, but for the chunks that hold its result.
 
     Raises:
         InvalidArgument: An argument is outside its range.
@@ -87,6 +92,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
         topology: Topology | None = None,
         max_pending: int | None = None,
         when_full: WhenFull = "block",
+        memory: Resource | None = None,
+        task_arena: bool = False,
     ) -> Executor:
         machine = Topology.read() if topology is None else topology
         if max_workers is None:
@@ -117,6 +124,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
             outsiders_help=initializer is None,
             max_pending=max_pending,
             when_full=when_full,
+            memory=None if memory is None else use(memory),
+            wrap=TaskArenas(memory).wrap if task_arena else None,
         )
         self._max_workers = max_workers
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"

@@ -49,6 +49,24 @@ pub(super) fn current_context(py: Python<'_>) -> PyResult<Py<PyAny>> {
     Ok(context?.unbind())
 }
 
+/// Run `body` in a context that nobody is in.
+pub(super) fn within<R>(
+    py: Python<'_>,
+    context: &Py<PyAny>,
+    body: impl FnOnce() -> PyResult<R>,
+) -> PyResult<R> {
+    // SAFETY: a context, which is alive.
+    if unsafe { ffi::PyContext_Enter(context.as_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    let outcome = body();
+    // SAFETY: entered above, in this thread; what was entered since was left again.
+    if unsafe { ffi::PyContext_Exit(context.as_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    outcome
+}
+
 impl Call {
     pub(super) fn new(request: Request, future: Py<Future>) -> Self {
         Call { request, future }
@@ -73,19 +91,12 @@ impl Call {
                 unsafe { Bound::from_owned_ptr_or_err(py, copy) }?.unbind()
             }
         };
-        let context = copy.as_ptr();
-        // SAFETY: a context, which is alive.
-        if unsafe { ffi::PyContext_Enter(context) } != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        let before = CURRENT.replace(self);
-        let outcome = self.make_here(py);
-        CURRENT.set(before);
-        // SAFETY: entered above, in this thread; what was entered since was left again.
-        if unsafe { ffi::PyContext_Exit(context) } != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        outcome
+        within(py, &copy, || {
+            let before = CURRENT.replace(self);
+            let outcome = self.make_here(py);
+            CURRENT.set(before);
+            outcome
+        })
     }
 
     fn make_here(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {

@@ -1,13 +1,14 @@
 //! `BareExecutor`: queueing calls and running workers; which threads there are is Python's.
 
 use super::admission::{Bound as Admission, WHEN_FULL, WhenFull};
-use super::call::{Arguments, Request, current_context};
+use super::call::{Arguments, Request, current_context, within};
 use super::future::{self, Future, Outcome};
 use super::limits::Terms;
 use super::{Shared, future_of};
 use crate::argument::{choice, count, timeout};
 use crate::errors::InvalidArgument;
 use crate::lane;
+use crate::numpy::scope::Use;
 use moirai_core::executor::{PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
@@ -30,11 +31,17 @@ pub struct BareExecutor {
     /// What the nodes are called.
     node_ids: Vec<usize>,
     bound: Option<(usize, WhenFull)>,
+    /// What tasks draw from.
+    memory: Option<Py<Use>>,
+    /// Called with each function, gives what is called in its place.
+    wrap: Option<Py<PyAny>>,
 }
 
 /// What `submit` takes besides the function's own arguments.
 pub(super) struct Options {
     pub(super) priority: Priority,
+    /// Where requests for memory go, if that was asked for.
+    pub(super) lane: Option<Lane>,
     pub(super) node: Option<usize>,
     pub(super) terms: Terms,
 }
@@ -68,15 +75,33 @@ impl BareExecutor {
         Arc::new(Shared::new(scheduler, outsiders_help, bound))
     }
 
+    /// A copy of the context of this moment, for tasks.
+    pub(super) fn context(&self, py: Python<'_>, lane: Option<Lane>) -> PyResult<Py<PyAny>> {
+        let context = current_context(py)?;
+        if let Some(memory) = &self.memory {
+            within(py, &context, || Use::settle(memory.bind(py), lane))?;
+        }
+        Ok(context)
+    }
+
+    /// What is called for a function.
+    fn wrapped(&self, function: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+        match &self.wrap {
+            None => Ok(function.clone().unbind()),
+            Some(wrap) => wrap.call1(function.py(), (function,)),
+        }
+    }
+
     fn options(&self, given: Given<'_, '_>) -> PyResult<Options> {
-        let priority = match given.priority {
-            None => Priority::Normal,
-            Some(value) => match lane::from_priority("priority", value)? {
-                Lane::Realtime => PRIORITIES[0],
-                Lane::High => PRIORITIES[1],
-                Lane::Normal => PRIORITIES[2],
-                Lane::Background => PRIORITIES[3],
-            },
+        let lane = given
+            .priority
+            .map(|value| lane::from_priority("priority", value))
+            .transpose()?;
+        let priority = match lane.unwrap_or(Lane::Normal) {
+            Lane::Realtime => PRIORITIES[0],
+            Lane::High => PRIORITIES[1],
+            Lane::Normal => PRIORITIES[2],
+            Lane::Background => PRIORITIES[3],
         };
         let place = |node| {
             let id = count("node", node, 0..=usize::MAX >> 1)?;
@@ -95,6 +120,7 @@ impl BareExecutor {
         };
         Ok(Options {
             priority,
+            lane,
             node,
             terms,
         })
@@ -124,8 +150,9 @@ fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
 impl BareExecutor {
     #[new]
     #[pyo3(signature = (
-        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full
+        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full, memory, wrap
     ))]
+    #[allow(clippy::too_many_arguments)] // keywords of a Python class
     fn new(
         kind: Bound<'_, PyType>,
         node_of_worker: Vec<usize>,
@@ -134,6 +161,8 @@ impl BareExecutor {
         outsiders_help: bool,
         max_pending: Option<&Bound<'_, PyAny>>,
         when_full: &str,
+        memory: Option<Py<Use>>,
+        wrap: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let when_full = choice("when_full", when_full, &WHEN_FULL)?;
         let limit = max_pending.map(|it| count("max_pending", it, 1..=MOST_PENDING));
@@ -171,6 +200,8 @@ impl BareExecutor {
             order,
             node_ids,
             bound,
+            memory,
+            wrap,
         })
     }
 
@@ -186,6 +217,7 @@ impl BareExecutor {
         let py = slf.py();
         let mut options = Options {
             priority: Priority::Normal,
+            lane: None,
             node: None,
             terms: Terms::default(),
         };
@@ -212,9 +244,9 @@ impl BareExecutor {
         }
         let arguments = Arguments::Once(arguments.unbind(), rest);
         let request = Request {
-            function: function.clone().unbind(),
+            function: this.wrapped(function)?,
             arguments,
-            context: current_context(py)?,
+            context: this.context(py, options.lane)?,
         };
         this.queue(slf, &this.shared(), request, &options)
     }
@@ -243,6 +275,7 @@ impl BareExecutor {
             timeout_seconds,
             deadline,
         })?;
+        let wrapped = this.wrapped(function)?;
         let items = items_of(items)?;
         let mut calls = Vec::with_capacity(items.len());
         for item in items {
@@ -252,7 +285,7 @@ impl BareExecutor {
                 PyTuple::new(py, [item])?
             };
             let arguments = Arguments::OnceOfMany(arguments.unbind());
-            calls.push((function.clone().unbind(), arguments));
+            calls.push((wrapped.clone_ref(py), arguments));
         }
         this.queue_many(slf, calls, false, &options)
     }
@@ -290,7 +323,7 @@ impl BareExecutor {
                 )));
             };
             let arguments = tuple.get_slice(1, tuple.len()).unbind();
-            found.push((function.unbind(), Arguments::OnceOfMany(arguments)));
+            found.push((this.wrapped(&function)?, Arguments::OnceOfMany(arguments)));
         }
         this.queue_many(slf, found, true, &options)
     }
@@ -314,6 +347,7 @@ impl BareExecutor {
             node,
             ..Given::default()
         })?;
+        let (py, wrapped) = (slf.py(), this.wrapped(function)?);
         let mut items = items_of(items)?;
         let mut chunks = Vec::with_capacity(items.len() / size.max(1) + 1);
         while !items.is_empty() {
@@ -324,7 +358,7 @@ impl BareExecutor {
             } else {
                 Arguments::Each(chunk)
             };
-            chunks.push((function.clone().unbind(), arguments));
+            chunks.push((wrapped.clone_ref(py), arguments));
         }
         this.queue_many(slf, chunks, false, &options)
     }

@@ -1,7 +1,7 @@
 //! How a call becomes a queued task: room for it, its future, its place, and a thread if need be.
 
 use super::admission::{Admitted, admit};
-use super::call::{Arguments, Call, Request, current_context};
+use super::call::{Arguments, Call, Request};
 use super::future::{self, Future};
 use super::limits::{self, TimerHandle};
 use super::pool::{BareExecutor, Options};
@@ -147,7 +147,7 @@ impl BareExecutor {
         let py = slf.py();
         let deadline = options.terms.deadline_nanoseconds;
         let node = options.node.unwrap_or_else(|| here(shared));
-        let context = current_context(py)?;
+        let context = self.context(py, options.lane)?;
         let mut calls = calls.into_iter().map(|(function, arguments)| Request {
             function,
             arguments,
