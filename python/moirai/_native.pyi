@@ -1674,6 +1674,7 @@ class BareExecutor:
         when_full: str,
         memory: use | None,
         wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+        measure_latency: bool,
     ) -> Self: ...
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
         """Queue a call of a function; its future.
@@ -1744,7 +1745,10 @@ class BareExecutor:
         """Cancel what is queued."""
     def renew(self) -> None:
         """In a forked child: workers and queues of its own, and none of the parent's tasks."""
-    def counts(self) -> tuple[dict[str, int], list[dict[str, int]]]:
+    def latencies(self) -> list[tuple[list[int], list[int]]] | None:
+        """How long tasks waited for their start and took then, in nanoseconds by powers of two: for
+        each worker, and last for all other threads; None where that is not measured."""
+    def counts(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
         """What was done so far: counts for the executor, and for each worker."""
 
 @final

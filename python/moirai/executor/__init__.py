@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from moirai.executor.future import Future
 from moirai.executor.group import TaskGroup
-from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
+from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
@@ -19,6 +19,7 @@ __all__ = [
     "Executor",
     "ExecutorStatistics",
     "Future",
+    "LatencyHistogram",
     "Priority",
     "TaskGroup",
     "WorkerStatistics",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import os
 import threading
 import weakref
@@ -22,7 +24,7 @@ from moirai.executor.sizing import (
     steal_order,
     working_nodes,
 )
-from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
+from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
 from moirai.memory import Priority, Resource, Topology, use
 
 __all__ = ["Executor"]
@@ -64,6 +66,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             is submitted. If it has lanes, the priority of a task is that of its memory.
         task_arena: Whether each call has an arena, from `memory` if given, which is given back when
             the call ends, but for the chunks that hold its result.
+        measure_latency: Whether `statistics` tells how long tasks waited and took.
 
     Raises:
         InvalidArgument: An argument is outside its range.
@@ -94,6 +97,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
         when_full: WhenFull = "block",
         memory: Resource | None = None,
         task_arena: bool = False,
+        measure_latency: bool = False,
     ) -> Executor:
         machine = Topology.read() if topology is None else topology
         if max_workers is None:
@@ -126,6 +130,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             when_full=when_full,
             memory=None if memory is None else use(memory),
             wrap=TaskArenas(memory).wrap if task_arena else None,
+            measure_latency=measure_latency,
         )
         self._max_workers = max_workers
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
@@ -262,8 +267,23 @@ class Executor(_native.BareExecutor, BaseExecutor):
     def statistics(self) -> ExecutorStatistics:
         """Counts since the executor was made; taken one by one while it works."""
         whole, workers = self.counts()
-        each = tuple(WorkerStatistics(**worker) for worker in workers)
-        return ExecutorStatistics(**whole, workers=each)
+        whole["queued_by_node"] = tuple(map(tuple, whole["queued_by_node"]))
+        latencies = self.latencies()
+        if latencies is None:
+            each = tuple(WorkerStatistics(**it, waits=None, runs=None) for it in workers)
+            return ExecutorStatistics(**whole, waits=None, runs=None, workers=each)
+        waits = [LatencyHistogram(tuple(wait)) for wait, _ in latencies]
+        runs = [LatencyHistogram(tuple(run)) for _, run in latencies]
+        each = tuple(
+            WorkerStatistics(**it, waits=wait, runs=run)
+            for it, wait, run in zip(workers, waits, runs, strict=False)  # the last is nobody's
+        )
+        return ExecutorStatistics(
+            **whole,
+            waits=functools.reduce(operator.add, waits),
+            runs=functools.reduce(operator.add, runs),
+            workers=each,
+        )
 
     def _start_worker(self, handle: _native.WorkerHandle, who: int) -> None:
         """Called by the native part, in whichever thread queues a task that needs one."""

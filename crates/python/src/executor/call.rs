@@ -38,6 +38,8 @@ pub(super) struct Request {
 pub(super) struct Call {
     request: Request,
     future: Py<Future>,
+    /// When it was asked for; 0 where latencies are not measured.
+    asked_nanoseconds: u64,
 }
 
 /// A copy of the context of this moment.
@@ -68,8 +70,16 @@ pub(super) fn within<R>(
 }
 
 impl Call {
-    pub(super) fn new(request: Request, future: Py<Future>) -> Self {
-        Call { request, future }
+    pub(super) fn new(request: Request, future: Py<Future>, asked_nanoseconds: u64) -> Self {
+        Call {
+            request,
+            future,
+            asked_nanoseconds,
+        }
+    }
+
+    pub(super) fn asked_nanoseconds(&self) -> u64 {
+        self.asked_nanoseconds
     }
 
     pub(super) fn into_future(self) -> Py<Future> {

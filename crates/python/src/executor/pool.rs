@@ -9,6 +9,7 @@ use crate::argument::{choice, count, timeout};
 use crate::errors::InvalidArgument;
 use crate::lane;
 use crate::numpy::scope::Use;
+use moirai_core::executor::latency::BUCKET_COUNT;
 use moirai_core::executor::{PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
@@ -33,6 +34,7 @@ pub struct BareExecutor {
     bound: Option<(usize, WhenFull)>,
     /// What tasks draw from.
     memory: Option<Py<Use>>,
+    measures_latency: bool,
     /// Called with each function, gives what is called in its place.
     wrap: Option<Py<PyAny>>,
 }
@@ -72,7 +74,8 @@ impl BareExecutor {
     fn new_shared(&self, outsiders_help: bool) -> Arc<Shared> {
         let scheduler = Scheduler::new(&self.node_of_worker, &self.order);
         let bound = self.bound.map(|(limit, how)| Admission::new(limit, how));
-        Arc::new(Shared::new(scheduler, outsiders_help, bound))
+        let measures = self.measures_latency;
+        Arc::new(Shared::new(scheduler, outsiders_help, bound, measures))
     }
 
     /// A copy of the context of this moment, for tasks.
@@ -138,6 +141,9 @@ fn moment(seconds: f64) -> PyResult<u64> {
     Ok((seconds * 1e9) as u64)
 }
 
+/// Counts by powers of two.
+type Buckets = [u64; BUCKET_COUNT];
+
 /// What is in an iterable.
 fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
     items
@@ -150,7 +156,8 @@ fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
 impl BareExecutor {
     #[new]
     #[pyo3(signature = (
-        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full, memory, wrap
+        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full, memory, wrap,
+        measure_latency
     ))]
     #[allow(clippy::too_many_arguments)] // keywords of a Python class
     fn new(
@@ -163,6 +170,7 @@ impl BareExecutor {
         when_full: &str,
         memory: Option<Py<Use>>,
         wrap: Option<Py<PyAny>>,
+        measure_latency: bool,
     ) -> PyResult<Self> {
         let when_full = choice("when_full", when_full, &WHEN_FULL)?;
         let limit = max_pending.map(|it| count("max_pending", it, 1..=MOST_PENDING));
@@ -192,7 +200,7 @@ impl BareExecutor {
         }
         let scheduler = Scheduler::new(&node_of_worker, &order);
         let admission = bound.map(|(limit, how)| Admission::new(limit, how));
-        let shared = Shared::new(scheduler, outsiders_help, admission);
+        let shared = Shared::new(scheduler, outsiders_help, admission, measure_latency);
         Ok(BareExecutor {
             shared: Mutex::new(Arc::new(shared)),
             kind: kind.unbind(),
@@ -201,6 +209,7 @@ impl BareExecutor {
             node_ids,
             bound,
             memory,
+            measures_latency: measure_latency,
             wrap,
         })
     }
@@ -408,6 +417,17 @@ impl BareExecutor {
         std::mem::forget(std::mem::replace(&mut *shared, new));
     }
 
+    /// How long tasks waited for their start and took then, in nanoseconds by powers of two: for
+    /// each worker, and last for all other threads; None where that is not measured.
+    fn latencies(&self) -> Option<Vec<(Buckets, Buckets)>> {
+        let shared = self.shared();
+        let each = shared.latencies.as_ref()?.iter();
+        Some(
+            each.map(|it| (it.waits.counts(), it.runs.counts()))
+                .collect(),
+        )
+    }
+
     /// What was done so far: counts for the executor, and for each worker.
     fn counts<'py>(
         &self,
@@ -431,9 +451,13 @@ impl BareExecutor {
         }
         whole.set_item("workers_started", shared.scheduler.started_count())?;
         whole.set_item("queued", shared.scheduler.queued_count())?;
+        whole.set_item("queued_by_node", shared.scheduler.lane_counts())?;
         let mut workers = Vec::new();
-        for (counts, node) in shared.scheduler.counts().iter().zip(&self.node_of_worker) {
+        let depths = shared.scheduler.deque_counts();
+        let counts = shared.scheduler.counts();
+        for ((counts, node), depth) in counts.iter().zip(&self.node_of_worker).zip(depths) {
             let each = PyDict::new(py);
+            each.set_item("queued", depth)?;
             each.set_item("node", node)?;
             each.set_item("from_lanes", counts.from_lanes)?;
             each.set_item("from_own", counts.from_own)?;
