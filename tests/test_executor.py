@@ -5,6 +5,7 @@ import concurrent.futures
 import contextvars
 import functools
 import gc
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from running import in_forked_child, run_threads
 
 from moirai import errors
-from moirai.executor import Executor, Future, Priority
+from moirai.executor import Executor, Future, LatencyHistogram, Priority
 
 WAIT_SECONDS = 60
 
@@ -382,6 +383,46 @@ def test_random_trees_of_tasks_end_as_they_would_one_by_one(tree, workers, step)
     assert counts.queued == 0
 
 
+# For each task: which earlier ones it waits for, its priority, and whether it fails.
+GRAPHS = st.lists(
+    st.tuples(
+        st.frozensets(st.integers(0, 30), max_size=4), st.sampled_from(Priority), st.booleans()
+    ),
+    max_size=30,
+)
+
+
+@given(GRAPHS, st.integers(1, 3), st.sampled_from([None, 1, 4]))
+@settings(max_examples=40)
+def test_random_graphs_of_tasks_give_what_a_serial_executor_gives(graph, workers, max_pending):
+    def call(index, needed, fails):
+        found = index + sum(future.result() for future in needed)
+        if fails:
+            raise LookupError(index, found)
+        return found
+
+    def run(submit):
+        futures = []
+        for index, (needed, priority, fails) in enumerate(graph):
+            before = [futures[it] for it in sorted(needed) if it < index]
+            futures.append(submit(priority, call, index, before, fails and index % 5 == 0))
+        return [repr(it.exception() or it.result()) for it in futures]
+
+    def serially(_, function, *args):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args))
+        except LookupError as error:
+            future.set_exception(error)
+        return future
+
+    with Executor(workers, max_pending=max_pending) as executor:
+        found = run(lambda priority, *call: executor.submit(*call, priority=priority))
+        assert found == run(serially)
+    counts = executor.statistics()
+    assert counts.submitted == counts.succeeded + counts.failed == len(graph)
+
+
 INTERRUPTED = """
     import os, signal, threading
     from moirai.executor import Executor
@@ -601,6 +642,38 @@ def test_counts_add_up(executor):
     assert counts.locality_ratio == 1.0
     assert len(counts.workers) == executor.max_workers
     assert 1 <= counts.workers_started <= executor.max_workers
+
+
+def test_latencies_are_counted_for_each_task_that_ran(gate):
+    with Executor(2, measure_latency=True) as executor:
+        opened = gate(executor)
+        cancelled = executor.submit(abs, 1)
+        waiting = executor.submit_many(abs, range(10), priority=Priority.HIGH)
+        assert sum(executor.statistics().queued_by_node[0]) == 11
+        cancelled.cancel()
+        opened.set()
+        concurrent.futures.wait(waiting)
+        assert executor.submit(raise_error).exception() is not None
+    counts = executor.statistics()
+    assert counts.waits.total == counts.runs.total == counts.succeeded + counts.failed == 13
+    assert sum(worker.runs.total for worker in counts.workers) == 13 - counts.helped
+    assert 0 < counts.runs.at_most_seconds(0.5) <= counts.runs.at_most_seconds(1.0) < math.inf
+    assert counts.success_ratio == 12 / 13
+    assert all(worker.queued == 0 for worker in counts.workers)
+
+
+def test_latency_is_given_by_the_upper_end_of_its_place():
+    histogram = LatencyHistogram((0, 0, 3, 0, 1, 0))
+    assert [histogram.at_most_seconds(share) for share in (0.0, 0.75, 0.76, 1.0)] == [
+        4e-9, 4e-9, 16e-9, 16e-9,
+    ]  # fmt: skip
+    assert (histogram + histogram).total == 8
+    assert LatencyHistogram((0, 1)).at_most_seconds(1.0) == math.inf
+    assert LatencyHistogram((0, 0)).at_most_seconds(0.5) == 0.0
+    with pytest.raises(errors.InvalidArgument, match="share: must be from 0 to 1, got 2"):
+        histogram.at_most_seconds(2)
+    with Executor(1) as executor:
+        assert executor.statistics().waits is None
 
 
 def test_task_that_was_awaited_leaves_no_entry_behind(gate):

@@ -1672,6 +1672,9 @@ class BareExecutor:
         outsiders_help: bool,
         max_pending: int | None,
         when_full: str,
+        memory: use | None,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+        measure_latency: bool,
     ) -> Self: ...
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
         """Queue a call of a function; its future.
@@ -1757,7 +1760,10 @@ class BareExecutor:
     @property
     def running_count(self) -> int:
         """How many workers run tasks, or look for the next one."""
-    def counts(self) -> tuple[dict[str, int], list[dict[str, int]]]:
+    def latencies(self) -> list[tuple[list[int], list[int]]] | None:
+        """How long tasks waited for their start and took then, in nanoseconds by powers of two: for
+        each worker, and last for all other threads; None where that is not measured."""
+    def counts(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
         """What was done so far: counts for the executor, and for each worker."""
 
 @final

@@ -13,7 +13,7 @@ from moirai.executor.group import TaskGroup
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.processes import ProcessExecutor
 from moirai.executor.progress import Progress
-from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
+from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
@@ -23,6 +23,7 @@ __all__ = [
     "Executor",
     "ExecutorStatistics",
     "Future",
+    "LatencyHistogram",
     "Priority",
     "ProcessExecutor",
     "ProcessStatistics",

@@ -21,7 +21,8 @@ _Result = TypeVar("_Result")
 _Chunk = tuple[list[Any], BaseException | None]
 
 _CHUNKS_PER_WORKER = 8
-_LARGEST_CHUNK = 1024
+# Who waits in order is woken for each chunk, some 30 µs: less than 10 ns a call.
+_LARGEST_CHUNK = 4096
 _POP: Callable[[list[Any]], Any] = list.pop
 
 
@@ -67,7 +68,7 @@ class BaseExecutor(concurrent.futures.Executor):
             fn: The function.
             iterables: Where its arguments come from, one from each; the shortest ends it.
             timeout: Seconds from now after which waiting for a result raises Timeout; None: never.
-            chunksize: Calls to a task; "auto": an eighth of each worker's share, at most 1024.
+            chunksize: Calls to a task; "auto": an eighth of each worker's share, at most 4096.
             priority: How urgent the tasks are.
             node: Id of the node whose workers are to take them first.
         """

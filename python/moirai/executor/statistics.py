@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 
-__all__ = ["ExecutorStatistics", "WorkerStatistics"]
+from moirai.errors import InvalidArgument
+
+__all__ = ["ExecutorStatistics", "LatencyHistogram", "WorkerStatistics"]
+
+
+@dataclass(frozen=True)
+class LatencyHistogram:
+    """How often something took how long.
+
+    Attributes:
+        counts: Place n has how many took from ``2**(n-1)`` to below ``2**n`` nanoseconds; the last
+            place all that took longer.
+    """
+
+    counts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """How many were counted."""
+        return sum(self.counts)
+
+    def at_most_seconds(self, share: float) -> float:
+        """Within which time so many were over: the upper end of the place that reaches the share.
+
+        Args:
+            share: Of all that were counted, in [0, 1].
+
+        Returns:
+            Seconds, up to twice the exact quantile; infinity in the last place, 0.0 without counts.
+
+        Raises:
+            InvalidArgument: `share` is outside its range.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise InvalidArgument(f"share: must be from 0 to 1, got {share}")
+        wanted, seen = share * self.total, 0
+        for place, count in enumerate(self.counts):
+            seen += count
+            if count and seen >= wanted:
+                return math.inf if place == len(self.counts) - 1 else 2**place / 1e9
+        return 0.0
+
+    def __add__(self, other: LatencyHistogram) -> LatencyHistogram:
+        return LatencyHistogram(tuple(map(operator.add, self.counts, other.counts)))
 
 
 @dataclass(frozen=True)
@@ -20,6 +65,9 @@ class WorkerStatistics:
         failed_steals: Looks at all the other workers' deques that found nothing.
         parks: Times it went to sleep.
         wakes: Times it was woken.
+        queued: Entries in its own deque now, those of tasks that are over included.
+        waits: From the submission of a task that it ran to its start, if that is measured.
+        runs: From the start of a task that it ran to its end, if that is measured.
     """
 
     node: int
@@ -30,6 +78,9 @@ class WorkerStatistics:
     failed_steals: int
     parks: int
     wakes: int
+    queued: int
+    waits: LatencyHistogram | None
+    runs: LatencyHistogram | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +100,9 @@ class ExecutorStatistics:
         refused: Tasks that were not queued for want of room.
         workers_started: Threads that were started.
         queued: Entries in the queues now, those of tasks that are over included.
+        queued_by_node: The same in the lanes of each node, one for each priority.
+        waits: From a task's submission to its start, over all threads, if that is measured.
+        runs: From a task's start to its end, likewise.
         workers: What each worker has done.
     """
 
@@ -62,7 +116,16 @@ class ExecutorStatistics:
     refused: int
     workers_started: int
     queued: int
+    queued_by_node: tuple[tuple[int, ...], ...]
+    waits: LatencyHistogram | None
+    runs: LatencyHistogram | None
     workers: tuple[WorkerStatistics, ...]
+
+    @property
+    def success_ratio(self) -> float:
+        """Share of the tasks that were run, or whose time was over, that returned; 1.0 if none."""
+        ended = self.succeeded + self.failed
+        return self.succeeded / ended if ended else 1.0
 
     @property
     def locality_ratio(self) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import os
 import threading
 import weakref
@@ -11,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from moirai import _native
 from moirai.errors import InvalidArgument
+from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
@@ -21,8 +24,8 @@ from moirai.executor.sizing import (
     steal_order,
     working_nodes,
 )
-from moirai.executor.statistics import ExecutorStatistics, WorkerStatistics
-from moirai.memory import Priority, Topology
+from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
+from moirai.memory import Priority, Resource, Topology, use
 
 __all__ = ["Executor"]
 
@@ -59,6 +62,11 @@ class Executor(_native.BareExecutor, BaseExecutor):
         when_full: What whoever submits one more does: "block" until there is room, "raise"
             queue.Full, or "caller_runs": it runs the call itself, besides the workers. A task of
             the executor that would have to block runs the call itself too.
+        memory: A resource that NumPy draws from in tasks; None: what it draws from where the task
+            is submitted. If it has lanes, the priority of a task is that of its memory.
+        task_arena: Whether each call has an arena, from `memory` if given, which is given back when
+            the call ends, but for the chunks that hold its result.
+        measure_latency: Whether `statistics` tells how long tasks waited and took.
 
     Raises:
         InvalidArgument: An argument is outside its range.
@@ -87,6 +95,9 @@ class Executor(_native.BareExecutor, BaseExecutor):
         topology: Topology | None = None,
         max_pending: int | None = None,
         when_full: WhenFull = "block",
+        memory: Resource | None = None,
+        task_arena: bool = False,
+        measure_latency: bool = False,
     ) -> Executor:
         machine = Topology.read() if topology is None else topology
         if max_workers is None:
@@ -117,6 +128,9 @@ class Executor(_native.BareExecutor, BaseExecutor):
             outsiders_help=initializer is None,
             max_pending=max_pending,
             when_full=when_full,
+            memory=None if memory is None else use(memory),
+            wrap=TaskArenas(memory).wrap if task_arena else None,
+            measure_latency=measure_latency,
         )
         self._max_workers = max_workers
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
@@ -253,8 +267,23 @@ class Executor(_native.BareExecutor, BaseExecutor):
     def statistics(self) -> ExecutorStatistics:
         """Counts since the executor was made; taken one by one while it works."""
         whole, workers = self.counts()
-        each = tuple(WorkerStatistics(**worker) for worker in workers)
-        return ExecutorStatistics(**whole, workers=each)
+        whole["queued_by_node"] = tuple(map(tuple, whole["queued_by_node"]))
+        latencies = self.latencies()
+        if latencies is None:
+            each = tuple(WorkerStatistics(**it, waits=None, runs=None) for it in workers)
+            return ExecutorStatistics(**whole, waits=None, runs=None, workers=each)
+        waits = [LatencyHistogram(tuple(wait)) for wait, _ in latencies]
+        runs = [LatencyHistogram(tuple(run)) for _, run in latencies]
+        each = tuple(
+            WorkerStatistics(**it, waits=wait, runs=run)
+            for it, wait, run in zip(workers, waits, runs, strict=False)  # the last is nobody's
+        )
+        return ExecutorStatistics(
+            **whole,
+            waits=functools.reduce(operator.add, waits),
+            runs=functools.reduce(operator.add, runs),
+            workers=each,
+        )
 
     def _start_worker(self, handle: _native.WorkerHandle, who: int) -> None:
         """Called by the native part, in whichever thread queues a task that needs one."""

@@ -14,6 +14,8 @@ pub mod idle;
 #[cfg(not(loom))]
 mod lanes;
 #[cfg(not(loom))]
+pub mod latency;
+#[cfg(not(loom))]
 pub mod room;
 #[cfg(not(loom))]
 mod scheduler;

@@ -207,6 +207,11 @@ impl<T: 'static> Scheduler<T> {
         self.nodes.iter().map(Lanes::counts).collect()
     }
 
+    /// How many tasks are in each worker's deque, those that are over included.
+    pub fn deque_counts(&self) -> Vec<usize> {
+        self.members.iter().map(|it| it.stealer.len()).collect()
+    }
+
     /// What each worker has done.
     pub fn counts(&self) -> Vec<Counts> {
         self.members.iter().map(|it| it.tally.read()).collect()

@@ -38,6 +38,8 @@ pub(super) struct Request {
 pub(super) struct Call {
     request: Request,
     future: Py<Future>,
+    /// When it was asked for; 0 where latencies are not measured.
+    asked_nanoseconds: u64,
 }
 
 /// A copy of the context of this moment.
@@ -49,9 +51,35 @@ pub(super) fn current_context(py: Python<'_>) -> PyResult<Py<PyAny>> {
     Ok(context?.unbind())
 }
 
+/// Run `body` in a context that nobody is in.
+pub(super) fn within<R>(
+    py: Python<'_>,
+    context: &Py<PyAny>,
+    body: impl FnOnce() -> PyResult<R>,
+) -> PyResult<R> {
+    // SAFETY: a context, which is alive.
+    if unsafe { ffi::PyContext_Enter(context.as_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    let outcome = body();
+    // SAFETY: entered above, in this thread; what was entered since was left again.
+    if unsafe { ffi::PyContext_Exit(context.as_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    outcome
+}
+
 impl Call {
-    pub(super) fn new(request: Request, future: Py<Future>) -> Self {
-        Call { request, future }
+    pub(super) fn new(request: Request, future: Py<Future>, asked_nanoseconds: u64) -> Self {
+        Call {
+            request,
+            future,
+            asked_nanoseconds,
+        }
+    }
+
+    pub(super) fn asked_nanoseconds(&self) -> u64 {
+        self.asked_nanoseconds
     }
 
     pub(super) fn into_future(self) -> Py<Future> {
@@ -73,19 +101,12 @@ impl Call {
                 unsafe { Bound::from_owned_ptr_or_err(py, copy) }?.unbind()
             }
         };
-        let context = copy.as_ptr();
-        // SAFETY: a context, which is alive.
-        if unsafe { ffi::PyContext_Enter(context) } != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        let before = CURRENT.replace(self);
-        let outcome = self.make_here(py);
-        CURRENT.set(before);
-        // SAFETY: entered above, in this thread; what was entered since was left again.
-        if unsafe { ffi::PyContext_Exit(context) } != 0 {
-            return Err(PyErr::fetch(py));
-        }
-        outcome
+        within(py, &copy, || {
+            let before = CURRENT.replace(self);
+            let outcome = self.make_here(py);
+            CURRENT.set(before);
+            outcome
+        })
     }
 
     fn make_here(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {

@@ -83,6 +83,18 @@ pub(super) fn limit(py: Python<'_>, shared: &Shared, future: &Py<Future>, terms:
     shared.timer.needs_thread()
 }
 
+/// What becomes of a task that has not ended in time.
+fn late(py: Python<'_>) -> Outcome {
+    let message = "the task has not ended in the time it was given; its call goes on";
+    Outcome::Failure(Timeout::new_err(message).into_value(py).into_any())
+}
+
+/// Of a task that ends now, whether or not the timer has come to it: what is due comes of it.
+pub(super) fn overdue(py: Python<'_>, future: &Future) -> Option<Outcome> {
+    let due = future.limits()?.due_nanoseconds()?;
+    (due <= now_nanoseconds()).then(|| late(py))
+}
+
 /// The time of a task is over: its future fails, now, whoever is at it.
 fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
     let future = slf.get();
@@ -92,14 +104,14 @@ fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
     } else if future.task().is_over() {
         return;
     }
-    let message = if call.is_some() {
-        "deadline: it passed before the task began; the task is not run"
+    let outcome = if call.is_some() {
+        let message = "deadline: it passed before the task began; the task is not run";
+        Outcome::Failure(Timeout::new_err(message).into_value(slf.py()).into_any())
     } else {
-        "the task has not ended in the time it was given; its call goes on"
+        late(slf.py())
     };
-    let failure = Timeout::new_err(message).into_value(slf.py()).into_any();
     let counts = [&shared.tally.failed, &shared.tally.timed_out];
-    future.finish(slf, Outcome::Failure(failure), &counts);
+    future.finish(slf, outcome, &counts);
 }
 
 /// What the thread that waits for time limits has of an executor.

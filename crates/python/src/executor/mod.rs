@@ -16,6 +16,7 @@ pub(crate) mod worker;
 use admission::Bound as Admission;
 use call::Call;
 use future::{CancelledError, Future, Outcome};
+use moirai_core::executor::latency::Histogram;
 use moirai_core::executor::timer::Timer;
 use moirai_core::executor::{Scheduler, Worker, task};
 use moirai_core::os::now_nanoseconds;
@@ -42,6 +43,8 @@ pub(crate) struct Shared {
     bound: Option<Admission>,
     /// Futures of tasks with a time limit, from their queueing to their end.
     timer: Timer<Py<Future>>,
+    /// Of each worker, and last of all other threads, if that is measured.
+    latencies: Option<Vec<Latency>>,
     tally: Tally,
 }
 
@@ -62,8 +65,22 @@ struct Tally {
     refused: AtomicU64,
 }
 
+/// How long the tasks of one worker waited for their start, and took then.
+#[derive(Default)]
+struct Latency {
+    waits: Histogram,
+    runs: Histogram,
+}
+
 impl Shared {
-    fn new(scheduler: Arc<Queue>, outsiders_help: bool, bound: Option<Admission>) -> Self {
+    fn new(
+        scheduler: Arc<Queue>,
+        outsiders_help: bool,
+        bound: Option<Admission>,
+        measures_latency: bool,
+    ) -> Self {
+        let each = || (0..=scheduler.worker_count()).map(|_| Latency::default());
+        let latencies = measures_latency.then(|| each().collect());
         Shared {
             scheduler,
             outsiders_help,
@@ -71,6 +88,7 @@ impl Shared {
             inherited: AtomicBool::new(false),
             bound,
             timer: Timer::default(),
+            latencies,
             tally: Tally::default(),
         }
     }
@@ -184,16 +202,25 @@ fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> R
     if let Some(worker) = worker {
         task.run_by(worker);
     }
-    perform(py, shared, call)
+    perform(py, shared, call, worker)
 }
 
 /// Make a call that nobody else has. Who is called back at its end is a part of the task.
-fn perform(py: Python<'_>, shared: &Shared, call: Call) -> Ran {
+fn perform(py: Python<'_>, shared: &Shared, call: Call, worker: Option<usize>) -> Ran {
     running(shared, || {
+        let latencies = shared.latencies.as_deref();
+        let latency =
+            latencies.map(|all| (&all[worker.unwrap_or(all.len() - 1)], now_nanoseconds()));
         if let Some(limits) = call.future().get().limits() {
             limits.begin(shared);
         }
         let outcome = call.make(py);
+        if let Some((latency, started)) = latency {
+            latency
+                .waits
+                .add(started.saturating_sub(call.asked_nanoseconds()));
+            latency.runs.add(now_nanoseconds() - started);
+        }
         let future = call.into_future();
         end(py, shared, future.bind(py), outcome)
     })
@@ -222,6 +249,13 @@ fn end(
             }
         }
     };
-    future.finish(slf, outcome, &[count]);
+    match limits::overdue(py, future) {
+        None => future.finish(slf, outcome, &[count]),
+        Some(late) => {
+            drop(outcome);
+            let counts = [&shared.tally.failed, &shared.tally.timed_out];
+            future.finish(slf, late, &counts)
+        }
+    };
     ran
 }

@@ -1,13 +1,15 @@
 //! `BareExecutor`: queueing calls and running workers; which threads there are is Python's.
 
 use super::admission::{Bound as Admission, WHEN_FULL, WhenFull};
-use super::call::{Arguments, Request, current_context};
+use super::call::{Arguments, Request, current_context, within};
 use super::future::{self, Future, Outcome};
 use super::limits::Terms;
 use super::{Shared, future_of};
 use crate::argument::{choice, count, timeout};
 use crate::errors::InvalidArgument;
 use crate::lane;
+use crate::numpy::scope::Use;
+use moirai_core::executor::latency::BUCKET_COUNT;
 use moirai_core::executor::{PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
@@ -30,11 +32,18 @@ pub struct BareExecutor {
     /// What the nodes are called.
     node_ids: Vec<usize>,
     bound: Option<(usize, WhenFull)>,
+    /// What tasks draw from.
+    memory: Option<Py<Use>>,
+    measures_latency: bool,
+    /// Called with each function, gives what is called in its place.
+    wrap: Option<Py<PyAny>>,
 }
 
 /// What `submit` takes besides the function's own arguments.
 pub(super) struct Options {
     pub(super) priority: Priority,
+    /// Where requests for memory go, if that was asked for.
+    pub(super) lane: Option<Lane>,
     pub(super) node: Option<usize>,
     pub(super) terms: Terms,
 }
@@ -65,18 +74,37 @@ impl BareExecutor {
     fn new_shared(&self, outsiders_help: bool) -> Arc<Shared> {
         let scheduler = Scheduler::new(&self.node_of_worker, &self.order);
         let bound = self.bound.map(|(limit, how)| Admission::new(limit, how));
-        Arc::new(Shared::new(scheduler, outsiders_help, bound))
+        let measures = self.measures_latency;
+        Arc::new(Shared::new(scheduler, outsiders_help, bound, measures))
+    }
+
+    /// A copy of the context of this moment, for tasks.
+    pub(super) fn context(&self, py: Python<'_>, lane: Option<Lane>) -> PyResult<Py<PyAny>> {
+        let context = current_context(py)?;
+        if let Some(memory) = &self.memory {
+            within(py, &context, || Use::settle(memory.bind(py), lane))?;
+        }
+        Ok(context)
+    }
+
+    /// What is called for a function.
+    fn wrapped(&self, function: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+        match &self.wrap {
+            None => Ok(function.clone().unbind()),
+            Some(wrap) => wrap.call1(function.py(), (function,)),
+        }
     }
 
     fn options(&self, given: Given<'_, '_>) -> PyResult<Options> {
-        let priority = match given.priority {
-            None => Priority::Normal,
-            Some(value) => match lane::from_priority("priority", value)? {
-                Lane::Realtime => PRIORITIES[0],
-                Lane::High => PRIORITIES[1],
-                Lane::Normal => PRIORITIES[2],
-                Lane::Background => PRIORITIES[3],
-            },
+        let lane = given
+            .priority
+            .map(|value| lane::from_priority("priority", value))
+            .transpose()?;
+        let priority = match lane.unwrap_or(Lane::Normal) {
+            Lane::Realtime => PRIORITIES[0],
+            Lane::High => PRIORITIES[1],
+            Lane::Normal => PRIORITIES[2],
+            Lane::Background => PRIORITIES[3],
         };
         let place = |node| {
             let id = count("node", node, 0..=usize::MAX >> 1)?;
@@ -95,6 +123,7 @@ impl BareExecutor {
         };
         Ok(Options {
             priority,
+            lane,
             node,
             terms,
         })
@@ -112,6 +141,9 @@ fn moment(seconds: f64) -> PyResult<u64> {
     Ok((seconds * 1e9) as u64)
 }
 
+/// Counts by powers of two.
+type Buckets = [u64; BUCKET_COUNT];
+
 /// What is in an iterable.
 fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
     items
@@ -124,8 +156,10 @@ fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
 impl BareExecutor {
     #[new]
     #[pyo3(signature = (
-        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full
+        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full, memory, wrap,
+        measure_latency
     ))]
+    #[allow(clippy::too_many_arguments)] // keywords of a Python class
     fn new(
         kind: Bound<'_, PyType>,
         node_of_worker: Vec<usize>,
@@ -134,6 +168,9 @@ impl BareExecutor {
         outsiders_help: bool,
         max_pending: Option<&Bound<'_, PyAny>>,
         when_full: &str,
+        memory: Option<Py<Use>>,
+        wrap: Option<Py<PyAny>>,
+        measure_latency: bool,
     ) -> PyResult<Self> {
         let when_full = choice("when_full", when_full, &WHEN_FULL)?;
         let limit = max_pending.map(|it| count("max_pending", it, 1..=MOST_PENDING));
@@ -163,7 +200,7 @@ impl BareExecutor {
         }
         let scheduler = Scheduler::new(&node_of_worker, &order);
         let admission = bound.map(|(limit, how)| Admission::new(limit, how));
-        let shared = Shared::new(scheduler, outsiders_help, admission);
+        let shared = Shared::new(scheduler, outsiders_help, admission, measure_latency);
         Ok(BareExecutor {
             shared: Mutex::new(Arc::new(shared)),
             kind: kind.unbind(),
@@ -171,6 +208,9 @@ impl BareExecutor {
             order,
             node_ids,
             bound,
+            memory,
+            measures_latency: measure_latency,
+            wrap,
         })
     }
 
@@ -186,6 +226,7 @@ impl BareExecutor {
         let py = slf.py();
         let mut options = Options {
             priority: Priority::Normal,
+            lane: None,
             node: None,
             terms: Terms::default(),
         };
@@ -212,9 +253,9 @@ impl BareExecutor {
         }
         let arguments = Arguments::Once(arguments.unbind(), rest);
         let request = Request {
-            function: function.clone().unbind(),
+            function: this.wrapped(function)?,
             arguments,
-            context: current_context(py)?,
+            context: this.context(py, options.lane)?,
         };
         this.queue(slf, &this.shared(), request, &options)
     }
@@ -243,6 +284,7 @@ impl BareExecutor {
             timeout_seconds,
             deadline,
         })?;
+        let wrapped = this.wrapped(function)?;
         let items = items_of(items)?;
         let mut calls = Vec::with_capacity(items.len());
         for item in items {
@@ -252,7 +294,7 @@ impl BareExecutor {
                 PyTuple::new(py, [item])?
             };
             let arguments = Arguments::OnceOfMany(arguments.unbind());
-            calls.push((function.clone().unbind(), arguments));
+            calls.push((wrapped.clone_ref(py), arguments));
         }
         this.queue_many(slf, calls, false, &options)
     }
@@ -290,7 +332,7 @@ impl BareExecutor {
                 )));
             };
             let arguments = tuple.get_slice(1, tuple.len()).unbind();
-            found.push((function.unbind(), Arguments::OnceOfMany(arguments)));
+            found.push((this.wrapped(&function)?, Arguments::OnceOfMany(arguments)));
         }
         this.queue_many(slf, found, true, &options)
     }
@@ -314,6 +356,7 @@ impl BareExecutor {
             node,
             ..Given::default()
         })?;
+        let (py, wrapped) = (slf.py(), this.wrapped(function)?);
         let mut items = items_of(items)?;
         let mut chunks = Vec::with_capacity(items.len() / size.max(1) + 1);
         while !items.is_empty() {
@@ -324,7 +367,7 @@ impl BareExecutor {
             } else {
                 Arguments::Each(chunk)
             };
-            chunks.push((function.clone().unbind(), arguments));
+            chunks.push((wrapped.clone_ref(py), arguments));
         }
         this.queue_many(slf, chunks, false, &options)
     }
@@ -394,6 +437,17 @@ impl BareExecutor {
         self.shared().scheduler.running_count()
     }
 
+    /// How long tasks waited for their start and took then, in nanoseconds by powers of two: for
+    /// each worker, and last for all other threads; None where that is not measured.
+    fn latencies(&self) -> Option<Vec<(Buckets, Buckets)>> {
+        let shared = self.shared();
+        let each = shared.latencies.as_ref()?.iter();
+        Some(
+            each.map(|it| (it.waits.counts(), it.runs.counts()))
+                .collect(),
+        )
+    }
+
     /// What was done so far: counts for the executor, and for each worker.
     fn counts<'py>(
         &self,
@@ -417,9 +471,13 @@ impl BareExecutor {
         }
         whole.set_item("workers_started", shared.scheduler.started_count())?;
         whole.set_item("queued", shared.scheduler.queued_count())?;
+        whole.set_item("queued_by_node", shared.scheduler.lane_counts())?;
         let mut workers = Vec::new();
-        for (counts, node) in shared.scheduler.counts().iter().zip(&self.node_of_worker) {
+        let depths = shared.scheduler.deque_counts();
+        let counts = shared.scheduler.counts();
+        for ((counts, node), depth) in counts.iter().zip(&self.node_of_worker).zip(depths) {
             let each = PyDict::new(py);
+            each.set_item("queued", depth)?;
             each.set_item("node", node)?;
             each.set_item("from_lanes", counts.from_lanes)?;
             each.set_item("from_own", counts.from_own)?;

@@ -1,7 +1,7 @@
 //! How a call becomes a queued task: room for it, its future, its place, and a thread if need be.
 
 use super::admission::{Admitted, admit};
-use super::call::{Arguments, Call, Request, current_context};
+use super::call::{Arguments, Call, Request};
 use super::future::{self, Future};
 use super::limits::{self, TimerHandle};
 use super::pool::{BareExecutor, Options};
@@ -9,7 +9,7 @@ use super::worker::WorkerHandle;
 use super::{RUNNING, Ran, Shared, Task, add, current_worker, perform};
 use crate::errors::Closed;
 use moirai_core::executor::{Priority, Queued};
-use moirai_core::os::is_first_thread;
+use moirai_core::os::{is_first_thread, now_nanoseconds};
 use moirai_core::sync::Ordering;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
@@ -59,7 +59,8 @@ impl BareExecutor {
     ) -> PyResult<(Arc<Task>, Py<Future>, Call)> {
         let task = Arc::new(Task::empty());
         let future = future::make(self.kind.bind(py), Arc::clone(&task), Arc::clone(shared))?;
-        let call = Call::new(request, future.clone_ref(py));
+        let asked = shared.latencies.as_ref().map_or(0, |_| now_nanoseconds());
+        let call = Call::new(request, future.clone_ref(py), asked);
         add(&shared.tally.submitted);
         Ok((task, future, call))
     }
@@ -101,7 +102,7 @@ impl BareExecutor {
         // Who is at a task has a seat already.
         let inside = std::ptr::eq(RUNNING.get().0, &raw const **shared);
         let has_seat = !inside && shared.scheduler.take_seat();
-        let ran = perform(py, shared, call);
+        let ran = perform(py, shared, call, None);
         if has_seat {
             shared.scheduler.give_seat();
         }
@@ -147,7 +148,7 @@ impl BareExecutor {
         let py = slf.py();
         let deadline = options.terms.deadline_nanoseconds;
         let node = options.node.unwrap_or_else(|| here(shared));
-        let context = current_context(py)?;
+        let context = self.context(py, options.lane)?;
         let mut calls = calls.into_iter().map(|(function, arguments)| Request {
             function,
             arguments,

@@ -9,6 +9,7 @@ use moirai_core::resource as core;
 use moirai_core::resource::Request;
 use moirai_core::resource::priority::Lane;
 use pyo3::ffi;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use std::ffi::{c_char, c_void};
@@ -147,6 +148,34 @@ pub struct Use {
     entered: Entered,
 }
 
+impl Use {
+    /// Set the resource in the current context for good, which nobody else is in; and the lane, for
+    /// a resource with lanes.
+    pub(crate) fn settle(slf: &Bound<'_, Self>, lane: Option<Lane>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let set = |variable: &Py<PyAny>, value: &Bound<'_, PyAny>| {
+            variable.call_method1(py, intern!(py, "set"), (value,))
+        };
+        if let Some(lane) = lane.filter(|_| this.resource.get().has_lanes()) {
+            set(
+                lane::variable(py)?,
+                (lane as u8).into_pyobject(py)?.as_any(),
+            )?;
+        }
+        set(this.variable, this.capsule(py)?.bind(py))?;
+        Ok(())
+    }
+
+    /// The handler for the lane of the current context.
+    fn capsule(&self, py: Python<'_>) -> PyResult<&Py<PyAny>> {
+        let resource = self.resource.bind(py);
+        let lane = resource.get().has_lanes().then(|| lane::current(py));
+        let lane = lane.transpose()?;
+        let place = &self.capsules[lane.map_or(0, |lane| lane as usize)];
+        place.get_or_try_init(py, || new_capsule(resource, lane))
+    }
+}
+
 #[pymethods]
 impl Use {
     #[new]
@@ -161,11 +190,7 @@ impl Use {
 
     fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         let (py, this) = (slf.py(), slf.get());
-        let resource = this.resource.bind(py);
-        let lane = resource.get().has_lanes().then(|| lane::current(py));
-        let lane = lane.transpose()?;
-        let place = &this.capsules[lane.map_or(0, |lane| lane as usize)];
-        let capsule = place.get_or_try_init(py, || new_capsule(resource, lane))?;
+        let capsule = this.capsule(py)?;
         this.entered.set(py, (this.variable, capsule), None)?;
         Ok(slf.clone())
     }
