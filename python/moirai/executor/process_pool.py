@@ -43,8 +43,8 @@ __all__ = ["ProcessPool", "Settings", "Task", "WorkerFailed"]
 _CALLS_BYTES = 256 << 10
 _RESULTS_BYTES = 1 << 20
 
-_CALLS_AHEAD = 2
-"""Calls that a worker has at once: the one that it runs, and the next."""
+_CALLS_AHEAD = 3
+"""Calls that a worker has at once: the one that it runs, and the next two."""
 
 _MOST_EARLY_DEATHS = 3
 """Workers in a row that may end before they are ready, until the executor is broken."""
@@ -93,6 +93,7 @@ class _Worker:
     tasks: dict[int, Task] = field(default_factory=dict)
     given_count: int = 0
     is_ready: bool = False
+    is_unfit: bool = False
 
     def take_back(self) -> Task | None:
         """Take the next task that the process has not taken out of its channel."""
@@ -389,8 +390,9 @@ class ProcessPool:
             # No reference is left to lend its memory by: others have them.
             content = content._replace(lent=[False] * len(content.lent))
             messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
-        self._copied_bytes += content.copied_bytes
-        self._lent_bytes += content.lent_bytes
+        if content.buffers:
+            self._copied_bytes += content.copied_bytes
+            self._lent_bytes += content.lent_bytes
 
     def _share(self) -> None:
         """Give an idle worker what another one has not begun."""
@@ -421,7 +423,7 @@ class ProcessPool:
             worker.is_ready = True
             self._early_deaths = 0
         elif head.kind == UNFIT:
-            self._break("A child process terminated abruptly: its initializer failed")
+            worker.is_unfit = True  # and it ends, once what it logs has gone out
         else:
             self._conclude(head.kind, worker.tasks.pop(head.call), packed)
             if not worker.tasks and not self._takes_more(worker):
@@ -473,7 +475,9 @@ class ProcessPool:
             self._fail(task, WorkerFailed(f"{_end_of(worker.process)} while it had this call"))
         if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
             self._worker_counts["lost"] += 1
-        if not worker.is_ready:
+        if worker.is_unfit:
+            self._break("the initializer failed in a worker process")
+        elif not worker.is_ready:
             self._early_deaths += 1
             if self._early_deaths == _MOST_EARLY_DEATHS:
                 self._break(
