@@ -22,6 +22,7 @@ LAYERS = [
     {"channels"},
     {"executor"},
     {"pressure"},
+    {"integrations"},
     {"reports"},
     {"cli"},
     {"__main__", "_startup"},
