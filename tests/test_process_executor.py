@@ -333,6 +333,34 @@ def test_calls_wait_for_shared_memory_and_one_that_never_fits_fails():
         assert executor.submit(abs, -1).result(WAIT_SECONDS) == 1
 
 
+def fail_with(array):
+    raise ValueError(len(array))
+
+
+def test_memory_of_a_call_is_there_for_the_next():
+    with ProcessExecutor(1, memory_bytes="4 MiB") as executor:
+        array = np.ones(3 * MIB, "u1")
+        for _ in range(20):  # two of them would not fit
+            assert executor.submit(np.sum, array).result(WAIT_SECONDS) == 3 * MIB
+            assert len(executor.submit(same, array).result(WAIT_SECONDS)) == 3 * MIB
+            with pytest.raises(ValueError, match=str(3 * MIB)):
+                executor.submit(fail_with, array).result(WAIT_SECONDS)
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("not me")
+
+
+def raise_unpicklable():
+    raise Unpicklable("but these words")
+
+
+def test_failure_that_cannot_be_pickled_keeps_its_words(executor):
+    with pytest.raises(RuntimeError, match="Unpicklable: but these words: cannot be pickled"):
+        executor.submit(raise_unpicklable).result(WAIT_SECONDS)
+
+
 # === workers that die ===========================================================================
 
 

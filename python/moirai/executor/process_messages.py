@@ -121,6 +121,11 @@ class Placer:
         self._capacity_bytes = parse_bytes(capacity_bytes, argument="memory_bytes")
         self._resource: SharedMemoryResource | None = None
 
+    @property
+    def lingering_bytes(self) -> int:
+        """Bytes that were let go here, but not yet by those who received them."""
+        return 0 if self._resource is None else self._resource.lingering_bytes
+
     def place(self, parts: Sequence[Any]) -> tuple[Any, int]:
         """Copy parts into one block: it, and where in it the table of the parts is.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from moirai.channels import SharedChannel, SharedSender
+from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Disconnected, OutOfMemory
 from moirai.executor import process_messages as messages
 from moirai.executor.process_messages import Content, Head, Placer
@@ -106,14 +106,6 @@ class _Results:
     def say(self, kind: int) -> None:
         messages.send_head(self._sender, Head(kind, self._worker))
 
-    def fail(self, kind: int, call: int, error: BaseException) -> None:
-        try:
-            content = messages.dump(with_traceback(error))
-        except Exception as unpicklable:
-            text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
-            content = messages.dump(RuntimeError(text))
-        self.send(kind, call, content)
-
 
 def work(start: Start) -> None:
     """Run calls until the executor closes the channel, or is gone."""
@@ -128,9 +120,7 @@ def work(start: Start) -> None:
             results.say(READY)
             left = start.call_count
             while left is None or left > 0:
-                head, packed = messages.receive(receiver, None)
-                _run(head.call, packed, results, interrupts)
-                del packed
+                _run(receiver, results, interrupts)
                 if left is not None:
                     left -= 1
 
@@ -149,25 +139,35 @@ def _initialize(start: Start, interrupts: _Interrupts) -> bool:
     return True
 
 
-def _run(call: int, packed: messages.Packed, results: _Results, interrupts: _Interrupts) -> None:
-    """One call; what it leaves behind is dropped before the next is waited for."""
+def _run(receiver: SharedReceiver, results: _Results, interrupts: _Interrupts) -> None:
+    """One call. What it had is let go before its result is sent: the next may need the room."""
+    kind, call, content = _outcome(receiver, interrupts)
+    try:
+        results.send(kind, call, content)
+    except OutOfMemory as error:
+        results.send(FAILED, call, _dump_failure(error))
+
+
+def _outcome(receiver: SharedReceiver, interrupts: _Interrupts) -> tuple[int, int, Content]:
+    head, packed = messages.receive(receiver, None)
     try:
         fn, args, kwargs = messages.load(packed)
     except BaseException as error:
-        results.fail(UNREADABLE, call, error)
-        return
+        return UNREADABLE, head.call, _dump_failure(error)
     try:
         try:
             interrupts.is_calling = True
             value = fn(*args, **kwargs)
         finally:
             interrupts.is_calling = False
-        content = messages.dump(value)
+        return RETURNED, head.call, messages.dump(value)
     except BaseException as error:
-        results.fail(FAILED, call, error)
-        return
-    del packed, fn, args, kwargs, value
+        return FAILED, head.call, _dump_failure(error)
+
+
+def _dump_failure(error: BaseException) -> Content:
     try:
-        results.send(RETURNED, call, content)
-    except OutOfMemory as error:
-        results.fail(FAILED, call, error)
+        return messages.dump(with_traceback(error))
+    except Exception as unpicklable:
+        text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
+        return messages.dump(RuntimeError(text))
