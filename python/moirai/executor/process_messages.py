@@ -12,6 +12,7 @@ import numpy as np
 
 from moirai.channels import parcels
 from moirai.channels.shared import SharedReceiver, SharedSender
+from moirai.errors import OutOfMemory
 from moirai.memory import SharedMemoryResource, parse_bytes
 
 __all__ = [
@@ -139,7 +140,12 @@ class Placer:
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + len(part)
             table += _PART.pack(start, end)
-        block: Any = self._resource.allocate(end + len(table))
+        block: Any
+        try:
+            block = self._resource.allocate(end + len(table))
+        except OutOfMemory:
+            self._resource.trim()  # takes back what killed processes had
+            block = self._resource.allocate(end + len(table))
         place = np.frombuffer(block, np.uint8)
         for part, (start, stop) in zip(parts, _PART.iter_unpack(table), strict=True):
             if stop > start:  # NumPy's copy: it lets other threads run

@@ -341,6 +341,7 @@ class ProcessPool:
     def _may_get_memory(self) -> bool:
         """Whether there may soon be more of it than now."""
         if self._has_tasks():
+            self._short_since = None
             return True
         # A worker may be letting go of what it just sent. Nothing tells when it has.
         now = time.monotonic()
