@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import copyreg
 import functools
 import os
 import pickle
@@ -345,6 +346,23 @@ def test_memory_of_a_call_is_there_for_the_next():
             assert len(executor.submit(same, array).result(WAIT_SECONDS)) == 3 * MIB
             with pytest.raises(ValueError, match=str(3 * MIB)):
                 executor.submit(fail_with, array).result(WAIT_SECONDS)
+
+
+def test_failure_comes_back_whatever_is_registered_for_its_class(monkeypatch):
+    monkeypatch.setitem(copyreg.dispatch_table, errors.OutOfMemory, refuse_to_pickle)
+    with ProcessExecutor(1, "fork") as executor:
+        with pytest.raises(errors.OutOfMemory, match="asked to"):
+            executor.submit(raise_out_of_memory).result(WAIT_SECONDS)
+        with pytest.raises(errors.OutOfMemory, match="of items"):
+            list(executor.map(raise_out_of_memory, ["of items"], chunksize=1))
+
+
+def refuse_to_pickle(error):
+    raise TypeError("not this one")
+
+
+def raise_out_of_memory(text="asked to"):
+    raise errors.OutOfMemory(text)
 
 
 class Unpicklable(Exception):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
+import io
+import pickle
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import _ExceptionWithTraceback
@@ -74,7 +77,33 @@ def run_chunk(
 
 def with_traceback(error: BaseException) -> Any:
     """What is unpickled as the exception, with its traceback as the text of its cause."""
-    return _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]
+    told = _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]
+    try:
+        return _Pickled(told)
+    except Exception:  # a class that only cloudpickle can send, for instance
+        return told
+
+
+class _Pickled:
+    """A failure, pickled as exceptions pickle themselves.
+
+    Packages such as tblib, which comes with Dask, register functions for all classes of exceptions,
+    some of which they cannot make again.
+    """
+
+    def __init__(self, told: _ExceptionWithTraceback) -> None:
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, 5)
+        pickler.dispatch_table = {
+            kind: reduce
+            for kind, reduce in copyreg.dispatch_table.items()
+            if not issubclass(kind, BaseException)
+        }
+        pickler.dump(told)
+        self._data = file.getvalue()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._data,)
 
 
 class _Interrupts:
