@@ -3,7 +3,8 @@
 Two worker processes for each subject, all started by one process. In each round every subject runs
 each workload once, subjects in turn. Garbage collection is off within a workload, for all.
 
-- submit and gather: a future for each of many trivial calls, then all results;
+- submit and gather: a future for each of many trivial calls, then all results (joblib puts calls
+  into batches by itself);
 - map: the results of many trivial calls, in chunks;
 - latency: one call, and waiting for its result, for many in turn;
 - arrays: eight calls at once, each with an array of its own to sum up, or that gives one back, or
@@ -143,7 +144,7 @@ def _parallel_of_joblib() -> Any:
 
 def _end_parallel(parallel: Any) -> None:
     parallel.__exit__(None, None, None)
-    loky.get_reusable_executor().shutdown(wait=True)
+    joblib.externals.loky.get_reusable_executor().shutdown(wait=True)
 
 
 SUBJECTS: dict[str, Subject] = {
