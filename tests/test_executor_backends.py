@@ -7,6 +7,9 @@ import pytest
 from moirai import errors
 from moirai.executor import Executor, Priority, ProcessExecutor
 
+# From 3.12 on forking is warned of where there are threads, as there are in every executor.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 WAIT_SECONDS = 60
 
 

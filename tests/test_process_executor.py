@@ -20,6 +20,9 @@ from running import in_forked_child, run_threads
 from moirai import errors, memory
 from moirai.executor import Priority, ProcessExecutor, process_pool
 
+# From 3.12 on forking is warned of where there are threads, as there are in every executor.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 WAIT_SECONDS = 60
 MIB = 1 << 20
 # Calls that wait at a worker that is busy.
@@ -254,21 +257,21 @@ def describe(array):
     return told
 
 
-def test_array_is_copied_once_and_belongs_to_the_worker(executor):
+def test_array_is_copied_once_and_belongs_to_the_worker(one):
     array = np.ones(2 * MIB, "u1")
-    assert executor.submit(describe, array).result(WAIT_SECONDS) == (True, 2 * MIB)
+    assert one.submit(describe, array).result(WAIT_SECONDS) == (True, 2 * MIB)
     assert array.all()
-    counts = executor.statistics()
+    counts = one.statistics()
     assert (counts.copied_bytes, counts.lent_bytes) == (2 * MIB, 0)
 
 
-def test_array_in_shared_memory_is_not_copied(executor):
+def test_array_in_shared_memory_is_not_copied(one):
     shared = memory.SharedMemoryResource("8 MiB")
     with memory.use(shared):
         array = np.ones(2 * MIB, "u1")
     # What the worker gets is the memory itself: it sees what is written here while it holds it.
-    assert executor.submit(describe, array[::1]).result(WAIT_SECONDS) == (False, 2 * MIB)
-    counts = executor.statistics()
+    assert one.submit(describe, array[::1]).result(WAIT_SECONDS) == (False, 2 * MIB)
+    counts = one.statistics()
     assert (counts.copied_bytes, counts.lent_bytes) == (0, 2 * MIB)
 
 
