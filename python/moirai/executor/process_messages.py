@@ -12,6 +12,7 @@ import numpy as np
 
 from moirai.channels import parcels
 from moirai.channels.shared import SharedReceiver, SharedSender
+from moirai.errors import OutOfMemory
 from moirai.memory import SharedMemoryResource, parse_bytes
 
 __all__ = [
@@ -31,7 +32,7 @@ _HEAD = struct.Struct("<BIQBQI")
 _PART = struct.Struct("<QQ")
 _ALIGNMENT = 64
 
-_OBJECT, _LENT_OBJECT = 2, 5
+_BYTES, _OBJECT, _PICKLE, _LENT_OBJECT = 0, 2, 3, 5
 _INLINE, _PACKED = 0, 1
 # References in a message; the rest is copied. A message with more would not fit the ring.
 _MOST_LENT = 64
@@ -49,8 +50,8 @@ class Content(NamedTuple):
     """An object as a pickle and the buffers that it left out; `lent` are in shared memory."""
 
     pickle: bytes
-    buffers: Sequence[Any]
-    lent: Sequence[bool]
+    buffers: list[Any]
+    lent: list[bool]
 
     @property
     def copied_bytes(self) -> int:
@@ -73,8 +74,24 @@ def dump(item: object) -> Content:
     Raises:
         Exception: What pickling raises.
     """
+    found: list[pickle.PickleBuffer] = []
     try:
-        data, buffers = parcels.dump(item)
+        data = pickle.dumps(item, 5, buffer_callback=found.append)
+        buffers = [buffer.raw() for buffer in found]
+    except Exception:
+        data, buffers = _dump_otherwise(item)
+    if not buffers:
+        return Content(data, [], [])
+    lent = [len(buffer) > 0 and SharedSender._lends(buffer) for buffer in buffers]
+    if sum(lent) > _MOST_LENT:
+        lent = [False] * len(buffers)
+    return Content(data, buffers, lent)
+
+
+def _dump_otherwise(item: object) -> tuple[bytes, list[memoryview]]:
+    """By multiprocessing's reducers, which cost more, or by cloudpickle."""
+    try:
+        return parcels.dump(item)
     except Exception:
         try:
             import cloudpickle
@@ -85,13 +102,7 @@ def dump(item: object) -> Content:
         found: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
         cloudpickle.Pickler(file, 5, buffer_callback=found.append).dump(item)
-        data, buffers = file.getvalue(), [buffer.raw() for buffer in found]
-    if not buffers:
-        return Content(data, (), ())
-    lent = [len(buffer) > 0 and SharedSender._lends(buffer) for buffer in buffers]
-    if sum(lent) > _MOST_LENT:
-        lent = [False] * len(buffers)
-    return Content(data, buffers, lent)
+        return file.getvalue(), [buffer.raw() for buffer in found]
 
 
 class Packed(NamedTuple):
@@ -111,6 +122,11 @@ class Placer:
         self._capacity_bytes = parse_bytes(capacity_bytes, argument="memory_bytes")
         self._resource: SharedMemoryResource | None = None
 
+    @property
+    def lingering_bytes(self) -> int:
+        """Bytes that were let go here, but not yet by those who received them."""
+        return 0 if self._resource is None else self._resource.lingering_bytes
+
     def place(self, parts: Sequence[Any]) -> tuple[Any, int]:
         """Copy parts into one block: it, and where in it the table of the parts is.
 
@@ -124,7 +140,12 @@ class Placer:
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + len(part)
             table += _PART.pack(start, end)
-        block: Any = self._resource.allocate(end + len(table))
+        block: Any
+        try:
+            block = self._resource.allocate(end + len(table))
+        except OutOfMemory:
+            self._resource.trim()  # takes back what killed processes had
+            block = self._resource.allocate(end + len(table))
         place = np.frombuffer(block, np.uint8)
         for part, (start, stop) in zip(parts, _PART.iter_unpack(table), strict=True):
             if stop > start:  # NumPy's copy: it lets other threads run
@@ -157,6 +178,9 @@ def send(
         Disconnected: The receiver is gone.
     """
     data, buffers, lent = content
+    if not buffers and len(data) + _HEAD.size <= inline_bytes:
+        sender._send_object(_HEAD.pack(*head, _INLINE, 0, 0) + data, buffers, timeout_seconds)
+        return
     kept = [buffer for buffer, is_lent in zip(buffers, lent, strict=True) if not is_lent]
     flags = bytes(lent)
     # A reference takes 48 bytes, a part 16 in the table and 1 among the flags.
@@ -188,17 +212,18 @@ def receive(receiver: SharedReceiver, timeout_seconds: float | None) -> tuple[He
         Disconnected: Nobody is left to send one.
     """
     kind, item, parts = receiver._receive_any(timeout_seconds)
-    buffers: list[Any] = []
+    if kind in (_PICKLE, _BYTES):
+        what, worker, call, _, _, _ = _HEAD.unpack_from(item)
+        return Head(what, worker, call), Packed(memoryview(item)[_HEAD.size :], [])
     if kind == _OBJECT:
         view = memoryview(item)
         front, *buffers = [view[start:end] for start, end in parts]
-    elif kind == _LENT_OBJECT:
+    else:
+        assert kind == _LENT_OBJECT
         view = memoryview(item[0])
         front, *buffers = [view[start:end] for start, end in parts]
         for index, block in item[1]:
             buffers[index - 1] = memoryview(block)
-    else:  # without buffers
-        front = memoryview(item)
     *head, layout, table, flag_count = _HEAD.unpack_from(front)
     flags = front[_HEAD.size : _HEAD.size + flag_count]
     data = front[_HEAD.size + flag_count :]

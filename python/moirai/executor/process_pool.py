@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import signal
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
-from typing import Any
 
 from moirai import errors
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.executor import process_messages as messages
 from moirai.executor.lanes import Lanes
 from moirai.executor.process_messages import Content, Head, Packed, Placer
+from moirai.executor.process_parts import (
+    Settings,
+    Task,
+    Worker,
+    WorkerFailed,
+    end_of,
+    with_cause,
+)
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_watch import Watch
 from moirai.executor.process_worker import (
@@ -35,76 +39,27 @@ from moirai.executor.process_worker import (
     work,
 )
 from moirai.executor.progress import Counter
-from moirai.executor.remote import RemoteFuture
-from moirai.memory import Priority
 
-__all__ = ["ProcessPool", "Settings", "Task", "WorkerFailed"]
+__all__ = ["ProcessPool"]
 
 _CALLS_BYTES = 256 << 10
 _RESULTS_BYTES = 1 << 20
 
-_CALLS_AHEAD = 2
-"""Calls that a worker has at once: the one that it runs, and the next."""
+_CALLS_AHEAD = 3
+"""Calls that a worker has at once: the one that it runs, and the next two."""
 
 _MOST_EARLY_DEATHS = 3
 """Workers in a row that may end before they are ready, until the executor is broken."""
 
+_MEMORY_SECONDS = 1.0
+"""How long to wait for memory that processes which run nothing have."""
+
+_MEMORY_PROBE_SECONDS = 0.005
+"""How often to look for it meanwhile."""
+
 _numbers = itertools.count()
 _pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 _is_interpreter_ending = False
-
-
-class WorkerFailed(errors.WorkerFailed, BrokenProcessPool):
-    """What `errors.WorkerFailed` is, for code that knows concurrent.futures' exception."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a `ProcessExecutor` was made with."""
-
-    max_workers: int
-    context: BaseContext
-    initializer: Callable[..., object] | None
-    initargs: tuple[Any, ...]
-    max_tasks_per_child: int | None
-    memory_bytes: int
-
-
-@dataclass(eq=False)
-class Task:
-    """A call, or several in a chunk, on the way to its result."""
-
-    future: RemoteFuture[Any]
-    content: Content
-    priority: Priority
-    call_count: int = 1
-    number: int = 0
-    is_running: bool = False
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A process, and the tasks that were sent to it and are not over."""
-
-    number: int
-    process: BaseProcess
-    calls: SharedChannel
-    sender: SharedSender
-    tasks: dict[int, Task] = field(default_factory=dict)
-    given_count: int = 0
-    is_ready: bool = False
-
-    def take_back(self) -> Task | None:
-        """Take the next task that the process has not taken out of its channel."""
-        with self.calls.receiver() as receiver, contextlib.suppress(errors.Timeout):
-            head, _ = messages.receive(receiver, 0)
-            self.given_count -= 1
-            return self.tasks.pop(head.call)
-        return None
-
-    def close(self) -> None:
-        """Tell the process that nothing more will come."""
-        self.calls.close()
 
 
 class ProcessPool:
@@ -129,11 +84,12 @@ class ProcessPool:
         self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
         self._worker_counts = dict.fromkeys(("started", "lost"), 0)
         self._taken_back = self._copied_bytes = self._lent_bytes = 0
-        self.workers: dict[int, _Worker] = {}
-        self._leaving: dict[int, _Worker] = {}
+        self.workers: dict[int, Worker] = {}
+        self._leaving: dict[int, Worker] = {}
         self._task_numbers = itertools.count(1)
         self._worker_numbers = itertools.count()
         self._early_deaths = 0
+        self._short_since: float | None = None
         self._placer = Placer(self.settings.memory_bytes)
         self.is_closed = False
         self.broken: str | None = None
@@ -258,9 +214,11 @@ class ProcessPool:
     def _manage(self) -> None:
         try:
             while self._dispatch():
-                head, packed = messages.receive(self._receiver, None)
-                self._handle(head, packed)
-                del packed
+                patience = None if self._short_since is None else _MEMORY_PROBE_SECONDS
+                with contextlib.suppress(errors.Timeout):
+                    head, packed = messages.receive(self._receiver, patience)
+                    self._handle(head, packed)
+                    del packed
         except BaseException as error:
             self._break(f"the thread that manages the workers failed: {error!r}")
             raise
@@ -299,7 +257,7 @@ class ProcessPool:
     def _has_tasks(self) -> bool:
         return any(worker.tasks for worker in self.workers.values())
 
-    def _takes_more(self, worker: _Worker) -> bool:
+    def _takes_more(self, worker: Worker) -> bool:
         most = self.settings.max_tasks_per_child
         return most is None or worker.given_count < most
 
@@ -317,7 +275,7 @@ class ProcessPool:
                 return
             self._watch.add(worker.number, worker.process)
 
-    def _start_worker(self) -> _Worker:
+    def _start_worker(self) -> Worker:
         settings, number = self.settings, next(self._worker_numbers)
         assert self._results is not None
         calls = SharedChannel.create(capacity_bytes=_CALLS_BYTES)
@@ -333,7 +291,7 @@ class ProcessPool:
         process = settings.context.Process(  # type: ignore[attr-defined]
             target=work, args=(start,), name=f"{self.name}_{number}"
         )
-        worker = _Worker(number, process, calls, calls.sender())
+        worker = Worker(number, process, calls, calls.sender())
         # Before it starts: a signal's exception may come when it has.
         self.workers[number] = worker
         try:
@@ -356,7 +314,7 @@ class ProcessPool:
                     if not self._give(worker, task):
                         break
 
-    def _give(self, worker: _Worker, task: Task) -> bool:
+    def _give(self, worker: Worker, task: Task) -> bool:
         """Send a task to a worker, or be done with it; false if it is queued again."""
         if not task.is_running:
             if not task.future.set_running_or_notify_cancel():
@@ -366,8 +324,8 @@ class ProcessPool:
         try:
             self._send(worker, task.content, task.number)
         except (errors.Timeout, errors.OutOfMemory, errors.Disconnected) as error:
-            if isinstance(error, errors.OutOfMemory) and not self._has_tasks():
-                self._fail(task, error)  # it would never be there
+            if isinstance(error, errors.OutOfMemory) and not self._may_get_memory():
+                self._fail(task, error)
                 return True
             with self._lock:
                 self._lanes.put_back(task, task.priority)
@@ -375,11 +333,26 @@ class ProcessPool:
         except Exception as error:
             self._fail(task, error)
             return True
+        self._short_since = None
         worker.tasks[task.number] = task
         worker.given_count += 1
         return True
 
-    def _send(self, worker: _Worker, content: Content, number: int) -> None:
+    def _may_get_memory(self) -> bool:
+        """Whether there may soon be more of it than now."""
+        if self._has_tasks():
+            self._short_since = None
+            return True
+        # A worker may be letting go of what it just sent. Nothing tells when it has.
+        now = time.monotonic()
+        if self._short_since is None:
+            self._short_since = now
+        may = self._placer.lingering_bytes > 0 and now - self._short_since < _MEMORY_SECONDS
+        if not may:
+            self._short_since = None
+        return may
+
+    def _send(self, worker: Worker, content: Content, number: int) -> None:
         head, inline_bytes = Head(CALL, worker.number, number), worker.calls.inline_bytes
         try:
             messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
@@ -389,8 +362,9 @@ class ProcessPool:
             # No reference is left to lend its memory by: others have them.
             content = content._replace(lent=[False] * len(content.lent))
             messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
-        self._copied_bytes += content.copied_bytes
-        self._lent_bytes += content.lent_bytes
+        if content.buffers:
+            self._copied_bytes += content.copied_bytes
+            self._lent_bytes += content.lent_bytes
 
     def _share(self) -> None:
         """Give an idle worker what another one has not begun."""
@@ -421,7 +395,7 @@ class ProcessPool:
             worker.is_ready = True
             self._early_deaths = 0
         elif head.kind == UNFIT:
-            self._break("A child process terminated abruptly: its initializer failed")
+            worker.is_unfit = True  # and it ends, once what it logs has gone out
         else:
             self._conclude(head.kind, worker.tasks.pop(head.call), packed)
             if not worker.tasks and not self._takes_more(worker):
@@ -436,13 +410,13 @@ class ProcessPool:
         try:
             value = messages.load(packed)
         except BaseException as error:
-            self._fail(task, _with_cause(f"the result cannot be read: {error!r}", error))
+            self._fail(task, with_cause(f"the result cannot be read: {error!r}", error))
             return
         if kind == RETURNED:
             self._over(task, "succeeded")
             task.future.set_result(value)
         elif kind == UNREADABLE:
-            self._fail(task, _with_cause(f"the worker cannot read the call: {value!r}", value))
+            self._fail(task, with_cause(f"the worker cannot read the call: {value!r}", value))
         else:
             assert kind == FAILED
             self._fail(task, value)
@@ -470,15 +444,15 @@ class ProcessPool:
             for task in reversed(unbegun):
                 self._lanes.put_back(task, task.priority)
         for task in worker.tasks.values():
-            self._fail(task, WorkerFailed(f"{_end_of(worker.process)} while it had this call"))
+            self._fail(task, WorkerFailed(f"{end_of(worker.process)} while it had this call"))
         if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
             self._worker_counts["lost"] += 1
-        if not worker.is_ready:
+        if worker.is_unfit:
+            self._break("the initializer failed in a worker process")
+        elif not worker.is_ready:
             self._early_deaths += 1
             if self._early_deaths == _MOST_EARLY_DEATHS:
-                self._break(
-                    f"{_end_of(worker.process)} before it was ready, as did those before it"
-                )
+                self._break(f"{end_of(worker.process)} before it was ready, as did those before it")
 
     def _break(self, message: str) -> None:
         """Run nothing more."""
@@ -506,24 +480,6 @@ class ProcessPool:
         self._reset()
         for task in tasks:
             task.future.disconnect()
-
-
-def _with_cause(message: str, cause: BaseException) -> WorkerFailed:
-    error = WorkerFailed(message)
-    error.__cause__ = cause
-    return error
-
-
-def _end_of(process: BaseProcess) -> str:
-    code = process.exitcode
-    if code is not None and code < 0:
-        try:
-            how = f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            how = f"was killed by signal {-code}"
-    else:
-        how = f"ended with status {code}"
-    return f"the worker process {process.pid} {how}"
 
 
 def _end_all() -> None:

@@ -23,7 +23,7 @@ class ProcessStatistics:
         taken_back: Tasks that a worker had not begun when another one was idle, which got them.
         queued: Tasks that no worker has yet.
         copied_bytes: Bytes of arrays and other buffers in calls and results that were copied to
-            be sent.
+            be sent; again for a call that was taken back.
         lent_bytes: Bytes of those that were sent by reference.
     """
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
+import io
+import pickle
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import _ExceptionWithTraceback
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from moirai.channels import SharedChannel, SharedSender
+from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Disconnected, OutOfMemory
 from moirai.executor import process_messages as messages
 from moirai.executor.process_messages import Content, Head, Placer
@@ -74,7 +77,33 @@ def run_chunk(
 
 def with_traceback(error: BaseException) -> Any:
     """What is unpickled as the exception, with its traceback as the text of its cause."""
-    return _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]
+    told = _ExceptionWithTraceback(error, error.__traceback__)  # type: ignore[arg-type]
+    try:
+        return _Pickled(told)
+    except Exception:  # a class that only cloudpickle can send, for instance
+        return told
+
+
+class _Pickled:
+    """A failure, pickled as exceptions pickle themselves.
+
+    Packages such as tblib, which comes with Dask, register functions for all classes of exceptions,
+    some of which they cannot make again.
+    """
+
+    def __init__(self, told: _ExceptionWithTraceback) -> None:
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, 5)
+        pickler.dispatch_table = {
+            kind: reduce
+            for kind, reduce in copyreg.dispatch_table.items()
+            if not issubclass(kind, BaseException)
+        }
+        pickler.dump(told)
+        self._data = file.getvalue()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._data,)
 
 
 class _Interrupts:
@@ -106,14 +135,6 @@ class _Results:
     def say(self, kind: int) -> None:
         messages.send_head(self._sender, Head(kind, self._worker))
 
-    def fail(self, kind: int, call: int, error: BaseException) -> None:
-        try:
-            content = messages.dump(with_traceback(error))
-        except Exception as unpicklable:
-            text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
-            content = messages.dump(RuntimeError(text))
-        self.send(kind, call, content)
-
 
 def work(start: Start) -> None:
     """Run calls until the executor closes the channel, or is gone."""
@@ -128,9 +149,7 @@ def work(start: Start) -> None:
             results.say(READY)
             left = start.call_count
             while left is None or left > 0:
-                head, packed = messages.receive(receiver, None)
-                _run(head.call, packed, results, interrupts)
-                del packed
+                _run(receiver, results, interrupts)
                 if left is not None:
                     left -= 1
 
@@ -149,25 +168,35 @@ def _initialize(start: Start, interrupts: _Interrupts) -> bool:
     return True
 
 
-def _run(call: int, packed: messages.Packed, results: _Results, interrupts: _Interrupts) -> None:
-    """One call; what it leaves behind is dropped before the next is waited for."""
+def _run(receiver: SharedReceiver, results: _Results, interrupts: _Interrupts) -> None:
+    """One call. What it had is let go before its result is sent: the next may need the room."""
+    kind, call, content = _outcome(receiver, interrupts)
+    try:
+        results.send(kind, call, content)
+    except OutOfMemory as error:
+        results.send(FAILED, call, _dump_failure(error))
+
+
+def _outcome(receiver: SharedReceiver, interrupts: _Interrupts) -> tuple[int, int, Content]:
+    head, packed = messages.receive(receiver, None)
     try:
         fn, args, kwargs = messages.load(packed)
     except BaseException as error:
-        results.fail(UNREADABLE, call, error)
-        return
+        return UNREADABLE, head.call, _dump_failure(error)
     try:
         try:
             interrupts.is_calling = True
             value = fn(*args, **kwargs)
         finally:
             interrupts.is_calling = False
-        content = messages.dump(value)
+        return RETURNED, head.call, messages.dump(value)
     except BaseException as error:
-        results.fail(FAILED, call, error)
-        return
-    del packed, fn, args, kwargs, value
+        return FAILED, head.call, _dump_failure(error)
+
+
+def _dump_failure(error: BaseException) -> Content:
     try:
-        results.send(RETURNED, call, content)
-    except OutOfMemory as error:
-        results.fail(FAILED, call, error)
+        return messages.dump(with_traceback(error))
+    except Exception as unpicklable:
+        text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
+        return messages.dump(RuntimeError(text))

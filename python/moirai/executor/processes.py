@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from moirai.errors import InvalidArgument
 from moirai.executor import process_messages as messages
 from moirai.executor.interface import BaseExecutor
-from moirai.executor.process_pool import ProcessPool, Settings, Task
+from moirai.executor.process_parts import Settings, Task
+from moirai.executor.process_pool import ProcessPool
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_worker import run_chunk
 from moirai.executor.progress import Progress

@@ -9,10 +9,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from moirai import _native
 from moirai.errors import InvalidArgument
+from moirai.executor import backends
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
@@ -55,6 +56,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
         initializer: Called in each worker's thread before its first task; when it raises, the
             executor is broken. With one, only workers run tasks, never a thread that waits.
         initargs: Its arguments.
+        backend: What runs the tasks: "threads"; "processes" (a `ProcessExecutor`); "dask" (the
+            cluster of the current client), which leave out what is said of threads and have no
+            `max_pending`, `memory` and `task_arena`; None: what the environment variable
+            MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
         affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
             the kernel puts it; "auto": "node" where there are several nodes, else None.
         topology: The machine; None reads it.
@@ -91,6 +96,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         *,
+        backend: str | None = None,
         affinity: Affinity = "auto",
         topology: Topology | None = None,
         max_pending: int | None = None,
@@ -99,6 +105,14 @@ class Executor(_native.BareExecutor, BaseExecutor):
         task_arena: bool = False,
         measure_latency: bool = False,
     ) -> Executor:
+        other = backends.find(backend) if cls is Executor else None
+        if other is not None:
+            given = {"max_pending": max_pending, "memory": memory, "task_arena": task_arena or None}
+            for name, value in given.items():
+                if value is not None:
+                    raise InvalidArgument(f"{name}: needs the backend threads, got {value!r}")
+            made = other(max_workers=max_workers, initializer=initializer, initargs=initargs)
+            return cast("Executor", made)
         machine = Topology.read() if topology is None else topology
         if max_workers is None:
             max_workers = default_worker_count(machine, cpu_quota())

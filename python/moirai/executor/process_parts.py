@@ -1,0 +1,95 @@
+"""What the pool of a `ProcessExecutor` keeps: its settings, its tasks, its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from moirai import errors
+from moirai.channels import SharedChannel, SharedSender
+from moirai.executor import process_messages as messages
+from moirai.executor.process_messages import Content
+from moirai.executor.remote import RemoteFuture
+from moirai.memory import Priority
+
+__all__ = ["Settings", "Task", "Worker", "WorkerFailed", "end_of", "with_cause"]
+
+
+class WorkerFailed(errors.WorkerFailed, BrokenProcessPool):
+    """What `errors.WorkerFailed` is, for code that knows concurrent.futures' exception."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `ProcessExecutor` was made with."""
+
+    max_workers: int
+    context: BaseContext
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    max_tasks_per_child: int | None
+    memory_bytes: int
+
+
+@dataclass(eq=False)
+class Task:
+    """A call, or several in a chunk, on the way to its result."""
+
+    future: RemoteFuture[Any]
+    content: Content
+    priority: Priority
+    call_count: int = 1
+    number: int = 0
+    is_running: bool = False
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process, and the tasks that were sent to it and are not over."""
+
+    number: int
+    process: BaseProcess
+    calls: SharedChannel
+    sender: SharedSender
+    tasks: dict[int, Task] = field(default_factory=dict)
+    given_count: int = 0
+    is_ready: bool = False
+    is_unfit: bool = False
+
+    def take_back(self) -> Task | None:
+        """Take the next task that the process has not taken out of its channel."""
+        with self.calls.receiver() as receiver, contextlib.suppress(errors.Timeout):
+            head, _ = messages.receive(receiver, 0)
+            self.given_count -= 1
+            return self.tasks.pop(head.call)
+        return None
+
+    def close(self) -> None:
+        """Tell the process that nothing more will come."""
+        self.calls.close()
+
+
+def with_cause(message: str, cause: BaseException) -> WorkerFailed:
+    """Make a failure that has a cause."""
+    error = WorkerFailed(message)
+    error.__cause__ = cause
+    return error
+
+
+def end_of(process: BaseProcess) -> str:
+    """Say how a process that was joined has ended."""
+    code = process.exitcode
+    if code is not None and code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"was killed by signal {-code}"
+    else:
+        how = f"ended with status {code}"
+    return f"the worker process {process.pid} {how}"

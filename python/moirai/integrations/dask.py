@@ -1,0 +1,371 @@
+"""`DistributedExecutor`: calls run by a Dask cluster."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import queue
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import distributed
+
+from moirai.errors import Closed, Disconnected, InvalidArgument, Unsupported, WorkerFailed
+from moirai.executor.interface import BaseExecutor
+from moirai.executor.progress import Counter, Progress
+from moirai.executor.remote import RemoteFuture
+from moirai.memory import Priority
+
+__all__ = ["DistributedExecutor", "DistributedStatistics", "make_executor"]
+
+_Result = TypeVar("_Result")
+
+# Dask's are numbers of which the higher go first, and 0 is what says nothing.
+_PRIORITIES = {
+    Priority.REALTIME: 20,
+    Priority.HIGH: 10,
+    Priority.NORMAL: 0,
+    Priority.BACKGROUND: -10,
+}
+_executors: weakref.WeakSet[DistributedExecutor] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class DistributedStatistics:
+    """Counts since the executor was made.
+
+    When nothing is under way, ``submitted == succeeded + failed + cancelled``.
+
+    Attributes:
+        submitted: Tasks that were sent to the scheduler.
+        succeeded: Tasks that returned; a chunk of `map` is one task.
+        failed: Tasks that raised, or that the cluster lost.
+        cancelled: Tasks that were cancelled.
+    """
+
+    submitted: int
+    succeeded: int
+    failed: int
+    cancelled: int
+
+
+@dataclass(eq=False)
+class _Task:
+    future: RemoteFuture[Any]
+    remote: Any
+    call_count: int
+
+
+class DistributedExecutor(BaseExecutor):
+    """A `concurrent.futures.Executor` over an existing client of a Dask cluster.
+
+    Any thread may use it but the client's event loop's. A forked child must not. Shutting it down
+    leaves the client and the cluster as they are. The workers need not have Moirai.
+
+    Args:
+        client: Where tasks go.
+
+    Raises:
+        InvalidArgument: It is no client, or is asynchronous.
+    """
+
+    def __init__(self, client: distributed.Client) -> None:
+        if not isinstance(client, distributed.Client) or client.asynchronous:
+            raise InvalidArgument(f"client: must be a synchronous distributed.Client, got {client}")
+        self._client: Any = client
+        self._process_id = os.getpid()
+        self._counter = Counter()
+        # Reentrant: dropping an object may call back in the thread that drops it.
+        self._lock = threading.RLock()
+        self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
+        self._tasks: dict[Any, _Task] = {}
+        self._is_closed = False
+        self._ended: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._collector: threading.Thread | None = None
+        _executors.add(self)
+
+    @property
+    def max_workers(self) -> int:
+        """How many tasks the cluster runs at once now; asks the scheduler."""
+        thread_counts: dict[str, int] = self._client.nthreads()
+        return max(1, sum(thread_counts.values()))
+
+    def submit(  # type: ignore[override]
+        self,
+        fn: Callable[..., _Result],
+        /,
+        *args: Any,
+        priority: Priority | None = None,
+        node: int | None = None,
+        **kwargs: Any,
+    ) -> RemoteFuture[_Result]:
+        """Send a call of a function to the cluster; its future.
+
+        Futures of the client among the arguments become dependencies.
+
+        Args:
+            fn: What is called.
+            args: Its arguments.
+            priority: How urgent the task is; None: Priority.NORMAL.
+            node: For executors of threads; here, the scheduler chooses.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            Closed: After `shutdown`; a RuntimeError.
+            Disconnected: In a forked child.
+        """
+        self._check_open()
+        if kwargs:
+            # Some names are those of the client's own arguments.
+            remote = self._client.submit(
+                _with_keywords, fn, args, kwargs, pure=False, priority=_priority(priority)
+            )
+        else:
+            remote = self._client.submit(fn, *args, pure=False, priority=_priority(priority))
+        return self._track([remote], [1])[0]
+
+    def submit_many(
+        self,
+        fn: Callable[..., _Result],
+        *iterables: Iterable[Any],
+        priority: Priority | None = None,
+        node: int | None = None,
+    ) -> list[RemoteFuture[_Result]]:
+        """Send a call for each item of the iterables, all in one message; their futures, in order.
+
+        As `submit`.
+        """
+        self._check_open()
+        items = list(zip(*iterables, strict=False))
+        if not items:
+            return []
+        columns = [list(column) for column in zip(*items, strict=True)]
+        remotes = self._client.map(fn, *columns, pure=False, priority=_priority(priority))
+        return self._track(remotes, [1] * len(remotes))
+
+    def _queue_chunks(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        size: int,
+        *,
+        star: bool,
+        priority: Priority | None,
+        node: int | None,
+    ) -> Sequence[RemoteFuture[Any]]:
+        self._check_open()
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        run = _chunk_runner(fn, star)
+        remotes = self._client.map(run, chunks, pure=False, priority=_priority(priority))
+        return self._track(remotes, list(map(len, chunks)))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; those that were sent still run, unless they are cancelled.
+
+        Args:
+            wait: Whether to wait until they have ended. Ctrl-C ends the wait.
+            cancel_futures: Whether to cancel what has not ended.
+        """
+        self._is_closed = True
+        with self._lock:
+            futures = [task.future for task in self._tasks.values()]
+        if cancel_futures:
+            for future in futures:
+                future.cancel()
+        if wait:
+            concurrent.futures.wait(futures)
+        with self._lock:
+            collector = self._collector
+            if not self._tasks:
+                self._ended.put(None)
+        if wait and collector is not None and collector is not threading.current_thread():
+            collector.join()
+
+    def statistics(self) -> DistributedStatistics:
+        """Counts since the executor was made."""
+        with self._lock:
+            return DistributedStatistics(**self._counts)
+
+    def progress(self, interval_seconds: float = 0.1) -> Iterator[Progress]:
+        """Wait for what was given to the executor, counting: for progress bars.
+
+        Gives the counts at once, then when calls are over, and ends with what was submitted, even
+        meanwhile.
+
+        Args:
+            interval_seconds: How long at least from one to the next; the last is not held up.
+        """
+        return self._counter.watch(interval_seconds)
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process_id:
+            raise Disconnected("client: belongs to the parent process; a child makes its own")
+        if self._is_closed:
+            raise Closed("cannot schedule new futures after shutdown")
+
+    def _track(self, remotes: Sequence[Any], call_counts: Sequence[int]) -> list[RemoteFuture[Any]]:
+        tasks = [
+            _Task(RemoteFuture(), remote, call_count)
+            for remote, call_count in zip(remotes, call_counts, strict=True)
+        ]
+        with self._lock:
+            self._counts["submitted"] += len(tasks)
+            self._tasks.update((task.remote.key, task) for task in tasks)
+            if self._collector is None:
+                self._collector = threading.Thread(
+                    target=_collect, args=(self,), name="moirai-dask-results"
+                )
+                self._collector.start()
+        self._counter.add(sum(call_counts))
+        for task in tasks:
+            # In Dask's thread for callbacks, which must not wait.
+            task.remote.add_done_callback(functools.partial(_put, self._ended, task))
+            task.future.add_done_callback(functools.partial(_cancel, self._client, task.remote))
+        return [task.future for task in tasks]
+
+    def _settle(self, batch: Sequence[_Task]) -> None:
+        """Fetch what ended, results in one message, and end the futures."""
+        finished = [task for task in batch if task.remote.status == "finished"]
+        try:
+            values = dict(
+                zip(finished, self._client.gather([it.remote for it in finished]), strict=True)
+            )
+        except Exception:
+            values = {}  # a worker that had one of them is gone: one by one
+        for task in batch:
+            try:
+                value = values[task] if task in values else task.remote.result()
+            except BaseException as error:
+                self._end(task, None, error)
+            else:
+                self._end(task, value, None)
+
+    def _end(self, task: _Task, value: Any, error: BaseException | None) -> None:
+        future = task.future
+        is_ours = future.set_running_or_notify_cancel()
+        count = "cancelled" if not is_ours else "succeeded" if error is None else "failed"
+        with self._lock:
+            del self._tasks[task.remote.key]
+            self._counts[count] += 1
+            if self._is_closed and not self._tasks:
+                self._ended.put(None)
+        self._counter.complete(task.call_count)
+        if not is_ours:
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(_as_ours(error))
+
+    def _after_fork(self) -> None:
+        futures = [task.future for task in self._tasks.values()]
+        self._tasks, self._lock = {}, threading.RLock()
+        self._collector = None
+        self._counter.reset()
+        for future in futures:
+            future.disconnect()
+
+
+def make_executor(
+    *, max_workers: int | None = None, initializer: object = None, initargs: object = ()
+) -> DistributedExecutor:
+    """What `moirai.executor.Executor(backend="dask")` gives: over Dask's current client.
+
+    Args:
+        max_workers: Left out: the cluster decides.
+        initializer: None: a cluster's workers are set up by plugins of Dask.
+        initargs: Its arguments.
+
+    Raises:
+        InvalidArgument: There is no client.
+        Unsupported: There is an initializer.
+    """
+    if initializer is not None:
+        raise Unsupported("initializer: a cluster's workers are set up by client.register_plugin")
+    try:
+        client = distributed.get_client()
+    except ValueError:
+        raise InvalidArgument(
+            'backend: "dask" needs a client: make a distributed.Client first'
+        ) from None
+    return DistributedExecutor(client)
+
+
+def _priority(priority: Priority | None) -> int:
+    lane = Priority.NORMAL if priority is None else priority
+    if not isinstance(lane, Priority):
+        raise InvalidArgument(f"priority: must be a Priority or None, got {priority!r}")
+    return _PRIORITIES[lane]
+
+
+def _chunk_runner(fn: Callable[..., Any], star: bool) -> Callable[[Sequence[Any]], Any]:
+    # A function within a function is pickled with its code, so that workers need not have Moirai.
+    def run(items: Sequence[Any]) -> tuple[list[Any], BaseException | None]:
+        results: list[Any] = []
+        try:
+            for item in items:
+                results.append(fn(*item) if star else fn(item))
+        except Exception as error:
+            # A traceback cannot be pickled.
+            error.add_note("".join(traceback.format_exception(error)))
+            return results, error
+        return results, None
+
+    return run
+
+
+def _with_keywords(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return fn(*args, **kwargs)
+
+
+def _as_ours(error: BaseException) -> BaseException:
+    if isinstance(error, distributed.KilledWorker):
+        failed: Disconnected = WorkerFailed(f"workers that had this call died: {error}")
+    elif isinstance(error, concurrent.futures.CancelledError):
+        failed = Disconnected(f"the cluster dropped this call: {error}")
+    else:
+        return error
+    failed.__cause__ = error
+    return failed
+
+
+def _put(ended: queue.SimpleQueue[_Task | None], task: _Task, _: object) -> None:
+    ended.put(task)
+
+
+def _cancel(client: Any, remote: Any, future: RemoteFuture[Any]) -> None:
+    if future.cancelled():
+        client.cancel([remote])
+
+
+def _collect(executor: DistributedExecutor) -> None:
+    ended = executor._ended
+    while True:
+        batch = [ended.get()]
+        while not ended.empty():
+            batch.append(ended.get())
+        tasks = [task for task in batch if task is not None]
+        if tasks:
+            executor._settle(tasks)
+        if None in batch and not executor._tasks:
+            return
+
+
+def _end_all() -> None:
+    """Before the interpreter waits for its threads: wait for what was sent."""
+    for executor in list(_executors):
+        executor.shutdown()
+
+
+def _after_fork_in_child() -> None:
+    for executor in list(_executors):
+        executor._after_fork()
+
+
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_after_fork_in_child)
