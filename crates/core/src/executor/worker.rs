@@ -78,7 +78,7 @@ pub(super) struct Tally {
     stolen_same_node: AtomicU64,
     stolen_cross_node: AtomicU64,
     failed_steals: AtomicU64,
-    parks: AtomicU64,
+    pub(super) parks: AtomicU64,
     pub(super) wakes: AtomicU64,
 }
 

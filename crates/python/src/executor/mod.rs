@@ -10,6 +10,7 @@ pub(crate) mod future;
 pub(crate) mod limits;
 pub(crate) mod pool;
 mod queueing;
+pub(crate) mod rehearsal;
 mod wait;
 pub(crate) mod worker;
 
