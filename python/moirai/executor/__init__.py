@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from moirai.executor.future import Future
 from moirai.executor.group import TaskGroup
-from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
+from moirai.executor.statistics import (
+    ExecutorStatistics,
+    LatencyHistogram,
+    NodeStatistics,
+    WorkerStatistics,
+)
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
@@ -20,6 +25,7 @@ __all__ = [
     "ExecutorStatistics",
     "Future",
     "LatencyHistogram",
+    "NodeStatistics",
     "Priority",
     "TaskGroup",
     "WorkerStatistics",

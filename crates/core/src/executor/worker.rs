@@ -73,6 +73,7 @@ impl<T: 'static> Member<T> {
 #[derive(Default)]
 #[repr(align(128))]
 pub(super) struct Tally {
+    pub(super) executed: AtomicU64,
     from_lanes: AtomicU64,
     from_own: AtomicU64,
     stolen_same_node: AtomicU64,
@@ -90,12 +91,13 @@ impl Tally {
 
     /// As `add`, for a count that only its worker writes.
     #[inline]
-    fn step(&self, count: &AtomicU64) {
+    pub(super) fn step(&self, count: &AtomicU64) {
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self) -> Counts {
         Counts {
+            executed: self.executed.load(Ordering::Relaxed),
             from_lanes: self.from_lanes.load(Ordering::Relaxed),
             from_own: self.from_own.load(Ordering::Relaxed),
             stolen_same_node: self.stolen_same_node.load(Ordering::Relaxed),

@@ -202,6 +202,7 @@ fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> R
     };
     if let Some(worker) = worker {
         task.run_by(worker);
+        shared.scheduler.began(worker);
     }
     perform(py, shared, call, worker)
 }

@@ -156,6 +156,7 @@ pub(super) fn counts_by_worker<'py>(
         let each = PyDict::new(py);
         each.set_item("queued", depth)?;
         each.set_item("node", node)?;
+        each.set_item("executed", counts.executed)?;
         each.set_item("from_lanes", counts.from_lanes)?;
         each.set_item("from_own", counts.from_own)?;
         each.set_item("stolen_same_node", counts.stolen_same_node)?;
