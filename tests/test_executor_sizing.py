@@ -1,10 +1,12 @@
 """How many workers there are, on which nodes, and whom they steal from first."""
 
+import dataclasses
+import threading
 from types import MappingProxyType
 
 import pytest
 
-from moirai.executor import Executor
+from moirai.executor import Executor, NodeStatistics
 from moirai.executor.sizing import (
     cpu_of_workers,
     cpu_quota,
@@ -91,3 +93,54 @@ def test_executor_of_a_machine_with_nodes_takes_tasks_for_one_of_them():
         assert [it.result(60) for it in executor.submit_many(abs, [-1], node=0)] == [1]
         assert sum(executor.map(abs, range(-9, 0), node=1)) == 45
     assert {worker.node for worker in executor.statistics().workers} == {0, 1}
+
+
+SUMMED = (
+    "executed", "from_lanes", "from_own", "stolen_same_node", "stolen_cross_node",
+    "failed_steals", "parks", "wakes",
+)  # fmt: skip
+
+
+def test_counts_of_a_node_are_those_of_its_workers():
+    # With an initializer nobody but workers runs tasks.
+    topology = machine((0, 1), (2,))
+    with Executor(3, initializer=int, affinity=None, topology=topology) as executor:
+
+        def parent():
+            return sum(future.result() for future in executor.submit_many(abs, range(-20, 0)))
+
+        assert [executor.submit(parent, node=node).result(60) for node in (0, 1, 0)] == [210] * 3
+    counts = executor.statistics()
+    assert [node.id for node in counts.nodes] == [0, 1]
+    assert [node.worker_count for node in counts.nodes] == [2, 1]
+    for place, node in enumerate(counts.nodes):
+        own = [worker for worker in counts.workers if worker.node == place]
+        for name in SUMMED:
+            assert getattr(node, name) == sum(getattr(worker, name) for worker in own), name
+    assert sum(node.executed for node in counts.nodes) == counts.succeeded == 63
+
+
+def test_what_waits_is_counted_at_the_node_that_it_waits_at():
+    topology = machine((0,), (1,))
+    opened, begun = threading.Event(), threading.Barrier(3)
+
+    def wait():
+        begun.wait(60)
+        opened.wait(60)
+
+    with Executor(2, affinity=None, topology=topology) as executor:
+        executor.submit_many(lambda _: wait(), range(2))
+        begun.wait(60)
+        executor.submit_many(abs, range(3), node=1)
+        executor.submit(abs, 1, node=0)
+        assert [node.queued for node in executor.statistics().nodes] == [1, 3]
+        opened.set()
+    counts = executor.statistics()
+    assert [node.queued for node in counts.nodes] == [0, 0]
+    assert sum(node.executed for node in counts.nodes) == 6
+
+
+def test_locality_of_a_node_is_the_share_of_what_its_workers_stole_from_each_other():
+    node = NodeStatistics(0, 2, 9, 0, 5, 3, 1, 7, 0, 0, 0)
+    assert node.locality_ratio == 0.75
+    assert dataclasses.replace(node, stolen_same_node=0, stolen_cross_node=0).locality_ratio == 1.0

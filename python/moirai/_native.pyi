@@ -44,6 +44,7 @@ __all__ = [
     "RealtimeResource",
     "ReceivedView",
     "Receiver",
+    "Rehearsal",
     "ReservedArray",
     "Resource",
     "Savepoint",
@@ -1765,6 +1766,38 @@ class BareExecutor:
         each worker, and last for all other threads; None where that is not measured."""
     def counts(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
         """What was done so far: counts for the executor, and for each worker."""
+
+@final
+class Rehearsal:
+    """An executor's workers without threads, step by step; tasks are numbers."""
+
+    def __new__(cls, *, node_of_worker: Sequence[int], order: Sequence[Sequence[int]]) -> Self: ...
+    def queue(self, node: int, task: int) -> list[int]:
+        """Queue a task from outside at a node; the workers that were started or woken for it.
+
+        Raises:
+            InvalidArgument: There is no such node.
+        """
+    def push(self, worker: int, task: int) -> list[int]:
+        """A worker queues a task; the workers that were started or woken for it.
+
+        Raises:
+            InvalidArgument: The worker was not started.
+        """
+    def take(self, worker: int) -> tuple[int | None, list[int]]:
+        """What a worker takes next, if anything, and the workers that were woken then.
+
+        Raises:
+            InvalidArgument: The worker was not started.
+        """
+    def rest(self, worker: int) -> bool:
+        """A worker found nothing: whether it sleeps until it is woken; else it is to look again.
+
+        Raises:
+            InvalidArgument: The worker was not started.
+        """
+    def counts(self) -> list[dict[str, int]]:
+        """What each worker has done."""
 
 @final
 class WorkerHandle:

@@ -52,6 +52,8 @@ mod _native {
     #[pymodule_export]
     use super::executor::pool::BareExecutor;
     #[pymodule_export]
+    use super::executor::rehearsal::Rehearsal;
+    #[pymodule_export]
     use super::executor::worker::WorkerHandle;
     #[pymodule_export]
     use super::lane::current_lane;

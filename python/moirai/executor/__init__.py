@@ -13,7 +13,12 @@ from moirai.executor.group import TaskGroup
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.processes import ProcessExecutor
 from moirai.executor.progress import Progress
-from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
+from moirai.executor.statistics import (
+    ExecutorStatistics,
+    LatencyHistogram,
+    NodeStatistics,
+    WorkerStatistics,
+)
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
@@ -24,6 +29,7 @@ __all__ = [
     "ExecutorStatistics",
     "Future",
     "LatencyHistogram",
+    "NodeStatistics",
     "Priority",
     "ProcessExecutor",
     "ProcessStatistics",

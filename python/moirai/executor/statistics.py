@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 from moirai.errors import InvalidArgument
 
-__all__ = ["ExecutorStatistics", "LatencyHistogram", "WorkerStatistics"]
+__all__ = ["ExecutorStatistics", "LatencyHistogram", "NodeStatistics", "WorkerStatistics"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class WorkerStatistics:
 
     Attributes:
         node: The node it belongs to, by its place among the executor's nodes.
+        executed: Tasks that it began to run; what it took may be over already, or run by who waits.
         from_lanes: Tasks that it took from the lanes that outsiders queue in.
         from_own: Tasks that it took from its own deque.
         stolen_same_node: Tasks stolen from a worker of its node.
@@ -71,6 +73,7 @@ class WorkerStatistics:
     """
 
     node: int
+    executed: int
     from_lanes: int
     from_own: int
     stolen_same_node: int
@@ -81,6 +84,68 @@ class WorkerStatistics:
     queued: int
     waits: LatencyHistogram | None
     runs: LatencyHistogram | None
+
+
+@dataclass(frozen=True)
+class NodeStatistics:
+    """What the workers of one node have done: the sums of their counts.
+
+    Attributes:
+        id: What the machine calls the node; its place is that of `WorkerStatistics.node`.
+        worker_count: How many workers belong to it, started or not.
+        executed: Tasks that they began to run.
+        from_lanes: Tasks that they took from the lanes of any node.
+        from_own: Tasks that they took from their own deques.
+        stolen_same_node: Tasks that they stole from each other.
+        stolen_cross_node: Tasks that they stole from workers of other nodes.
+        failed_steals: Looks at all the other workers' deques that found nothing.
+        parks: Times one of them went to sleep.
+        wakes: Times one of them was woken.
+        queued: Entries in its lanes and its workers' deques now, those of tasks that are over
+            included.
+    """
+
+    id: int
+    worker_count: int
+    executed: int
+    from_lanes: int
+    from_own: int
+    stolen_same_node: int
+    stolen_cross_node: int
+    failed_steals: int
+    parks: int
+    wakes: int
+    queued: int
+
+    @property
+    def locality_ratio(self) -> float:
+        """Share of what its workers stole that came from each other; 1.0 if they stole nothing."""
+        return _share(self.stolen_same_node, self.stolen_cross_node)
+
+
+def sum_by_node(
+    ids: Sequence[int],
+    workers: Iterable[WorkerStatistics],
+    queued_by_node: Iterable[Iterable[int]],
+) -> tuple[NodeStatistics, ...]:
+    """The counts of each node, by the ids of the nodes in the order of their places."""
+    nodes = []
+    members = list(workers)
+    for place, (id_, lanes) in enumerate(zip(ids, queued_by_node, strict=True)):
+        own = [worker for worker in members if worker.node == place]
+        sums = {name: sum(getattr(worker, name) for worker in own) for name in _SUMMED}
+        sums["queued"] += sum(lanes)
+        nodes.append(NodeStatistics(id=id_, worker_count=len(own), **sums))
+    return tuple(nodes)
+
+
+_SUMMED = tuple(
+    field.name for field in fields(NodeStatistics) if field.name not in ("id", "worker_count")
+)
+
+
+def _share(same: int, cross: int) -> float:
+    return same / (same + cross) if same + cross else 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +169,7 @@ class ExecutorStatistics:
         waits: From a task's submission to its start, over all threads, if that is measured.
         runs: From a task's start to its end, likewise.
         workers: What each worker has done.
+        nodes: What the workers of each node have done together.
     """
 
     submitted: int
@@ -120,6 +186,7 @@ class ExecutorStatistics:
     waits: LatencyHistogram | None
     runs: LatencyHistogram | None
     workers: tuple[WorkerStatistics, ...]
+    nodes: tuple[NodeStatistics, ...]
 
     @property
     def success_ratio(self) -> float:
@@ -132,4 +199,4 @@ class ExecutorStatistics:
         """Share of stolen tasks that came from the thief's own node; 1.0 if none was stolen."""
         same = sum(worker.stolen_same_node for worker in self.workers)
         cross = sum(worker.stolen_cross_node for worker in self.workers)
-        return same / (same + cross) if same + cross else 1.0
+        return _share(same, cross)

@@ -25,7 +25,12 @@ from moirai.executor.sizing import (
     steal_order,
     working_nodes,
 )
-from moirai.executor.statistics import ExecutorStatistics, LatencyHistogram, WorkerStatistics
+from moirai.executor.statistics import (
+    ExecutorStatistics,
+    LatencyHistogram,
+    WorkerStatistics,
+    sum_by_node,
+)
 from moirai.memory import Priority, Resource, Topology, use
 
 __all__ = ["Executor"]
@@ -88,6 +93,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
     _initializer: Callable[..., object] | None
     _initargs: tuple[Any, ...]
     _cpus: list[tuple[int, ...]]
+    _node_ids: list[int]
 
     def __new__(
         cls,
@@ -149,6 +155,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
         self._max_workers = max_workers
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
         self._initializer, self._initargs = initializer, initargs
+        self._node_ids = [node.id for node in nodes]
         if affinity == "auto":
             affinity = "node" if len(nodes) > 1 else None
         self._cpus = [
@@ -285,7 +292,13 @@ class Executor(_native.BareExecutor, BaseExecutor):
         latencies = self.latencies()
         if latencies is None:
             each = tuple(WorkerStatistics(**it, waits=None, runs=None) for it in workers)
-            return ExecutorStatistics(**whole, waits=None, runs=None, workers=each)
+            return ExecutorStatistics(
+                **whole,
+                waits=None,
+                runs=None,
+                workers=each,
+                nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
+            )
         waits = [LatencyHistogram(tuple(wait)) for wait, _ in latencies]
         runs = [LatencyHistogram(tuple(run)) for _, run in latencies]
         each = tuple(
@@ -297,6 +310,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             waits=functools.reduce(operator.add, waits),
             runs=functools.reduce(operator.add, runs),
             workers=each,
+            nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
         )
 
     def _start_worker(self, handle: _native.WorkerHandle, who: int) -> None:

@@ -16,6 +16,8 @@ mod lanes;
 #[cfg(not(loom))]
 pub mod latency;
 #[cfg(not(loom))]
+mod rehearsal;
+#[cfg(not(loom))]
 pub mod room;
 #[cfg(not(loom))]
 mod scheduler;
@@ -27,6 +29,8 @@ mod worker;
 
 #[cfg(not(loom))]
 pub use lanes::{PRIORITY_COUNT, Priority};
+#[cfg(not(loom))]
+pub use rehearsal::Rehearsal;
 #[cfg(not(loom))]
 pub use scheduler::{Counts, Queued, Scheduler};
 #[cfg(not(loom))]

@@ -48,6 +48,8 @@ pub enum Queued {
 /// What a worker has done, and how it came by it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Tasks that it began to run.
+    pub executed: u64,
     /// Tasks taken from a lane.
     pub from_lanes: u64,
     /// Tasks taken from its own deque.
@@ -215,6 +217,13 @@ impl<T: 'static> Scheduler<T> {
     /// What each worker has done.
     pub fn counts(&self) -> Vec<Counts> {
         self.members.iter().map(|it| it.tally.read()).collect()
+    }
+
+    /// A worker begins to run a task; called in its thread.
+    #[inline]
+    pub fn began(&self, who: usize) {
+        let tally = &self.members[who].tally;
+        tally.step(&tally.executed);
     }
 
     /// How many workers were started.

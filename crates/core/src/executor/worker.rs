@@ -9,8 +9,8 @@ use crossbeam_deque::{Steal, Stealer, Worker as Deque};
 use std::cell::Cell;
 use std::sync::Arc;
 
-/// One look in so many goes to the lanes before the own deque, so that a task that queues its own
-/// successor does not keep others out.
+/// One look in so many goes to the own node's lanes before the own deque, so that a task that queues
+/// its own successor does not keep others out.
 const FAIR_TURNS: u32 = 61;
 /// Looks for work before it sleeps: at least, at most.
 const FEWEST_LOOKS: u32 = 32;
@@ -73,12 +73,13 @@ impl<T: 'static> Member<T> {
 #[derive(Default)]
 #[repr(align(128))]
 pub(super) struct Tally {
+    pub(super) executed: AtomicU64,
     from_lanes: AtomicU64,
     from_own: AtomicU64,
     stolen_same_node: AtomicU64,
     stolen_cross_node: AtomicU64,
     failed_steals: AtomicU64,
-    parks: AtomicU64,
+    pub(super) parks: AtomicU64,
     pub(super) wakes: AtomicU64,
 }
 
@@ -90,12 +91,13 @@ impl Tally {
 
     /// As `add`, for a count that only its worker writes.
     #[inline]
-    fn step(&self, count: &AtomicU64) {
+    pub(super) fn step(&self, count: &AtomicU64) {
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self) -> Counts {
         Counts {
+            executed: self.executed.load(Ordering::Relaxed),
             from_lanes: self.from_lanes.load(Ordering::Relaxed),
             from_own: self.from_own.load(Ordering::Relaxed),
             stolen_same_node: self.stolen_same_node.load(Ordering::Relaxed),
@@ -207,7 +209,7 @@ impl<T: 'static> Worker<T> {
             .or_else(|| take(Priority::High))
             .or_else(|| {
                 if turn % FAIR_TURNS == 0 {
-                    take(Priority::Normal)
+                    self.scheduler.lanes(member.node).take(Priority::Normal)
                 } else {
                     None
                 }
@@ -220,12 +222,18 @@ impl<T: 'static> Worker<T> {
             tally.step(&tally.from_own);
             return Some(task);
         }
-        if let Some(task) = take(Priority::Normal) {
-            tally.step(&tally.from_lanes);
-            return Some(task);
+        // Node by node: what waits on the own one is nearer than any other node's lane.
+        for (distance, node) in member.order.iter().enumerate() {
+            if let Some(task) = self.scheduler.lanes(*node).take(Priority::Normal) {
+                tally.step(&tally.from_lanes);
+                return Some(task);
+            }
+            if let Some(task) = self.steal_from_node(distance) {
+                return Some(task);
+            }
         }
-        if let Some(task) = self.steal_from_any() {
-            return Some(task);
+        if self.scheduler.members.len() > 1 {
+            tally.step(&tally.failed_steals);
         }
         let last = take(Priority::Background);
         if last.is_some() {
@@ -234,29 +242,26 @@ impl<T: 'static> Worker<T> {
         last
     }
 
-    /// The oldest task of another worker: of the own node first, then by distance. Where it begins
-    /// within a node changes each time.
-    fn steal_from_any(&self) -> Option<T> {
+    /// The oldest task of another worker of a node, by its place in the order. Where it begins
+    /// within the node changes each time.
+    fn steal_from_node(&self, distance: usize) -> Option<T> {
         let member = self.member();
         let tally = &member.tally;
-        for (distance, node) in member.neighbours.iter().enumerate() {
-            for step in 0..node.len() {
-                let who = node[(step + self.turn.get() as usize) % node.len()];
-                if who == self.index {
-                    continue;
-                }
-                if let Some(task) = steal(&self.scheduler.members[who].stealer) {
-                    tally.step(if distance == 0 {
-                        &tally.stolen_same_node
-                    } else {
-                        &tally.stolen_cross_node
-                    });
-                    return Some(task);
-                }
+        let node = &member.neighbours[distance];
+        for step in 0..node.len() {
+            let who = node[(step + self.turn.get() as usize) % node.len()];
+            if who == self.index {
+                continue;
             }
-        }
-        if self.scheduler.members.len() > 1 {
-            tally.step(&tally.failed_steals);
+            let stealer = &self.scheduler.members[who].stealer;
+            if let Some(task) = steal(stealer) {
+                tally.step(if distance == 0 {
+                    &tally.stolen_same_node
+                } else {
+                    &tally.stolen_cross_node
+                });
+                return Some(task);
+            }
         }
         None
     }

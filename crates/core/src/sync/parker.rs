@@ -29,17 +29,22 @@ pub struct Parker {
 impl Parker {
     /// Sleep until called; `None` waits for ever.
     pub fn park(&self, timeout: Option<Duration>) -> Parked {
-        if self.word.load(Ordering::Acquire) == CALLED {
+        if self.is_called() {
             return Parked::Called;
         }
         let end = os::wait_on(&self.word, 0, timeout);
-        if self.word.load(Ordering::Acquire) == CALLED {
+        if self.is_called() {
             return Parked::Called;
         }
         match end {
             WaitEnd::TimedOut => Parked::TimedOut,
             WaitEnd::Woken | WaitEnd::Interrupted => Parked::Interrupted,
         }
+    }
+
+    /// Whether it was called since it was rearmed.
+    pub fn is_called(&self) -> bool {
+        self.word.load(Ordering::Acquire) == CALLED
     }
 
     /// Forget a call, to be called again. For the thread that parks here; what the call told is seen.

@@ -10,6 +10,7 @@ pub(crate) mod future;
 pub(crate) mod limits;
 pub(crate) mod pool;
 mod queueing;
+pub(crate) mod rehearsal;
 mod wait;
 pub(crate) mod worker;
 
@@ -201,6 +202,7 @@ fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> R
     };
     if let Some(worker) = worker {
         task.run_by(worker);
+        shared.scheduler.began(worker);
     }
     perform(py, shared, call, worker)
 }

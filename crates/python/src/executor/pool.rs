@@ -10,7 +10,7 @@ use crate::errors::InvalidArgument;
 use crate::lane;
 use crate::numpy::scope::Use;
 use moirai_core::executor::latency::BUCKET_COUNT;
-use moirai_core::executor::{PRIORITY_COUNT, Priority, Scheduler};
+use moirai_core::executor::{Counts, PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
 use pyo3::intern;
@@ -143,6 +143,31 @@ fn moment(seconds: f64) -> PyResult<u64> {
 
 /// Counts by powers of two.
 type Buckets = [u64; BUCKET_COUNT];
+
+/// What each worker has done, and how much is in its deque.
+pub(super) fn counts_by_worker<'py>(
+    py: Python<'py>,
+    counts: &[Counts],
+    nodes: &[usize],
+    depths: &[usize],
+) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    let mut workers = Vec::new();
+    for ((counts, node), depth) in counts.iter().zip(nodes).zip(depths) {
+        let each = PyDict::new(py);
+        each.set_item("queued", depth)?;
+        each.set_item("node", node)?;
+        each.set_item("executed", counts.executed)?;
+        each.set_item("from_lanes", counts.from_lanes)?;
+        each.set_item("from_own", counts.from_own)?;
+        each.set_item("stolen_same_node", counts.stolen_same_node)?;
+        each.set_item("stolen_cross_node", counts.stolen_cross_node)?;
+        each.set_item("failed_steals", counts.failed_steals)?;
+        each.set_item("parks", counts.parks)?;
+        each.set_item("wakes", counts.wakes)?;
+        workers.push(each);
+    }
+    Ok(workers)
+}
 
 /// What is in an iterable.
 fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
@@ -472,22 +497,9 @@ impl BareExecutor {
         whole.set_item("workers_started", shared.scheduler.started_count())?;
         whole.set_item("queued", shared.scheduler.queued_count())?;
         whole.set_item("queued_by_node", shared.scheduler.lane_counts())?;
-        let mut workers = Vec::new();
         let depths = shared.scheduler.deque_counts();
         let counts = shared.scheduler.counts();
-        for ((counts, node), depth) in counts.iter().zip(&self.node_of_worker).zip(depths) {
-            let each = PyDict::new(py);
-            each.set_item("queued", depth)?;
-            each.set_item("node", node)?;
-            each.set_item("from_lanes", counts.from_lanes)?;
-            each.set_item("from_own", counts.from_own)?;
-            each.set_item("stolen_same_node", counts.stolen_same_node)?;
-            each.set_item("stolen_cross_node", counts.stolen_cross_node)?;
-            each.set_item("failed_steals", counts.failed_steals)?;
-            each.set_item("parks", counts.parks)?;
-            each.set_item("wakes", counts.wakes)?;
-            workers.push(each);
-        }
+        let workers = counts_by_worker(py, &counts, &self.node_of_worker, &depths)?;
         Ok((whole, workers))
     }
 }

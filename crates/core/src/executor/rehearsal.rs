@@ -1,0 +1,87 @@
+//! A scheduler with all its workers in one thread, step by step: what a simulation asks who takes what.
+//!
+//! The decisions are those of [`Scheduler`] and [`Worker`] themselves; only the threads are missing, and
+//! with them the looks before a sleep, the seats of threads that wait, and what a thread that waits
+//! takes from the worker that it waits for.
+
+use super::lanes::Priority;
+use super::scheduler::{Counts, Queued, Scheduler};
+use super::worker::Worker;
+use std::sync::Arc;
+
+/// The workers are started as tasks are queued, as in an executor.
+pub struct Rehearsal<T: 'static> {
+    scheduler: Arc<Scheduler<T>>,
+    workers: Vec<Option<Worker<T>>>,
+    asleep: Vec<bool>,
+}
+
+impl<T: 'static> Rehearsal<T> {
+    /// As [`Scheduler::new`].
+    pub fn new(node_of_worker: &[usize], order: &[Vec<usize>]) -> Self {
+        Rehearsal {
+            scheduler: Scheduler::new(node_of_worker, order),
+            workers: node_of_worker.iter().map(|_| None).collect(),
+            asleep: vec![false; node_of_worker.len()],
+        }
+    }
+
+    /// Queue a task from outside at a node; the workers that were started or woken for it.
+    pub fn queue(&mut self, node: usize, task: T) -> Vec<usize> {
+        let queued = self.scheduler.push(node, Priority::Normal, task);
+        self.roused(queued)
+    }
+
+    /// A worker that was started queues a task; the workers that were started or woken for it.
+    pub fn push(&mut self, who: usize, task: T) -> Option<Vec<usize>> {
+        let queued = self.workers.get(who)?.as_ref()?.push(task);
+        Some(self.roused(queued))
+    }
+
+    /// What a worker that was started takes next, and the workers that were woken then.
+    pub fn take(&mut self, who: usize) -> Option<(Option<T>, Vec<usize>)> {
+        let task = self.workers.get(who)?.as_ref()?.take();
+        Some((task, self.roused(Queued::Done)))
+    }
+
+    /// A worker that was started found nothing. True: it sleeps until it is woken; false: it is to
+    /// look again.
+    pub fn rest(&mut self, who: usize) -> Option<bool> {
+        self.workers.get(who)?.as_ref()?.begin_rest();
+        let scheduler = &self.scheduler;
+        if !self.asleep[who] && scheduler.idle.sleep(who, || scheduler.has_work()) {
+            let tally = &scheduler.members[who].tally;
+            tally.add(&tally.parks);
+            self.asleep[who] = true;
+        }
+        Some(self.asleep[who])
+    }
+
+    /// What each worker has done.
+    pub fn counts(&self) -> Vec<Counts> {
+        self.scheduler.counts()
+    }
+
+    /// How many tasks are in each worker's deque.
+    pub fn deque_counts(&self) -> Vec<usize> {
+        self.scheduler.deque_counts()
+    }
+
+    fn roused(&mut self, queued: Queued) -> Vec<usize> {
+        let mut roused = Vec::new();
+        if let Queued::Start(who) = queued {
+            let start = self.scheduler.next_start(who);
+            self.workers[who] = self.scheduler.enter(who, start);
+            roused.push(who);
+        }
+        for (who, asleep) in self.asleep.iter_mut().enumerate() {
+            let parker = &self.scheduler.members[who].parker;
+            if *asleep && parker.is_called() {
+                parker.rearm();
+                *asleep = false;
+                roused.push(who);
+            }
+        }
+        roused
+    }
+}
