@@ -11,6 +11,7 @@ from moirai.errors import Closed, InvalidArgument, Timeout
 from moirai.pressure.fence import Fence
 from moirai.pressure.samples import Sample
 from moirai.pressure.source import Source, optional_bytes, process_text, sample_of
+from moirai.pressure.starting import guard_starts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class Sampler:
             Unsupported: There is no such process, or no `/proc`.
             OutOfMemory: No thread can be started.
         """
+        if self.fence is not None:
+            guard_starts()
         self._native.start()
         self._is_wanted = True
         _samplers.add(self)
