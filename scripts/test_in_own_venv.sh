@@ -47,6 +47,8 @@ rm -rf "build/wheel-$kind"
 "$venv/bin/python" -c 'import numpy, sys; print("Python", sys.version.split()[0], "NumPy", numpy.__version__)'
 # TESTS chooses others than these.
 tests=${TESTS:-tests/contracts tests/test_memory.py tests/test_numpy*.py tests/test_priority.py
-    tests/test_health.py tests/test_channels*.py tests/test_shared_channels*.py}
+    tests/test_health.py tests/test_channels*.py tests/test_shared_channels*.py
+    tests/test_executor.py tests/test_executor_limits.py tests/test_executor_memory.py
+    tests/test_executor_cpython.py}
 # shellcheck disable=SC2086 # words and patterns
 exec "$venv/bin/python" -m pytest -m 'not slow and not endurance' $tests
