@@ -19,6 +19,7 @@ from running import in_forked_child, run_threads
 
 from moirai import errors, memory
 from moirai.executor import Priority, ProcessExecutor, process_pool
+from moirai.executor.process_messages import Placer
 
 # From 3.12 on forking is warned of where there are threads, as there are in every executor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -342,15 +343,30 @@ def fail_with(array):
 
 
 def test_memory_of_a_call_is_there_for_the_next():
-    with ProcessExecutor(1, memory_bytes="8 MiB") as executor:
+    with ProcessExecutor(1, memory_bytes="4 MiB") as executor:
         array = np.ones(3 * MIB, "u1")
-        # Three of them would not fit. A worker that gives back what it was given lets go of it a
-        # moment after that has arrived, so there may be two.
-        for _ in range(20):
+        for _ in range(20):  # two of them would not fit
             assert executor.submit(np.sum, array).result(WAIT_SECONDS) == 3 * MIB
             assert len(executor.submit(same, array).result(WAIT_SECONDS)) == 3 * MIB
             with pytest.raises(ValueError, match=str(3 * MIB)):
                 executor.submit(fail_with, array).result(WAIT_SECONDS)
+
+
+def test_memory_that_came_back_just_after_there_was_none_is_tried(monkeypatch):
+    """A worker let go between the attempt and the look at what lingers: nothing does any more."""
+    refusals = iter([errors.OutOfMemory("there was none")])
+    place = Placer.place
+
+    def refuse_once(self, parts):
+        for refusal in refusals:
+            raise refusal
+        return place(self, parts)
+
+    monkeypatch.setattr(Placer, "place", refuse_once)
+    with ProcessExecutor(1, "fork", memory_bytes="4 MiB") as executor:
+        array = np.ones(3 * MIB, "u1")
+        assert executor.submit(np.sum, array).result(WAIT_SECONDS) == 3 * MIB
+    assert next(refusals, None) is None
 
 
 def test_failure_comes_back_whatever_is_registered_for_its_class(monkeypatch):

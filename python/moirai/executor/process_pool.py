@@ -90,6 +90,7 @@ class ProcessPool:
         self._worker_numbers = itertools.count()
         self._early_deaths = 0
         self._short_since: float | None = None
+        self._lingered = False
         self._placer = Placer(self.settings.memory_bytes)
         self.is_closed = False
         self.broken: str | None = None
@@ -343,11 +344,13 @@ class ProcessPool:
         if self._has_tasks():
             self._short_since = None
             return True
-        # A worker may be letting go of what it just sent. Nothing tells when it has.
+        # A worker may be letting go of what it just sent. Nothing tells when it has: what lingered
+        # at the last look, or at the attempt before the first, may be there for the next attempt.
         now = time.monotonic()
         if self._short_since is None:
-            self._short_since = now
-        may = self._placer.lingering_bytes > 0 and now - self._short_since < _MEMORY_SECONDS
+            self._short_since, self._lingered = now, True
+        lingered, self._lingered = self._lingered, self._placer.lingering_bytes > 0
+        may = (lingered or self._lingered) and now - self._short_since < _MEMORY_SECONDS
         if not may:
             self._short_since = None
         return may
