@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -222,6 +223,20 @@ def test_what_is_gone_at_the_next_look_was_nothing(walks: Callable[..., memory.H
     assert walks([odd], [sound]).findings == ()
     flicker = walks([odd], [odd, look(2, "Slab")], [sound])
     assert flicker.findings == ()
+
+
+def test_a_thread_that_stopped_between_two_counts_may_go_on_before_they_are_judged(
+    walks: Callable[..., memory.Health],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rested: list[float] = []
+    monkeypatch.setattr(time, "sleep", rested.append)
+    odd, sound = look(1, "Slab", findings=("odd",)), look(1, "Slab")
+    assert walks([odd], [odd], [sound]).findings == ()
+    assert sum(rested) > 0.1
+    rested.clear()
+    assert walks([sound]).ok
+    assert rested == []
 
 
 def test_blocks_that_nobody_can_free_are_found(walks: Callable[..., memory.Health]) -> None:

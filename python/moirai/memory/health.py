@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from moirai._native import HealthReport, Statistics
 
 __all__ = ["Finding", "Health", "ResourceHealth", "health"]
 
-# A count read while another thread is between two of them proves nothing; one that is wrong in so
-# many looks at a resource that nobody uses meanwhile does.
-_LOOKS = 3
+# A count read while another thread is between two of them proves nothing; one that is wrong in every
+# look at a resource that nobody uses meanwhile does. A thread between two counts may have lost its
+# processor, and nothing tells when it goes on: the rests between looks are there for it to do so.
+_RESTS_SECONDS = (0.01, 0.1)
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,17 @@ def health() -> Health:
     is compared with what that one says is out. Blocks that were out when their resource went, so
     that they can never come back, are reported as well.
 
-    Nothing is stopped meanwhile. A finding is `settled` if it was there in each of three looks and
-    nobody used the resource during them; only then does it count against `Health.ok`.
+    Nothing is stopped meanwhile. A finding is `settled` if it was there in each of three looks over
+    a tenth of a second and nobody used the resource during them; only then does it count against
+    `Health.ok`.
 
-    Takes the locks of one resource at a time; the time is proportional to runs and spans.
+    Takes the locks of one resource at a time; the time of a look is proportional to runs and spans.
     """
     looks = [_look()]
-    while _findings(looks[-1]) and len(looks) < _LOOKS:
+    for rest_seconds in _RESTS_SECONDS:
+        if not _findings(looks[-1]):
+            break
+        time.sleep(rest_seconds)
         looks.append(_look())
     last = looks[-1]
     # Figures may differ from look to look, so what must persist is that the resource has a finding.
