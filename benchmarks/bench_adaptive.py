@@ -262,11 +262,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 15)
     arguments.seconds = arguments.seconds or (0.2 if arguments.quick else 0.4)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

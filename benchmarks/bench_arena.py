@@ -347,11 +347,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds (101; 5 when quick)")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (5 if arguments.quick else 101)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

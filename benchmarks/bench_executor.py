@@ -534,11 +534,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="samples of each subject (11; 2 when quick)")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 11)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

@@ -269,11 +269,7 @@ def main() -> int:
         return 0
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
     arguments.live_mib = arguments.live_mib or (8 if arguments.quick else 256)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

@@ -316,11 +316,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 
 def main() -> int:
     arguments = harness.argument_parser(QUESTION).parse_args()
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

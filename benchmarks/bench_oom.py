@@ -230,11 +230,7 @@ def main() -> int:
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
     quick = ["huge_array", "huge_reserved"] if arguments.quick else list(SCENARIOS)
     arguments.scenarios = arguments.scenarios or quick
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

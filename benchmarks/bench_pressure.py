@@ -543,11 +543,7 @@ def main() -> int:
     arguments.folds = arguments.folds or (2 if arguments.quick else 5)
     if not arguments.traces.is_dir():
         parser.error(f"--traces: expected a folder of recordings, got {arguments.traces}")
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

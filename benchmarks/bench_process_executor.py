@@ -383,11 +383,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="samples of each subject (7; 2 when quick)")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 7)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

@@ -314,11 +314,7 @@ def main() -> int:
     if unknown:
         expected, came = ",".join(PROGRAMS), ",".join(unknown)
         parser.error(f"--programs: expected some of {expected}, got {came}")
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

@@ -508,11 +508,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="samples of each subject (5; 1 when quick)")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 5)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

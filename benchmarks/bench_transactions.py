@@ -290,11 +290,7 @@ def main() -> int:
         return 0
     arguments.seeds = arguments.seeds or (2 if arguments.quick else 7)
     arguments.rounds = arguments.rounds or (4 if arguments.quick else 81)
-    harness.publish(
-        measure(arguments),
-        write_docs=arguments.write_docs,
-        output=harness.quick_output(arguments, NAME),
-    )
+    harness.publish(measure(arguments), arguments)
     return 0
 
 

@@ -524,11 +524,15 @@ def _in_one_line(samples: re.Match[str]) -> str:
     return f"[{' '.join(samples[1].split())}]"
 
 
-def publish(report: Report, *, write_docs: bool, output: Path | None = None) -> None:
-    """Print a report, write its JSON and, if asked, its section of the docs page."""
+def publish(report: Report, arguments: argparse.Namespace) -> None:
+    """Print a report, write its JSON and, if asked, its section of the docs page.
+
+    A quick run's JSON does not replace a real one unless told so.
+    """
     about = machine()
     document = report.as_dict(about)
-    path = output or RESULTS / f"{report.name}.json"
+    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    path = arguments.output or folder / f"{report.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, allow_nan=False)
     path.write_text(SAMPLES.sub(_in_one_line, text) + "\n", encoding="utf-8")
@@ -537,7 +541,7 @@ def publish(report: Report, *, write_docs: bool, output: Path | None = None) -> 
     if report.goals:
         print()
         print("\n".join(str(goal) for goal in report.goals))
-    if write_docs:
+    if arguments.write_docs:
         parts = [f"Measured on: {machine_line(about)}.", report.markdown]
         if report.goals:
             parts.append(goals_markdown(report.goals))
@@ -549,9 +553,19 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses what does not go together before anything is measured."""
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        parsed = super().parse_args(*arguments, **options)
+        if parsed.quick and parsed.write_docs:
+            self.error("--write-docs: expected a full run, got --quick")
+        return parsed
+
+
 def argument_parser(question: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
-    parser = argparse.ArgumentParser(description=question)
+    parser = _Parser(description=question)
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: shows that it runs, not more"
     )
@@ -567,16 +581,3 @@ def argument_parser(question: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--worker", metavar="HANDLER", help=argparse.SUPPRESS)
     return parser
-
-
-def quick_output(arguments: argparse.Namespace, name: str) -> Path | None:
-    """Where the JSON goes: a quick run must not replace a real one unless told so.
-
-    Raises:
-        ValueError: A quick run was asked to go into the docs.
-    """
-    if arguments.quick and arguments.write_docs:
-        raise ValueError("--write-docs: expected a full run, got --quick")
-    if arguments.output is None and arguments.quick:
-        return RESULTS / "quick" / f"{name}.json"
-    return arguments.output

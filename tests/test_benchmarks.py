@@ -246,6 +246,12 @@ def test_benchmark_runs_from_end_to_end(name, tmp_path):
     assert str(ROOT) not in output.read_text(encoding="utf-8")
 
 
+def test_a_quick_run_is_kept_out_of_the_docs_before_anything_is_measured(harness, capsys):
+    with pytest.raises(SystemExit):
+        harness.argument_parser("Why?").parse_args(["--quick", "--write-docs"])
+    assert "--write-docs: expected a full run, got --quick" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_first_line_of_a_benchmark_is_its_question(name):
     text = (BENCHMARKS / f"{name}.py").read_text(encoding="utf-8")
