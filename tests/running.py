@@ -1,4 +1,4 @@
-"""Running a part of a test in threads or in a forked child, so that its failure is the test's."""
+"""Running a part of a test in threads or in a forked child, and waiting for what it does."""
 
 import os
 import select
@@ -30,6 +30,17 @@ def in_forked_child(body: Callable[[], None]) -> None:
     os.close(reader)
     _, status = os.waitpid(child, 0)
     assert (verdict, status) == (b"ok", 0)
+
+
+def wait_until(
+    holds: Callable[[], bool], *, what: str = "what is waited for", within_seconds: float = 60
+) -> None:
+    """Poll a statistic until it says what a test waits for; the deadline is for a defect only."""
+    deadline = time.monotonic() + within_seconds
+    pause = threading.Event()
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {within_seconds} s"
+        pause.wait(0.001)
 
 
 def wait_until_gone(thread: threading.Thread) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import wait_until
 
 from moirai import channels
 from moirai.channels import Channel, Queue, Selected, select
@@ -24,16 +25,6 @@ from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
 
 # What a test does not expect to wait for; a hang fails instead of stopping the suite.
 LONG = 60.0
-
-
-def waits(predicate: Callable[[], bool]) -> None:
-    """Poll a statistic up to a deadline."""
-    event = threading.Event()
-    for _ in range(6000):
-        if predicate():
-            return
-        event.wait(0.01)
-    raise AssertionError("never came true")
 
 
 class Worker(threading.Thread):
@@ -61,11 +52,11 @@ class Worker(threading.Thread):
 
 
 def receivers_wait(channel: Channel[Any], count: int = 1) -> None:
-    waits(lambda: channel.statistics().receivers_waiting == count)
+    wait_until(lambda: channel.statistics().receivers_waiting == count)
 
 
 def senders_wait(channel: Channel[Any], count: int = 1) -> None:
-    waits(lambda: channel.statistics().senders_waiting == count)
+    wait_until(lambda: channel.statistics().senders_waiting == count)
 
 
 # === one thread ==================================================================================
@@ -308,7 +299,7 @@ def test_one_message_wakes_one_and_the_others_wait_on() -> None:
     workers = [Worker(channel.receive) for _ in range(3)]
     receivers_wait(channel, 3)
     channel.send(1)
-    waits(lambda: sum(worker.is_alive() for worker in workers) == 2)
+    wait_until(lambda: sum(worker.is_alive() for worker in workers) == 2)
     assert channel.statistics().receivers_waiting == 2
     channel.send_many([2, 3])
     assert sorted(worker.get() for worker in workers) == [1, 2, 3]
@@ -318,7 +309,7 @@ def test_a_wait_that_times_out_leaves_the_line() -> None:
     channel: Channel[int] = Channel(1)
     first = Worker(lambda: channel.receive(timeout_seconds=0.05))
     # On a busy machine its time is over before anybody looks.
-    waits(lambda: channel.statistics().receivers_waiting == 1 or not first.is_alive())
+    wait_until(lambda: channel.statistics().receivers_waiting == 1 or not first.is_alive())
     second = Worker(channel.receive)
     with pytest.raises(Timeout):
         first.get()
@@ -799,7 +790,7 @@ def test_the_quick_way_keeps_no_message() -> None:
         with pytest.raises(Timeout):
             channel.send(item, 0)
     worker = Worker(channel.send, item)
-    waits(lambda: channel.statistics().senders_waiting == 1)
+    wait_until(lambda: channel.statistics().senders_waiting == 1)
     assert channel.receive() is item
     worker.get()
     assert channel.receive() is item
@@ -903,7 +894,7 @@ def test_raising_maxsize_lets_senders_go_on() -> None:
     jobs: Queue[int] = Queue(1)
     jobs.put(1)
     blocked = Worker(jobs.put, 2)
-    waits(lambda: jobs.unfinished_tasks == 2)
+    wait_until(lambda: jobs.unfinished_tasks == 2)
     jobs.maxsize = 2
     blocked.get()
     assert jobs.qsize() == 2

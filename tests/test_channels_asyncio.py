@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from running import wait_until
 
 from moirai import channels
 from moirai.channels import Channel, Selected
@@ -35,15 +36,6 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 async def waiting(predicate: Callable[[], bool]) -> None:
     while not predicate():
         await asyncio.sleep(0.001)
-
-
-def waits(predicate: Callable[[], bool]) -> None:
-    event = threading.Event()
-    for _ in range(6000):
-        if predicate():
-            return
-        event.wait(0.01)
-    raise AssertionError("never came true")
 
 
 def test_what_is_ready_needs_no_loop() -> None:
@@ -250,7 +242,7 @@ def test_a_closed_loop_does_not_keep_a_call() -> None:
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(channel.receive()))
     thread.start()
-    waits(lambda: channel.statistics().receivers_waiting == 2)
+    wait_until(lambda: channel.statistics().receivers_waiting == 2)
     channel.send(5)
     thread.join(LONG)
     assert found == [5]

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import wait_until
 
 from moirai import memory
 from moirai.errors import InvalidArgument, OutOfMemory
@@ -30,15 +30,6 @@ RunPython = Callable[..., str]
 def touch(buffer: memory.Buffer) -> memory.Buffer:
     np.frombuffer(buffer, dtype="uint8")[:] = 1
     return buffer
-
-
-def wait_until(holds: Callable[[], bool], *, what: str, within_seconds: float = 60) -> None:
-    """Poll a statistic until it says what the test waits for; the deadline is for a defect only."""
-    deadline = time.monotonic() + within_seconds
-    pause = threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {within_seconds} s"
-        pause.wait(0.005)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from running import wait_until
 
 from moirai import memory, pools
 from moirai.errors import Closed, InvalidArgument, OutOfMemory, Timeout
@@ -256,14 +257,6 @@ def test_permit_of_a_failing_factory_goes_to_the_one_who_waits() -> None:
         thread.join(60)
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["OSError", "Thing"]
     assert (pool.statistics().waits, pool.statistics().misses) == (1, 1)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(60_000):
-        if condition():
-            return
-        threading.Event().wait(0.001)
-    pytest.fail("it never came true")
 
 
 def test_failing_reset_gives_the_object_up_and_the_release_succeeds(

@@ -9,13 +9,12 @@ import pickle
 import signal
 import sys
 import threading
-import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import psutil
 import pytest
-from running import in_forked_child, run_threads
+from running import in_forked_child, run_threads, wait_until
 
 from moirai import errors, memory
 from moirai.executor import Priority, ProcessExecutor, process_pool
@@ -107,13 +106,6 @@ def is_gone(pid):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 # === calls ======================================================================================

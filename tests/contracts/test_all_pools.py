@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from running import in_forked_child
+from running import in_forked_child, wait_until
 
 from moirai import pools
 from moirai.errors import Closed, InvalidArgument, Timeout
@@ -107,13 +107,6 @@ def checked(make: Make, **options: Any) -> Iterator[Subject]:
     assert_adds_up(subject)
     subject.pool.close()
     assert assert_adds_up(subject).idle == 0
-
-
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.001)
 
 
 @contextmanager
