@@ -1,22 +1,22 @@
-"""CPython's own tests of ProcessPoolExecutor, with Moirai's executor in its place.
+"""CPython's own tests of ProcessPoolExecutor, with Moirai's executor in its place."""
 
-They come with CPython's test package, which some distributions leave out.
-"""
-
-import concurrent.futures
 import multiprocessing
 import sys
-import unittest
 from types import SimpleNamespace
 
 import pytest
+from cpython_suite import suite_with
 
 from moirai.executor import ProcessExecutor
 
-suite = pytest.importorskip("test.test_concurrent_futures")
-PARTS = ["test_as_completed", "test_deadlock", "test_init", "test_process_pool", "test_shutdown"]
-PARTS = [f"test.test_concurrent_futures.{name}" for name in [*PARTS, "test_wait"]]
-modules = [suite] if hasattr(suite, "ExecutorMixin") else list(map(pytest.importorskip, PARTS))
+PARTS = [
+    "test_as_completed",
+    "test_deadlock",
+    "test_init",
+    "test_process_pool",
+    "test_shutdown",
+    "test_wait",
+]
 
 # What asks for another default, or for parts of that executor's inside; what runs
 # `from concurrent.futures import ...` in another process; and what one dead worker does there.
@@ -64,29 +64,12 @@ class ProcessPoolExecutor(ProcessExecutor):
         return self._pool.broken
 
 
-def with_ours(kind: type[unittest.TestCase]) -> type[unittest.TestCase]:
-    def set_up(self: unittest.TestCase) -> None:
-        patch = pytest.MonkeyPatch()
-        patch.setattr(concurrent.futures, "ProcessPoolExecutor", ProcessPoolExecutor)
-        self.addCleanup(patch.undo)
-        kind.setUp(self)
-
-    left_out = NOT_OURS | (NOT_OURS_IF_FORKED if kind.ctx == "fork" else set())
-    names = {name: None for name in left_out if hasattr(kind, name)}
-    return type(
-        kind.__name__, (kind,), {**names, "setUp": set_up, "executor_type": ProcessPoolExecutor}
-    )
+def left_out(kind):
+    return NOT_OURS | (NOT_OURS_IF_FORKED if kind.ctx == "fork" else set())
 
 
-OF_PROCESSES = {
-    name: kind
-    for module in modules
-    for name, kind in vars(module).items()
-    if isinstance(kind, type)
-    and issubclass(kind, unittest.TestCase)
-    and getattr(kind, "executor_type", None) is concurrent.futures.ProcessPoolExecutor
-}
-globals().update({name: with_ours(kind) for name, kind in OF_PROCESSES.items()})
+OF_PROCESSES = suite_with(ProcessPoolExecutor, PARTS, left_out)
+globals().update(OF_PROCESSES)
 
 # From 3.12 on forking is warned of where there are threads, as there are in every executor.
 pytestmark = [
