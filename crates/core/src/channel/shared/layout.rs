@@ -9,6 +9,7 @@ use super::ring::Positions;
 use super::word::{GRANULE_BYTES, SLOT_COUNT};
 use crate::error::{Error, Result};
 use crate::os::PAGE_BYTES;
+use crate::resource::shared_memory::build::{self, Build};
 use crate::sync::{AtomicU32, AtomicU64};
 use std::mem::{offset_of, size_of};
 
@@ -158,28 +159,13 @@ impl Header {
 
     /// Whether this is the header of a segment that this build can use, in a file of `file_bytes`.
     pub fn check(&self, file_bytes: u64) -> Result<()> {
-        if self.magic != MAGIC {
-            return Err(Error::corrupted(format!(
-                "segment: must begin with {}, found {}",
-                MAGIC.escape_ascii(),
-                self.magic.escape_ascii()
-            )));
-        }
-        if self.layout_version != LAYOUT_VERSION {
-            return Err(Error::unsupported(format!(
-                "segment: has layout version {}, this build of Moirai knows version \
-                 {LAYOUT_VERSION}; use the same version of Moirai on both sides",
-                self.layout_version
-            )));
-        }
-        if self.abi_hash != abi_hash() {
-            return Err(Error::unsupported(format!(
-                "segment: its creator was built differently: ABI hash {:016x}, here {:016x}; use \
-                 the same build of Moirai on both sides",
-                self.abi_hash,
-                abi_hash()
-            )));
-        }
+        let build = Build {
+            what: "segment",
+            magic: MAGIC,
+            layout_version: LAYOUT_VERSION,
+            abi_hash: abi_hash(),
+        };
+        build.expect(self.magic, self.layout_version, self.abi_hash)?;
         if self.segment_bytes != file_bytes {
             return Err(Error::corrupted(format!(
                 "segment: must be {} bytes long, as its header says, found {file_bytes}: it was \
@@ -254,12 +240,7 @@ pub fn abi_hash() -> u64 {
         GRANULE_BYTES,
         UNIT_BYTES,
     ];
-    facts
-        .iter()
-        .flat_map(|fact| (*fact as u64).to_le_bytes())
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        })
+    build::abi_hash(&facts)
 }
 
 const _: () = assert!(size_of::<Header>() <= CONTROL_OFFSET);

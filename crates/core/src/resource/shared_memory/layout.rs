@@ -2,6 +2,7 @@
 //!
 //! Everything follows from the capacity; `docs/shared_channels.md` has the same byte by byte.
 
+use super::build::{self, Build};
 use super::holders::{Entry, MAX_PAGES, Marks, PARCEL_COUNT, SLOT_COUNT};
 use crate::error::{Error, Result};
 use crate::os::{HUGE_PAGE_BYTES, PAGE_BYTES};
@@ -86,29 +87,13 @@ impl Header {
 
     /// Whether this is the header of a segment that this build can use, in a file of `file_bytes`.
     pub fn check(&self, file_bytes: u64) -> Result<()> {
-        if self.magic != MAGIC {
-            return Err(Error::corrupted(format!(
-                "shared memory: must begin with {}, found {}",
-                MAGIC.escape_ascii(),
-                self.magic.escape_ascii()
-            )));
-        }
-        let same = "use the same build of Moirai on both sides";
-        if self.layout_version != LAYOUT_VERSION {
-            return Err(Error::unsupported(format!(
-                "shared memory: has layout version {}, this build of Moirai knows version \
-                 {LAYOUT_VERSION}; {same}",
-                self.layout_version
-            )));
-        }
-        if self.abi_hash != abi_hash() {
-            return Err(Error::unsupported(format!(
-                "shared memory: its creator was built differently: ABI hash {:016x}, here {:016x}; \
-                 {same}",
-                self.abi_hash,
-                abi_hash()
-            )));
-        }
+        let build = Build {
+            what: "shared memory",
+            magic: MAGIC,
+            layout_version: LAYOUT_VERSION,
+            abi_hash: abi_hash(),
+        };
+        build.expect(self.magic, self.layout_version, self.abi_hash)?;
         let capacity = usize::try_from(self.capacity_bytes).unwrap_or(usize::MAX);
         if Header::new(capacity, self.id).ok() != Some(*self) {
             return Err(Error::corrupted(format!(
@@ -142,12 +127,7 @@ fn abi_hash() -> u64 {
         CHUNK_BYTES,
         PAGE_BYTES,
     ];
-    facts
-        .iter()
-        .flat_map(|fact| (*fact as u64).to_le_bytes())
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        })
+    build::abi_hash(&facts)
 }
 
 const _: () = assert!(size_of::<Header>() <= MARKS_OFFSET);

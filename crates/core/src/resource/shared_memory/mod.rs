@@ -4,11 +4,13 @@
 //! [`segment`] is the file, [`holding`] a process at it. Only the process that made a segment hands
 //! out its blocks, by two-level segregated fit with tags in its own memory; the others hold what was
 //! sent to them, [`guests`]. A block that was given back here is used again when the last process
-//! has let go of it. What is under way is in [`sent`].
+//! has let go of it. What is under way is in [`sent`]. [`build`] keeps unlike builds apart, here and
+//! in the segments of channels.
 //!
 //! The file is sparse and of fixed, sealed length, mapped once by everybody. Memory comes and goes in
 //! chunks, so a block either has all its memory or is not handed out.
 
+pub mod build;
 pub mod guests;
 pub mod holders;
 pub mod holding;
