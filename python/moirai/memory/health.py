@@ -12,7 +12,7 @@ from moirai._native import HealthReport, Statistics
 
 __all__ = ["Finding", "Health", "ResourceHealth", "health"]
 
-# A count read while another thread is between two of them proves nothing; one that is wrong in every
+# A count read while another thread is between two of them proves nothing; one that is wrong in each
 # look at a resource that nobody uses meanwhile does. A thread between two counts may have lost its
 # processor, and nothing tells when it goes on: the rests between looks are there for it to do so.
 _RESTS_SECONDS = (0.01, 0.1)
