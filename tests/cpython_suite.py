@@ -37,7 +37,9 @@ def suite_with(
             kind.setUp(self)
 
         names = {name: None for name in left_out(kind) if hasattr(kind, name)}
-        return type(kind.__name__, (kind,), {**names, "setUp": set_up, "executor_type": ours})
+        # The caller's module is where a worker process looks for the class.
+        changed = {"setUp": set_up, "executor_type": ours, "__module__": ours.__module__}
+        return type(kind.__name__, (kind,), names | changed)
 
     return {
         name: with_ours(kind)
