@@ -289,26 +289,23 @@ class Executor(_native.BareExecutor, BaseExecutor):
         """Counts since the executor was made; taken one by one while it works."""
         whole, workers = self.counts()
         whole["queued_by_node"] = tuple(map(tuple, whole["queued_by_node"]))
-        latencies = self.latencies()
-        if latencies is None:
-            each = tuple(WorkerStatistics(**it, waits=None, runs=None) for it in workers)
-            return ExecutorStatistics(
-                **whole,
-                waits=None,
-                runs=None,
-                workers=each,
-                nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
-            )
-        waits = [LatencyHistogram(tuple(wait)) for wait, _ in latencies]
-        runs = [LatencyHistogram(tuple(run)) for _, run in latencies]
+        # Of each worker, and last of all other threads; nothing where that is not measured.
+        measured = [
+            (LatencyHistogram(tuple(wait)), LatencyHistogram(tuple(run)))
+            for wait, run in self.latencies() or ()
+        ]
+        waits, runs = [
+            functools.reduce(operator.add, kind) for kind in zip(*measured, strict=True)
+        ] or (None, None)
+        of_workers = measured or itertools.repeat((None, None))
         each = tuple(
             WorkerStatistics(**it, waits=wait, runs=run)
-            for it, wait, run in zip(workers, waits, runs, strict=False)  # the last is nobody's
+            for it, (wait, run) in zip(workers, of_workers, strict=False)
         )
         return ExecutorStatistics(
             **whole,
-            waits=functools.reduce(operator.add, waits),
-            runs=functools.reduce(operator.add, runs),
+            waits=waits,
+            runs=runs,
             workers=each,
             nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
         )
