@@ -19,9 +19,9 @@ from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
 from moirai.executor.sizing import (
+    check_initializer,
+    checked_worker_count,
     cpu_of_workers,
-    cpu_quota,
-    default_worker_count,
     steal_order,
     working_nodes,
 )
@@ -120,19 +120,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
             made = other(max_workers=max_workers, initializer=initializer, initargs=initargs)
             return cast("Executor", made)
         machine = Topology.read() if topology is None else topology
-        if max_workers is None:
-            max_workers = default_worker_count(machine, cpu_quota())
-        if isinstance(max_workers, bool) or not isinstance(max_workers, int):
-            kind = type(max_workers).__name__
-            raise TypeError(f"max_workers: must be an int or None, got {kind}")
-        if not 1 <= max_workers <= _MOST_WORKERS:
-            # In concurrent.futures' words, which its tests look for.
-            raise InvalidArgument(
-                "max_workers must be greater than 0, and at most "
-                f"{_MOST_WORKERS}, got {max_workers}"
-            )
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        max_workers = checked_worker_count(max_workers, machine, _MOST_WORKERS)
+        check_initializer(initializer)
         if affinity not in ("auto", "node", "core", None):
             raise InvalidArgument(
                 f'affinity: must be "auto", "node", "core" or None, got {affinity!r}'
