@@ -9,6 +9,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 from moirai.errors import InvalidArgument
+from moirai.executor import blas
 from moirai.executor import process_messages as messages
 from moirai.executor.interface import BaseExecutor, in_chunks
 from moirai.executor.lanes import lane_of
@@ -18,7 +19,12 @@ from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_worker import run_chunk
 from moirai.executor.progress import Progress
 from moirai.executor.remote import RemoteFuture
-from moirai.executor.sizing import check_initializer, checked_worker_count
+from moirai.executor.sizing import (
+    check_initializer,
+    checked_worker_count,
+    cpu_quota,
+    default_worker_count,
+)
 from moirai.memory import Priority, Topology, parse_bytes
 
 __all__ = ["ProcessExecutor"]
@@ -47,11 +53,15 @@ class ProcessExecutor(BaseExecutor):
             broken.
         initargs: Its arguments.
         max_tasks_per_child: Tasks after which a process is replaced by a new one; None: never.
+        blas_threads: How many threads a call of BLAS or OpenMP may use in a worker, at most;
+            "auto": the CPUs divided by the workers, at least 1; None: as many as it likes. A number
+            needs the package threadpoolctl; without it, "auto" reaches what workers load later.
         memory_bytes: How much shared memory calls on their way may take, and in each process its
             results, if they are copied; an int or such as "2 GiB". It is taken as it is needed.
 
     Raises:
         InvalidArgument: An argument is outside its range.
+        Unsupported: `blas_threads` is a number, and threadpoolctl is not installed.
     """
 
     def __init__(
@@ -62,9 +72,11 @@ class ProcessExecutor(BaseExecutor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        blas_threads: blas.BlasThreads = "auto",
         memory_bytes: int | str = "2 GiB",
     ) -> None:
-        worker_count = checked_worker_count(max_workers, Topology.read(), _MOST_WORKERS)
+        machine = Topology.read()
+        worker_count = checked_worker_count(max_workers, machine, _MOST_WORKERS)
         check_initializer(initializer)
         _check_tasks_per_child(max_tasks_per_child)
         settings = Settings(
@@ -74,6 +86,11 @@ class ProcessExecutor(BaseExecutor):
             initargs,
             max_tasks_per_child,
             parse_bytes(memory_bytes, argument="memory_bytes"),
+            blas.share_of_cpus(
+                blas.checked(blas_threads, needs_package=False),
+                default_worker_count(machine, cpu_quota()),
+                worker_count,
+            ),
         )
         self._pool = pool = ProcessPool(settings)
         # One that is dropped ends its workers, once they have run what is queued.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from moirai import _native
 from moirai.errors import InvalidArgument
-from moirai.executor import backends
+from moirai.executor import backends, blas
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
@@ -22,6 +23,8 @@ from moirai.executor.sizing import (
     check_initializer,
     checked_worker_count,
     cpu_of_workers,
+    cpu_quota,
+    default_worker_count,
     steal_order,
     working_nodes,
 )
@@ -63,8 +66,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
         initargs: Its arguments.
         backend: What runs the tasks: "threads"; "processes" (a `ProcessExecutor`); "dask" (the
             cluster of the current client), which leave out what is said of threads and have no
-            `max_pending`, `memory` and `task_arena`; None: what the environment variable
-            MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
+            `max_pending`, `memory`, `task_arena` and `blas_threads`; None: what the environment
+            variable MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
         affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
             the kernel puts it; "auto": "node" where there are several nodes, else None.
         topology: The machine; None reads it.
@@ -76,10 +79,14 @@ class Executor(_native.BareExecutor, BaseExecutor):
             is submitted. If it has lanes, the priority of a task is that of its memory.
         task_arena: Whether each call has an arena, from `memory` if given, which is given back when
             the call ends, but for the chunks that hold its result.
+        blas_threads: How many threads a call of BLAS or OpenMP may use, at most, in this process
+            while workers of this executor run; "auto": the CPUs divided by the workers, at least 1;
+            None: as many as it likes. Needs the package threadpoolctl.
         measure_latency: Whether `statistics` tells how long tasks waited and took.
 
     Raises:
         InvalidArgument: An argument is outside its range.
+        Unsupported: `blas_threads` was given, and threadpoolctl is not installed.
 
     Source:
         Chase and Lev, Dynamic circular work-stealing deque, SPAA 2005; Wagner and Calder,
@@ -94,6 +101,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
     _initargs: tuple[Any, ...]
     _cpus: list[tuple[int, ...]]
     _node_ids: list[int]
+    _blas_threads: int | None
 
     def __new__(
         cls,
@@ -109,11 +117,17 @@ class Executor(_native.BareExecutor, BaseExecutor):
         when_full: WhenFull = "block",
         memory: Resource | None = None,
         task_arena: bool = False,
+        blas_threads: blas.BlasThreads = None,
         measure_latency: bool = False,
     ) -> Executor:
         other = backends.find(backend) if cls is Executor else None
         if other is not None:
-            given = {"max_pending": max_pending, "memory": memory, "task_arena": task_arena or None}
+            given = {
+                "max_pending": max_pending,
+                "memory": memory,
+                "task_arena": task_arena or None,
+                "blas_threads": blas_threads,
+            }
             for name, value in given.items():
                 if value is not None:
                     raise InvalidArgument(f"{name}: needs the backend threads, got {value!r}")
@@ -126,6 +140,12 @@ class Executor(_native.BareExecutor, BaseExecutor):
             raise InvalidArgument(
                 f'affinity: must be "auto", "node", "core" or None, got {affinity!r}'
             )
+        most = blas.share_of_cpus(
+            blas.checked(blas_threads, needs_package=True),
+            default_worker_count(machine, cpu_quota()),
+            max_workers,
+        )
+        wrap = TaskArenas(memory).wrap if task_arena else None
         nodes = working_nodes(machine)
         places = cpu_of_workers(machine, max_workers)
         self = super().__new__(
@@ -138,10 +158,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
             max_pending=max_pending,
             when_full=when_full,
             memory=None if memory is None else use(memory),
-            wrap=TaskArenas(memory).wrap if task_arena else None,
+            wrap=wrap if most is None else blas.wrapper(wrap),
             measure_latency=measure_latency,
         )
-        self._max_workers = max_workers
+        self._max_workers, self._blas_threads = max_workers, most
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
         self._initializer, self._initargs = initializer, initargs
         self._node_ids = [node.id for node in nodes]
@@ -304,7 +324,14 @@ class Executor(_native.BareExecutor, BaseExecutor):
         thread = threading.Thread(
             name=f"{self._prefix}_{who}",
             target=_work,
-            args=(handle, who, self._cpus[who], self._initializer, self._initargs),
+            args=(
+                handle,
+                who,
+                self._cpus[who],
+                self._blas_threads,
+                self._initializer,
+                self._initargs,
+            ),
         )
         self._start(thread, handle, self._threads)
 
@@ -339,19 +366,23 @@ def _work(
     handle: _native.WorkerHandle,
     who: int,
     cpus: tuple[int, ...],
+    blas_threads: int | None,
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
 ) -> None:
     if cpus:
         os.sched_setaffinity(0, cpus)
-    if initializer is not None:
+    with contextlib.ExitStack() as until_it_ends:
         try:
-            initializer(*initargs)
+            if blas_threads is not None:
+                until_it_ends.enter_context(blas.held(blas_threads))
+            if initializer is not None:
+                initializer(*initargs)
         except BaseException as error:
             initializer_failed(error)
             handle.give_up()
-    del initializer, initargs
-    handle.work(who)
+        del initializer, initargs
+        handle.work(who)
 
 
 def _join(thread: threading.Thread) -> None:
