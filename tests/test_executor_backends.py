@@ -93,3 +93,22 @@ def test_what_only_threads_have_is_refused_elsewhere(name):
     given = {"max_pending": 3, "memory": memory.PoolResource(), "task_arena": True}[name]
     with pytest.raises(errors.InvalidArgument, match=f"{name}: needs the backend threads"):
         Executor(2, backend="processes", **{name: given})
+
+
+def test_executor_of_threads_needs_nothing_of_an_executor_of_processes(run_python):
+    run_python("""
+        import sys
+        import moirai.executor
+
+        others = {"numpy", "multiprocessing", "moirai.channels", "moirai.executor.processes"}
+        with moirai.executor.Executor(1, backend="threads") as executor:
+            assert executor.submit(abs, -1).result(60) == 1
+        assert not others & sys.modules.keys(), others & sys.modules.keys()
+        for found in (moirai.executor.ProcessStatistics, moirai.executor.ProcessExecutor):
+            assert found.__name__ in moirai.executor.__all__
+        assert others <= sys.modules.keys()
+        try:
+            moirai.executor.FiberExecutor
+        except AttributeError as error:
+            assert "'moirai.executor' has no attribute 'FiberExecutor'" in str(error)
+    """)

@@ -4,14 +4,17 @@
 native; `ProcessExecutor` is one over processes, with calls and results in shared memory. Every
 object here may be used by any number of threads at once, with or without the GIL. What a forked
 child has is told in docs/executor.md.
+
+`ProcessExecutor` and `ProcessStatistics` are looked up when asked for: processes need NumPy,
+multiprocessing and shared channels, which an executor of threads does not.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from moirai.executor.future import Future
 from moirai.executor.group import TaskGroup
-from moirai.executor.process_statistics import ProcessStatistics
-from moirai.executor.processes import ProcessExecutor
 from moirai.executor.progress import Progress
 from moirai.executor.statistics import (
     ExecutorStatistics,
@@ -22,6 +25,10 @@ from moirai.executor.statistics import (
 from moirai.executor.threads import Executor
 from moirai.executor.token import CancelToken, current_token
 from moirai.memory import Priority
+
+if TYPE_CHECKING:
+    from moirai.executor.process_statistics import ProcessStatistics
+    from moirai.executor.processes import ProcessExecutor
 
 __all__ = [
     "CancelToken",
@@ -38,3 +45,15 @@ __all__ = [
     "WorkerStatistics",
     "current_token",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ProcessExecutor":
+        from moirai.executor.processes import ProcessExecutor
+
+        return ProcessExecutor
+    if name == "ProcessStatistics":
+        from moirai.executor.process_statistics import ProcessStatistics
+
+        return ProcessStatistics
+    raise AttributeError(f"module 'moirai.executor' has no attribute {name!r}")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib import metadata
 
 from moirai.errors import InvalidArgument
 from moirai.executor.interface import BaseExecutor
-from moirai.executor.processes import ProcessExecutor
 
 __all__ = ["find"]
 
@@ -32,7 +30,11 @@ def find(backend: str | None) -> Callable[..., BaseExecutor] | None:
     if name == "threads":
         return None
     if name == "processes":
+        from moirai.executor.processes import ProcessExecutor
+
         return ProcessExecutor
+    from importlib import metadata  # slow, and not needed for those above
+
     others = metadata.entry_points(group=_GROUP)
     for entry in others:
         if entry.name == name:

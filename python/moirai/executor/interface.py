@@ -14,7 +14,7 @@ from moirai.errors import InvalidArgument, Timeout
 from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
 
-__all__ = ["BaseExecutor"]
+__all__ = ["BaseExecutor", "in_chunks"]
 
 _Result = TypeVar("_Result")
 # What a task of `map` gives: results up to the first failure, and that or None.
@@ -24,6 +24,11 @@ _CHUNKS_PER_WORKER = 8
 # Who waits in order is woken for each chunk, some 30 µs: less than 10 ns a call.
 _LARGEST_CHUNK = 4096
 _POP: Callable[[list[Any]], Any] = list.pop
+
+
+def in_chunks(items: Sequence[_Result], size: int) -> list[Sequence[_Result]]:
+    """The items in order, `size` to a chunk; the last may have fewer."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 class BaseExecutor(concurrent.futures.Executor):

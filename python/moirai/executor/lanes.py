@@ -7,14 +7,27 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from moirai.errors import InvalidArgument
 from moirai.memory import Priority
 
-__all__ = ["Lanes"]
+__all__ = ["Lanes", "lane_of"]
 
 _Item = TypeVar("_Item")
 
 _PATIENCE_SECONDS = {Priority.HIGH: 0.05, Priority.NORMAL: 0.05, Priority.BACKGROUND: 0.1}
 """How long a lane is passed over before it gets a turn; as in the executor of threads."""
+
+
+def lane_of(priority: Priority | None) -> Priority:
+    """The priority of a task that was submitted with `priority`.
+
+    Raises:
+        InvalidArgument: It is neither a Priority nor None.
+    """
+    lane = Priority.NORMAL if priority is None else priority
+    if not isinstance(lane, Priority):
+        raise InvalidArgument(f"priority: must be a Priority or None, got {priority!r}")
+    return lane
 
 
 class Lanes(Generic[_Item]):

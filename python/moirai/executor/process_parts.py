@@ -35,6 +35,7 @@ class Settings:
     initargs: tuple[Any, ...]
     max_tasks_per_child: int | None
     memory_bytes: int
+    blas_threads: int | None
 
 
 @dataclass(eq=False)

@@ -286,6 +286,7 @@ class ProcessPool:
             self._results,
             settings.memory_bytes,
             settings.max_tasks_per_child,
+            settings.blas_threads,
             settings.initializer,
             settings.initargs,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Disconnected, OutOfMemory
+from moirai.executor import blas
 from moirai.executor import process_messages as messages
 from moirai.executor.process_messages import Content, Head, Placer
 from moirai.executor.reporting import initializer_failed
@@ -49,6 +50,7 @@ class Start:
         results: Where it sends to.
         memory_bytes: How much shared memory its results may take.
         call_count: Calls after which it ends; None: it does not.
+        blas_threads: How many threads calls of BLAS and OpenMP may use; None: as many as they like.
         initializer: Called before the first of them.
         initargs: Its arguments.
     """
@@ -58,6 +60,7 @@ class Start:
     results: SharedChannel
     memory_bytes: int
     call_count: int | None
+    blas_threads: int | None
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
 
@@ -155,11 +158,12 @@ def work(start: Start) -> None:
 
 
 def _initialize(start: Start, interrupts: _Interrupts) -> bool:
-    if start.initializer is None:
-        return True
     try:
+        if start.blas_threads is not None:
+            blas.limit_process(start.blas_threads)
         interrupts.is_calling = True
-        start.initializer(*start.initargs)
+        if start.initializer is not None:
+            start.initializer(*start.initargs)
     except BaseException as error:
         initializer_failed(error)
         return False

@@ -9,15 +9,22 @@ from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 from moirai.errors import InvalidArgument
+from moirai.executor import blas
 from moirai.executor import process_messages as messages
-from moirai.executor.interface import BaseExecutor
+from moirai.executor.interface import BaseExecutor, in_chunks
+from moirai.executor.lanes import lane_of
 from moirai.executor.process_parts import Settings, Task
 from moirai.executor.process_pool import ProcessPool
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_worker import run_chunk
 from moirai.executor.progress import Progress
 from moirai.executor.remote import RemoteFuture
-from moirai.executor.sizing import cpu_quota, default_worker_count
+from moirai.executor.sizing import (
+    check_initializer,
+    checked_worker_count,
+    cpu_quota,
+    default_worker_count,
+)
 from moirai.memory import Priority, Topology, parse_bytes
 
 __all__ = ["ProcessExecutor"]
@@ -46,11 +53,15 @@ class ProcessExecutor(BaseExecutor):
             broken.
         initargs: Its arguments.
         max_tasks_per_child: Tasks after which a process is replaced by a new one; None: never.
+        blas_threads: How many threads a call of BLAS or OpenMP may use in a worker, at most;
+            "auto": the CPUs divided by the workers, at least 1; None: as many as it likes. A number
+            needs the package threadpoolctl; without it, "auto" reaches what workers load later.
         memory_bytes: How much shared memory calls on their way may take, and in each process its
             results, if they are copied; an int or such as "2 GiB". It is taken as it is needed.
 
     Raises:
         InvalidArgument: An argument is outside its range.
+        Unsupported: `blas_threads` is a number, and threadpoolctl is not installed.
     """
 
     def __init__(
@@ -61,32 +72,25 @@ class ProcessExecutor(BaseExecutor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        blas_threads: blas.BlasThreads = "auto",
         memory_bytes: int | str = "2 GiB",
     ) -> None:
-        if max_workers is None:
-            max_workers = min(default_worker_count(Topology.read(), cpu_quota()), _MOST_WORKERS)
-        _check_int("max_workers", max_workers)
-        if not 1 <= max_workers <= _MOST_WORKERS:
-            # In concurrent.futures' words, which its tests look for.
-            raise InvalidArgument(
-                "max_workers must be greater than 0, and at most "
-                f"{_MOST_WORKERS}, got {max_workers}"
-            )
-        if max_tasks_per_child is not None:
-            _check_int("max_tasks_per_child", max_tasks_per_child)
-            if max_tasks_per_child < 1:
-                raise InvalidArgument(
-                    f"max_tasks_per_child: must be at least 1, got {max_tasks_per_child}"
-                )
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        machine = Topology.read()
+        worker_count = checked_worker_count(max_workers, machine, _MOST_WORKERS)
+        check_initializer(initializer)
+        _check_tasks_per_child(max_tasks_per_child)
         settings = Settings(
-            max_workers,
+            worker_count,
             _context(mp_context, max_tasks_per_child),
             initializer,
             initargs,
             max_tasks_per_child,
             parse_bytes(memory_bytes, argument="memory_bytes"),
+            blas.share_of_cpus(
+                blas.checked(blas_threads, needs_package=False),
+                default_worker_count(machine, cpu_quota()),
+                worker_count,
+            ),
         )
         self._pool = pool = ProcessPool(settings)
         # One that is dropped ends its workers, once they have run what is queued.
@@ -148,8 +152,9 @@ class ProcessExecutor(BaseExecutor):
         priority: Priority | None,
         node: int | None,
     ) -> Sequence[RemoteFuture[Any]]:
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
-        calls: list[_Call] = [(run_chunk, (fn, chunk, star), {}, len(chunk)) for chunk in chunks]
+        calls: list[_Call] = [
+            (run_chunk, (fn, chunk, star), {}, len(chunk)) for chunk in in_chunks(items, size)
+        ]
         return self._queue(calls, priority)
 
     def _queue(
@@ -157,9 +162,7 @@ class ProcessExecutor(BaseExecutor):
         calls: Iterable[_Call],
         priority: Priority | None,
     ) -> list[RemoteFuture[Any]]:
-        lane = Priority.NORMAL if priority is None else priority
-        if not isinstance(lane, Priority):
-            raise InvalidArgument(f"priority: must be a Priority or None, got {priority!r}")
+        lane = lane_of(priority)
         futures, tasks, failures = [], [], []
         for fn, args, kwargs, call_count in calls:
             future: RemoteFuture[Any] = RemoteFuture()
@@ -207,9 +210,14 @@ class ProcessExecutor(BaseExecutor):
         return self._pool.counter.watch(interval_seconds)
 
 
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: must be an int or None, got {type(value).__name__}")
+def _check_tasks_per_child(count: object) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int):
+        kind = type(count).__name__
+        raise TypeError(f"max_tasks_per_child: must be an int or None, got {kind}")
+    if count < 1:
+        raise InvalidArgument(f"max_tasks_per_child: must be at least 1, got {count}")
 
 
 def _context(given: BaseContext | str | None, max_tasks_per_child: int | None) -> BaseContext:

@@ -6,9 +6,12 @@ import math
 import re
 from pathlib import Path
 
+from moirai.errors import InvalidArgument
 from moirai.memory import NumaNode, Topology
 
 __all__ = [
+    "check_initializer",
+    "checked_worker_count",
     "cpu_of_workers",
     "cpu_quota",
     "default_worker_count",
@@ -70,6 +73,41 @@ def default_worker_count(topology: Topology, quota: float | None) -> int:
     """One for each CPU that the process may use at once, at least one."""
     cpus = len(topology.allowed_cpus) or 1
     return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
+
+
+def checked_worker_count(max_workers: int | None, topology: Topology, most: int) -> int:
+    """How many workers an executor gets that was made with `max_workers`.
+
+    Args:
+        max_workers: What was asked for; None: as many as the machine is good for.
+        topology: The machine.
+        most: More than these are refused.
+
+    Raises:
+        TypeError: It is no int.
+        InvalidArgument: It is not between 1 and `most`.
+    """
+    if max_workers is None:
+        return min(default_worker_count(topology, cpu_quota()), most)
+    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
+        kind = type(max_workers).__name__
+        raise TypeError(f"max_workers: must be an int or None, got {kind}")
+    if not 1 <= max_workers <= most:
+        # In concurrent.futures' words, which its tests look for.
+        raise InvalidArgument(
+            f"max_workers must be greater than 0, and at most {most}, got {max_workers}"
+        )
+    return max_workers
+
+
+def check_initializer(initializer: object) -> None:
+    """Refuse what cannot be called, in concurrent.futures' words.
+
+    Raises:
+        TypeError: It is neither None nor callable.
+    """
+    if initializer is not None and not callable(initializer):
+        raise TypeError("initializer must be a callable")
 
 
 def working_nodes(topology: Topology) -> list[NumaNode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -13,12 +14,14 @@ from typing import Any, Literal, TypeVar, cast
 
 from moirai import _native
 from moirai.errors import InvalidArgument
-from moirai.executor import backends
+from moirai.executor import backends, blas
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
 from moirai.executor.sizing import (
+    check_initializer,
+    checked_worker_count,
     cpu_of_workers,
     cpu_quota,
     default_worker_count,
@@ -63,8 +66,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
         initargs: Its arguments.
         backend: What runs the tasks: "threads"; "processes" (a `ProcessExecutor`); "dask" (the
             cluster of the current client), which leave out what is said of threads and have no
-            `max_pending`, `memory` and `task_arena`; None: what the environment variable
-            MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
+            `max_pending`, `memory`, `task_arena` and `blas_threads`; None: what the environment
+            variable MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
         affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
             the kernel puts it; "auto": "node" where there are several nodes, else None.
         topology: The machine; None reads it.
@@ -76,10 +79,14 @@ class Executor(_native.BareExecutor, BaseExecutor):
             is submitted. If it has lanes, the priority of a task is that of its memory.
         task_arena: Whether each call has an arena, from `memory` if given, which is given back when
             the call ends, but for the chunks that hold its result.
+        blas_threads: How many threads a call of BLAS or OpenMP may use, at most, in this process
+            while workers of this executor run; "auto": the CPUs divided by the workers, at least 1;
+            None: as many as it likes. Needs the package threadpoolctl.
         measure_latency: Whether `statistics` tells how long tasks waited and took.
 
     Raises:
         InvalidArgument: An argument is outside its range.
+        Unsupported: `blas_threads` was given, and threadpoolctl is not installed.
 
     Source:
         Chase and Lev, Dynamic circular work-stealing deque, SPAA 2005; Wagner and Calder,
@@ -94,6 +101,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
     _initargs: tuple[Any, ...]
     _cpus: list[tuple[int, ...]]
     _node_ids: list[int]
+    _blas_threads: int | None
 
     def __new__(
         cls,
@@ -109,34 +117,35 @@ class Executor(_native.BareExecutor, BaseExecutor):
         when_full: WhenFull = "block",
         memory: Resource | None = None,
         task_arena: bool = False,
+        blas_threads: blas.BlasThreads = None,
         measure_latency: bool = False,
     ) -> Executor:
         other = backends.find(backend) if cls is Executor else None
         if other is not None:
-            given = {"max_pending": max_pending, "memory": memory, "task_arena": task_arena or None}
+            given = {
+                "max_pending": max_pending,
+                "memory": memory,
+                "task_arena": task_arena or None,
+                "blas_threads": blas_threads,
+            }
             for name, value in given.items():
                 if value is not None:
                     raise InvalidArgument(f"{name}: needs the backend threads, got {value!r}")
             made = other(max_workers=max_workers, initializer=initializer, initargs=initargs)
             return cast("Executor", made)
         machine = Topology.read() if topology is None else topology
-        if max_workers is None:
-            max_workers = default_worker_count(machine, cpu_quota())
-        if isinstance(max_workers, bool) or not isinstance(max_workers, int):
-            kind = type(max_workers).__name__
-            raise TypeError(f"max_workers: must be an int or None, got {kind}")
-        if not 1 <= max_workers <= _MOST_WORKERS:
-            # In concurrent.futures' words, which its tests look for.
-            raise InvalidArgument(
-                "max_workers must be greater than 0, and at most "
-                f"{_MOST_WORKERS}, got {max_workers}"
-            )
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        max_workers = checked_worker_count(max_workers, machine, _MOST_WORKERS)
+        check_initializer(initializer)
         if affinity not in ("auto", "node", "core", None):
             raise InvalidArgument(
                 f'affinity: must be "auto", "node", "core" or None, got {affinity!r}'
             )
+        most = blas.share_of_cpus(
+            blas.checked(blas_threads, needs_package=True),
+            default_worker_count(machine, cpu_quota()),
+            max_workers,
+        )
+        wrap = TaskArenas(memory).wrap if task_arena else None
         nodes = working_nodes(machine)
         places = cpu_of_workers(machine, max_workers)
         self = super().__new__(
@@ -149,10 +158,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
             max_pending=max_pending,
             when_full=when_full,
             memory=None if memory is None else use(memory),
-            wrap=TaskArenas(memory).wrap if task_arena else None,
+            wrap=wrap if most is None else blas.wrapper(wrap),
             measure_latency=measure_latency,
         )
-        self._max_workers = max_workers
+        self._max_workers, self._blas_threads = max_workers, most
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
         self._initializer, self._initargs = initializer, initargs
         self._node_ids = [node.id for node in nodes]
@@ -289,26 +298,23 @@ class Executor(_native.BareExecutor, BaseExecutor):
         """Counts since the executor was made; taken one by one while it works."""
         whole, workers = self.counts()
         whole["queued_by_node"] = tuple(map(tuple, whole["queued_by_node"]))
-        latencies = self.latencies()
-        if latencies is None:
-            each = tuple(WorkerStatistics(**it, waits=None, runs=None) for it in workers)
-            return ExecutorStatistics(
-                **whole,
-                waits=None,
-                runs=None,
-                workers=each,
-                nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
-            )
-        waits = [LatencyHistogram(tuple(wait)) for wait, _ in latencies]
-        runs = [LatencyHistogram(tuple(run)) for _, run in latencies]
+        # Of each worker, and last of all other threads; nothing where that is not measured.
+        measured = [
+            (LatencyHistogram(tuple(wait)), LatencyHistogram(tuple(run)))
+            for wait, run in self.latencies() or ()
+        ]
+        waits, runs = [
+            functools.reduce(operator.add, kind) for kind in zip(*measured, strict=True)
+        ] or (None, None)
+        of_workers = measured or itertools.repeat((None, None))
         each = tuple(
             WorkerStatistics(**it, waits=wait, runs=run)
-            for it, wait, run in zip(workers, waits, runs, strict=False)  # the last is nobody's
+            for it, (wait, run) in zip(workers, of_workers, strict=False)
         )
         return ExecutorStatistics(
             **whole,
-            waits=functools.reduce(operator.add, waits),
-            runs=functools.reduce(operator.add, runs),
+            waits=waits,
+            runs=runs,
             workers=each,
             nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
         )
@@ -318,7 +324,14 @@ class Executor(_native.BareExecutor, BaseExecutor):
         thread = threading.Thread(
             name=f"{self._prefix}_{who}",
             target=_work,
-            args=(handle, who, self._cpus[who], self._initializer, self._initargs),
+            args=(
+                handle,
+                who,
+                self._cpus[who],
+                self._blas_threads,
+                self._initializer,
+                self._initargs,
+            ),
         )
         self._start(thread, handle, self._threads)
 
@@ -353,19 +366,23 @@ def _work(
     handle: _native.WorkerHandle,
     who: int,
     cpus: tuple[int, ...],
+    blas_threads: int | None,
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
 ) -> None:
     if cpus:
         os.sched_setaffinity(0, cpus)
-    if initializer is not None:
+    with contextlib.ExitStack() as until_it_ends:
         try:
-            initializer(*initargs)
+            if blas_threads is not None:
+                until_it_ends.enter_context(blas.held(blas_threads))
+            if initializer is not None:
+                initializer(*initargs)
         except BaseException as error:
             initializer_failed(error)
             handle.give_up()
-    del initializer, initargs
-    handle.work(who)
+        del initializer, initargs
+        handle.work(who)
 
 
 def _join(thread: threading.Thread) -> None:

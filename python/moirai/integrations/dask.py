@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import distributed
 
 from moirai.errors import Closed, Disconnected, InvalidArgument, Unsupported, WorkerFailed
-from moirai.executor.interface import BaseExecutor
+from moirai.executor.interface import BaseExecutor, in_chunks
+from moirai.executor.lanes import lane_of
 from moirai.executor.progress import Counter, Progress
 from moirai.executor.remote import RemoteFuture
 from moirai.memory import Priority
@@ -123,10 +124,17 @@ class DistributedExecutor(BaseExecutor):
         if kwargs:
             # Some names are those of the client's own arguments.
             remote = self._client.submit(
-                _with_keywords, fn, args, kwargs, pure=False, priority=_priority(priority)
+                _with_keywords,
+                fn,
+                args,
+                kwargs,
+                pure=False,
+                priority=_PRIORITIES[lane_of(priority)],
             )
         else:
-            remote = self._client.submit(fn, *args, pure=False, priority=_priority(priority))
+            remote = self._client.submit(
+                fn, *args, pure=False, priority=_PRIORITIES[lane_of(priority)]
+            )
         return self._track([remote], [1])[0]
 
     def submit_many(
@@ -145,7 +153,9 @@ class DistributedExecutor(BaseExecutor):
         if not items:
             return []
         columns = [list(column) for column in zip(*items, strict=True)]
-        remotes = self._client.map(fn, *columns, pure=False, priority=_priority(priority))
+        remotes = self._client.map(
+            fn, *columns, pure=False, priority=_PRIORITIES[lane_of(priority)]
+        )
         return self._track(remotes, [1] * len(remotes))
 
     def _queue_chunks(
@@ -159,9 +169,9 @@ class DistributedExecutor(BaseExecutor):
         node: int | None,
     ) -> Sequence[RemoteFuture[Any]]:
         self._check_open()
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        chunks = in_chunks(items, size)
         run = _chunk_runner(fn, star)
-        remotes = self._client.map(run, chunks, pure=False, priority=_priority(priority))
+        remotes = self._client.map(run, chunks, pure=False, priority=_PRIORITIES[lane_of(priority)])
         return self._track(remotes, list(map(len, chunks)))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -294,13 +304,6 @@ def make_executor(
             'backend: "dask" needs a client: make a distributed.Client first'
         ) from None
     return DistributedExecutor(client)
-
-
-def _priority(priority: Priority | None) -> int:
-    lane = Priority.NORMAL if priority is None else priority
-    if not isinstance(lane, Priority):
-        raise InvalidArgument(f"priority: must be a Priority or None, got {priority!r}")
-    return _PRIORITIES[lane]
 
 
 def _chunk_runner(fn: Callable[..., Any], star: bool) -> Callable[[Sequence[Any]], Any]:

@@ -33,13 +33,15 @@ class MoiraiBackend(ParallelBackendBase):  # type: ignore[misc]
         executor: Whose workers run the batches, and that stays as it is; None: one of the backend's
             own, for as long as `Parallel` needs it.
         priority: How urgent the batches are.
-        kwargs: As of joblib's other backends.
+        kwargs: As of joblib's other backends; `inner_max_num_threads` is the `blas_threads` of an
+            executor of the backend's own.
     """
 
     supports_sharedmem = True
     uses_threads = True
     supports_timeout = True
     supports_return_generator = True
+    supports_inner_max_num_threads = True
     default_n_jobs = -1
 
     def __init__(
@@ -82,7 +84,7 @@ class MoiraiBackend(ParallelBackendBase):  # type: ignore[misc]
         self.parallel = parallel
         self.supports_retrieve_callback = bool(getattr(parallel, "return_generator", False))
         if self._executor is None:
-            self._executor = Executor(n_jobs, "joblib")
+            self._executor = Executor(n_jobs, "joblib", blas_threads=self.inner_max_num_threads)
         return n_jobs
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Any], None] | None = None) -> Any:
