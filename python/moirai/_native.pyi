@@ -1669,6 +1669,7 @@ class BareExecutor:
         *,
         node_of_worker: Sequence[int],
         order: Sequence[Sequence[int]],
+        node_of_cpu: Sequence[int],
         node_ids: Sequence[int],
         outsiders_help: bool,
         max_pending: int | None,

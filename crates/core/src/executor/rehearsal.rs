@@ -20,7 +20,7 @@ impl<T: 'static> Rehearsal<T> {
     /// As [`Scheduler::new`].
     pub fn new(node_of_worker: &[usize], order: &[Vec<usize>]) -> Self {
         Rehearsal {
-            scheduler: Scheduler::new(node_of_worker, order),
+            scheduler: Scheduler::new(node_of_worker, order, Box::default()),
             workers: node_of_worker.iter().map(|_| None).collect(),
             asleep: vec![false; node_of_worker.len()],
         }

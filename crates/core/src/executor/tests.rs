@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 fn one_node(workers: usize) -> Arc<Scheduler<usize>> {
-    Scheduler::new(&vec![0; workers], &[vec![0]])
+    Scheduler::new(&vec![0; workers], &[vec![0]], Box::default())
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn a_lane_that_waits_too_long_gets_a_turn() {
 #[test]
 fn a_task_of_the_own_node_is_stolen_before_one_of_a_farther_node() {
     let order = [vec![0, 1, 2], vec![1, 0, 2], vec![2, 1, 0]];
-    let scheduler = Scheduler::new(&[0, 0, 1, 2], &order);
+    let scheduler = Scheduler::new(&[0, 0, 1, 2], &order, Box::default());
     let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
     workers[3].push(3);
     workers[2].push(2);
