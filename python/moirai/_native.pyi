@@ -1785,8 +1785,10 @@ class Rehearsal:
         Raises:
             InvalidArgument: The worker was not started.
         """
-    def take(self, worker: int) -> tuple[int | None, list[int]]:
-        """What a worker takes next, if anything, and the workers that were woken then.
+    def take(self, worker: int) -> tuple[int | None, int, list[int]]:
+        """What a worker takes next, if anything, how many tasks come along, and who is woken then.
+
+        What comes along into the worker's deque are those of the same deque that were older.
 
         Raises:
             InvalidArgument: The worker was not started.

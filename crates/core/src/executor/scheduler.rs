@@ -57,9 +57,9 @@ pub struct Counts {
     pub from_lanes: u64,
     /// Tasks taken from its own deque.
     pub from_own: u64,
-    /// Tasks stolen from a worker of its node.
+    /// Steals from a worker of its node, a task each.
     pub stolen_same_node: u64,
-    /// Tasks stolen from a worker of another node.
+    /// Steals from a worker of another node; what comes along is counted when it is taken.
     pub stolen_cross_node: u64,
     /// Looks at all the other workers' deques that found nothing.
     pub failed_steals: u64,
@@ -134,9 +134,7 @@ impl<T: 'static> Scheduler<T> {
 
     #[inline]
     pub(super) fn queued(&self) -> Queued {
-        if let Some(who) = self.idle.seek() {
-            self.call(who);
-        }
+        self.seek();
         // After the fence in `seek`: a worker that ends has seen the task, or this sees the end.
         if self.closed.load(Ordering::SeqCst) {
             return Queued::TooLate;
@@ -145,6 +143,14 @@ impl<T: 'static> Scheduler<T> {
             return self.start();
         }
         Queued::Done
+    }
+
+    /// Wake a sleeper for what is in a queue now, if nobody looks for work.
+    #[inline]
+    pub(super) fn seek(&self) {
+        if let Some(who) = self.idle.seek() {
+            self.call(who);
+        }
     }
 
     pub(super) fn call(&self, who: usize) {
@@ -278,10 +284,8 @@ impl<T: 'static> Scheduler<T> {
             self.wake_all();
         }
         fence(Ordering::SeqCst);
-        if self.has_tasks()
-            && let Some(who) = self.idle.seek()
-        {
-            self.call(who);
+        if self.has_tasks() {
+            self.seek();
         }
     }
 
@@ -304,10 +308,8 @@ impl<T: 'static> Scheduler<T> {
             .fetch_add(count.wrapping_sub(before), Ordering::SeqCst);
         fence(Ordering::SeqCst);
         for _ in before..count {
-            if self.has_tasks()
-                && let Some(who) = self.idle.seek()
-            {
-                self.call(who);
+            if self.has_tasks() {
+                self.seek();
             }
         }
     }
