@@ -27,7 +27,7 @@ import heapq
 import itertools
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,9 +85,10 @@ class Machine:
 
 @dataclass
 class Task:
-    """A part of a tree: so many single calls, and where they were queued."""
+    """A part of a tree: so many single calls, where they were queued, and where they are now."""
 
     leaves: int
+    queued_at: int
     worker: int  # FROM_OUTSIDE: a lane
     node: int
 
@@ -113,8 +114,9 @@ class Simulation:
         self._rehearsal = self.machine.rehearsal(self.subject)
         self._tasks: dict[int, Task] = {}
         self._ids = itertools.count()
-        self._deques = [0] * len(self.machine.node_of_worker)
-        self._held = [0] * self.machine.node_count  # in the deques of each node's workers
+        # What is in each worker's deque, the oldest first, and in those of each node.
+        self._deques: list[deque[int]] = [deque() for _ in self.machine.node_of_worker]
+        self._held = [0] * self.machine.node_count
         self._events: list[tuple[float, int, int, Task | None]] = []
         self._order = itertools.count()
 
@@ -149,16 +151,16 @@ class Simulation:
         node = self.machine.node_of_worker[worker]
         for leaves in (first, task.leaves - first):
             number = self._task(leaves, worker, node)
-            self._deques[worker] += 1
+            self._deques[worker].append(number)
             self._held[node] += 1
             self._rouse(self._rehearsal.push(worker, number))
 
     def _look(self, worker: int) -> None:
         while True:
-            number, roused = self._rehearsal.take(worker)
+            number, brought, roused = self._rehearsal.take(worker)
             if number is not None:
                 task = self._tasks.pop(number)
-                self._note(worker, task)
+                self._note(worker, number, task, brought)
                 self._rouse(roused)
                 mean = LEAF_SECONDS if task.leaves == 1 else SPLIT_SECONDS
                 took = self._random.expovariate(1 / mean)
@@ -170,7 +172,7 @@ class Simulation:
 
     def _task(self, leaves: int, worker: int, node: int) -> int:
         number = next(self._ids)
-        self._tasks[number] = Task(leaves, worker, node)
+        self._tasks[number] = Task(leaves, node, worker, node)
         return number
 
     def _rouse(self, workers: list[int]) -> None:
@@ -181,13 +183,13 @@ class Simulation:
     def _at(self, when: float, worker: int, done: Task | None) -> None:
         heapq.heappush(self._events, (when, next(self._order), worker, done))
 
-    def _note(self, thief: int, task: Task) -> None:
+    def _note(self, thief: int, number: int, task: Task, brought: int) -> None:
         """Count where a task came from, and what could have been taken in its place."""
         machine, counts = self.machine, self.counts
         here = machine.node_of_worker[thief]
         counts["tasks"] += 1
-        counts["tasks of own node"] += task.node == here
-        own_node_has = self._held[here] > self._deques[thief]
+        counts["tasks of own node"] += task.queued_at == here
+        own_node_has = self._held[here] > len(self._deques[thief])
         if task.worker == FROM_OUTSIDE:
             if task.node != here:
                 counts["lane of another node"] += 1
@@ -200,14 +202,31 @@ class Simulation:
             if task.node == here:
                 counts["steals of own node"] += 1
             else:
+                counts["tasks that changed node"] += 1 + brought
                 counts["steals that passed own node"] += own_node_has
                 counts["steals that passed a nearer node"] += any(
                     held and far[node] < far[task.node]
                     for node, held in enumerate(self._held)
                     if node != here
                 )
-        self._deques[task.worker] -= 1
+        self._remove(thief, number, task, brought)
+
+    def _remove(self, thief: int, number: int, task: Task, brought: int) -> None:
+        """The deques after a task left one, the older ones that came along with it too."""
+        held = self._deques[task.worker]
         self._held[task.node] -= 1
+        if task.worker == thief:
+            assert (held.pop(), brought) == (number, 0)
+            return
+        here = self.machine.node_of_worker[thief]
+        moved = [held.popleft() for _ in range(brought)]
+        assert held.popleft() == number
+        for each in moved:
+            other = self._tasks[each]
+            other.worker, other.node = thief, here
+        self._deques[thief].extend(moved)
+        self._held[task.node] -= brought
+        self._held[here] += brought
 
     def _check(self) -> None:
         """The executor's own counts are the same, and nothing was lost."""
@@ -281,6 +300,7 @@ def tables(machines: dict[str, Machine], results: dict[str, Any]) -> str:
                         f"{total(runs, 'steals')}",
                         f"{harness.median(run['locality'] for run in runs):.1%}",
                         f"{harness.median(run['mean_distance'] for run in runs):.1f}",
+                        f"{total(runs, 'tasks that changed node')}",
                         f"{harness.median(run['tasks_locality'] for run in runs):.1%}",
                         f"{total(runs, 'steals that passed own node')}",
                         f"{total(runs, 'steals that passed a nearer node')}",
@@ -289,8 +309,9 @@ def tables(machines: dict[str, Machine], results: dict[str, Any]) -> str:
                     ]
                 )
         header = [
-            f"{load} load", "steals", "of own node", "mean distance", "tasks of own node",
-            "passed own node", "passed a nearer node", "lane passed own node", "workers busy",
+            f"{load} load", "steals", "of own node", "mean distance", "tasks moved",
+            "tasks of own node", "passed own node", "passed a nearer node", "lane passed own node",
+            "workers busy",
         ]  # fmt: skip
         parts.append(harness.markdown_table(header, rows))
     return "\n\n".join(parts)

@@ -38,12 +38,14 @@ def test_a_thief_takes_from_the_nearest_node_that_has_tasks(data):
         rehearsal.push(who, task)
     same = 0
     for thief in data.draw(st.lists(st.integers(0, count - 1), max_size=25)):
-        task, _ = rehearsal.take(thief)
+        task, brought, _ = rehearsal.take(thief)
         if task is None:
             assert not owner
             continue
+        held = [each for each, who in owner.items() if who == owner[task]]  # the oldest first
         if thief in owner.values():
             assert owner.pop(task) == thief
+            assert task == held[-1]
             continue
         distance = node_of[thief].distances
         nearest = min(
@@ -53,6 +55,12 @@ def test_a_thief_takes_from_the_nearest_node_that_has_tasks(data):
         taken = node_of[owner.pop(task)]
         assert (taken is not node_of[thief], distance[taken.id]) == nearest
         same += taken is node_of[thief]
+        # From another node half comes along, the oldest, to be stolen by the thief's neighbours.
+        assert brought == (0 if taken is node_of[thief] else (len(held) - 1) // 2)
+        assert task == held[brought]
+        for each in held[:brought]:
+            del owner[each]
+            owner[each] = thief
     assert sum(worker["stolen_same_node"] for worker in rehearsal.counts()) == same
 
 
@@ -61,13 +69,13 @@ def test_one_sleeper_is_woken_for_a_task_and_the_next_when_there_is_more():
     for task in range(3):
         assert rehearsal.queue(0, task) == [task]
     for worker in range(3):
-        assert rehearsal.take(worker) == (worker, [])
+        assert rehearsal.take(worker) == (worker, 0, [])
     for worker in (1, 2):
-        assert rehearsal.take(worker) == (None, [])
+        assert rehearsal.take(worker) == (None, 0, [])
         assert rehearsal.rest(worker)
     assert rehearsal.push(0, 10) == [2]
     assert rehearsal.push(0, 11) == []  # who was woken looks already
-    assert rehearsal.take(2) == (10, [1])
+    assert rehearsal.take(2) == (10, 0, [1])
     counts = rehearsal.counts()
     assert [worker["parks"] for worker in counts] == [0, 1, 1]
     assert [worker["wakes"] for worker in counts] == [0, 1, 1]
@@ -77,7 +85,7 @@ def test_who_is_to_rest_looks_again_when_there_is_something():
     rehearsal = Rehearsal(node_of_worker=[0], order=[[0]])
     assert rehearsal.queue(0, 1) == [0]
     assert not rehearsal.rest(0)
-    assert rehearsal.take(0) == (1, [])
+    assert rehearsal.take(0) == (1, 0, [])
 
 
 def test_wrong_places_are_named():

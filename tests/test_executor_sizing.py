@@ -1,7 +1,9 @@
 """How many workers there are, on which nodes, and whom they steal from first."""
 
 import dataclasses
+import os
 import threading
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -11,10 +13,13 @@ from moirai.executor.sizing import (
     cpu_of_workers,
     cpu_quota,
     default_worker_count,
+    node_of_cpu,
     steal_order,
     working_nodes,
 )
-from moirai.memory import NumaNode, Topology
+from moirai.memory import NumaNode, Priority, Topology
+
+NUMA = Path(__file__).parent / "fixtures" / "numa"
 
 
 def machine(*cpus_by_node, allowed=None, distances=None):
@@ -93,6 +98,74 @@ def test_executor_of_a_machine_with_nodes_takes_tasks_for_one_of_them():
         assert [it.result(60) for it in executor.submit_many(abs, [-1], node=0)] == [1]
         assert sum(executor.map(abs, range(-9, 0), node=1)) == 45
     assert {worker.node for worker in executor.statistics().workers} == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["two-nodes", "four-nodes", "eight-nodes", "sparse-ids"])
+def test_each_cpu_has_its_own_node_or_the_nearest_with_workers(name):
+    topology = Topology.read(NUMA / name)
+    nodes = working_nodes(topology)
+    of_cpu = node_of_cpu(topology, len(nodes))
+    assert all(cpu in nodes[of_cpu[cpu]].cpus for node in nodes for cpu in node.cpus)
+    assert node_of_cpu(topology, 1) == []
+    few = node_of_cpu(topology, 2) if len(nodes) > 2 else of_cpu
+    for node in nodes[2:]:
+        nearest = min((0, 1), key=lambda place, node=node: node.distances[nodes[place].id])
+        assert {few[cpu] for cpu in node.cpus} == {nearest}
+
+
+@pytest.fixture
+def one_cpu():
+    """The one CPU that this thread stays on."""
+    before = os.sched_getaffinity(0)
+    cpu = max(before)
+    os.sched_setaffinity(0, {cpu})
+    yield cpu
+    os.sched_setaffinity(0, before)
+
+
+def test_a_task_goes_to_the_node_that_its_submitter_is_at(one_cpu):
+    topology = machine((one_cpu + 1,), (one_cpu,))
+    opened, begun = threading.Event(), threading.Barrier(3)
+
+    def wait(_):
+        begun.wait(60)
+        opened.wait(60)
+
+    with Executor(2, affinity=None, topology=topology) as executor:
+
+        def queued():
+            return [sum(lanes) for lanes in executor.statistics().queued_by_node]
+
+        executor.submit_many(wait, range(2))
+        begun.wait(60)
+        try:
+            executor.submit(abs, 1)
+            executor.submit(abs, 1, priority=Priority.HIGH)
+            assert queued() == [0, 2]
+            executor.submit_many(abs, range(3))
+            executor.map(abs, range(5), chunksize=1)
+            assert queued() == [0, 10]
+            executor.submit(abs, 1, node=0)
+            assert queued() == [1, 10]
+        finally:
+            opened.set()
+
+
+def test_what_a_worker_queues_for_others_goes_to_its_own_node(one_cpu):
+    topology = machine((one_cpu + 1,), (one_cpu,))
+    begun = threading.Barrier(2)
+
+    def parent(_):
+        begun.wait(60)  # both workers are at one: nobody takes what is queued
+        future = executor.submit(abs, 1, priority=Priority.BACKGROUND)
+        begun.wait(60)
+        who = int(threading.current_thread().name.rpartition("_")[2])
+        return who, executor.statistics(), begun.wait(60), future
+
+    with Executor(2, initializer=int, affinity=None, topology=topology) as executor:
+        for who, counts, *_ in [it.result(60) for it in executor.submit_many(parent, range(2))]:
+            assert [sum(lanes) for lanes in counts.queued_by_node] == [1, 1]
+            assert counts.workers[who].node == who
 
 
 SUMMED = (

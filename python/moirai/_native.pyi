@@ -1669,6 +1669,7 @@ class BareExecutor:
         *,
         node_of_worker: Sequence[int],
         order: Sequence[Sequence[int]],
+        node_of_cpu: Sequence[int],
         node_ids: Sequence[int],
         outsiders_help: bool,
         max_pending: int | None,
@@ -1784,8 +1785,10 @@ class Rehearsal:
         Raises:
             InvalidArgument: The worker was not started.
         """
-    def take(self, worker: int) -> tuple[int | None, list[int]]:
-        """What a worker takes next, if anything, and the workers that were woken then.
+    def take(self, worker: int) -> tuple[int | None, int, list[int]]:
+        """What a worker takes next, if anything, how many tasks come along, and who is woken then.
+
+        What comes along into the worker's deque are those of the same deque that were older.
 
         Raises:
             InvalidArgument: The worker was not started.

@@ -86,6 +86,22 @@ impl Pool {
         Some(task)
     }
 
+    /// A busy worker takes a task, and moves the rest to its own queue: for a moment it is in none.
+    fn take_some(&self) {
+        let moved = {
+            let mut queue = self.queue.lock().unwrap();
+            self.count.store(0, Ordering::SeqCst);
+            std::mem::take(&mut *queue)
+        };
+        let mut queue = self.queue.lock().unwrap();
+        queue.extend(moved.iter().skip(1));
+        self.count.store(queue.len(), Ordering::SeqCst);
+        drop(queue);
+        if let Some(who) = self.idle.seek() {
+            self.parkers[who].call();
+        }
+    }
+
     fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         for who in self.idle.wake_all() {
@@ -97,6 +113,16 @@ impl Pool {
         if let Some(who) = self.idle.found(|| self.has_work()) {
             self.parkers[who].call();
         }
+    }
+
+    /// As `work`, for one task.
+    fn work_once(&self, who: usize) {
+        while self.take().is_none() {
+            if self.idle.sleep(who, || self.has_work()) {
+                self.parkers[who].park();
+            }
+        }
+        self.found();
     }
 
     /// A worker's life: it counts as one that looks for work.
@@ -136,6 +162,28 @@ fn a_queued_task_is_never_slept_through() {
         worker.join().unwrap();
         assert_eq!(pool.taken.load(Ordering::Relaxed), 1);
         assert_eq!(pool.idle.counts(), (0, 0));
+    });
+}
+
+/// Who looks while tasks are on their way between queues, and sleeps, is woken when they are there.
+#[test]
+fn tasks_that_a_steal_brings_along_are_not_slept_through() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let pool = Pool::new(1);
+        {
+            let mut queue = pool.queue.lock().unwrap();
+            queue.extend([1, 2]);
+            pool.count.store(2, Ordering::SeqCst);
+        }
+        let worker = {
+            let pool = Arc::clone(&pool);
+            thread::spawn(move || pool.work_once(0))
+        };
+        pool.take_some();
+        // Nobody else comes for the rest: this thread is at its task until the worker has had one.
+        worker.join().unwrap();
     });
 }
 

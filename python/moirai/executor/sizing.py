@@ -15,6 +15,7 @@ __all__ = [
     "cpu_of_workers",
     "cpu_quota",
     "default_worker_count",
+    "node_of_cpu",
     "steal_order",
     "working_nodes",
 ]
@@ -140,6 +141,26 @@ def cpu_of_workers(
         keyed.append((rank, slot))
     keyed.sort(key=lambda pair: (pair[0], pair[1][0]))
     return [keyed[worker % len(keyed)][1] for worker in range(worker_count)]
+
+
+def node_of_cpu(topology: Topology, worker_count: int) -> list[int]:
+    """By number of the CPU, the place of the nearest of `working_nodes` that has workers.
+
+    Empty where that is always the first.
+    """
+    nodes = working_nodes(topology)
+    places = sorted({place for place, _, _ in cpu_of_workers(topology, worker_count)})
+    if places == [0]:
+        return []
+    found = [0] * (1 + max(cpu for node in topology.nodes for cpu in node.cpus))
+    for node in topology.nodes:
+        far = [
+            (nodes[place] != node, node.distances.get(nodes[place].id, math.inf), place)
+            for place in places
+        ]
+        for cpu in node.cpus:
+            found[cpu] = min(far)[-1]
+    return found
 
 
 def steal_order(topology: Topology) -> list[list[int]]:

@@ -62,8 +62,9 @@ class WorkerStatistics:
         executed: Tasks that it began to run; what it took may be over already, or run by who waits.
         from_lanes: Tasks that it took from the lanes that outsiders queue in.
         from_own: Tasks that it took from its own deque.
-        stolen_same_node: Tasks stolen from a worker of its node.
-        stolen_cross_node: Tasks stolen from a worker of another node.
+        stolen_same_node: Steals from a worker of its node, a task each.
+        stolen_cross_node: Steals from a worker of another node. Up to half of what that one has
+            queued comes along into the thief's deque, and is counted when it is taken from there.
         failed_steals: Looks at all the other workers' deques that found nothing.
         parks: Times it went to sleep.
         wakes: Times it was woken.
@@ -96,8 +97,8 @@ class NodeStatistics:
         executed: Tasks that they began to run.
         from_lanes: Tasks that they took from the lanes of any node.
         from_own: Tasks that they took from their own deques.
-        stolen_same_node: Tasks that they stole from each other.
-        stolen_cross_node: Tasks that they stole from workers of other nodes.
+        stolen_same_node: Steals from each other.
+        stolen_cross_node: Steals from workers of other nodes.
         failed_steals: Looks at all the other workers' deques that found nothing.
         parks: Times one of them went to sleep.
         wakes: Times one of them was woken.
@@ -119,7 +120,7 @@ class NodeStatistics:
 
     @property
     def locality_ratio(self) -> float:
-        """Share of what its workers stole that came from each other; 1.0 if they stole nothing."""
+        """Share of its workers' steals that were from each other; 1.0 without steals."""
         return _share(self.stolen_same_node, self.stolen_cross_node)
 
 
@@ -196,7 +197,7 @@ class ExecutorStatistics:
 
     @property
     def locality_ratio(self) -> float:
-        """Share of stolen tasks that came from the thief's own node; 1.0 if none was stolen."""
+        """Share of steals that were from the thief's own node; 1.0 without steals."""
         same = sum(worker.stolen_same_node for worker in self.workers)
         cross = sum(worker.stolen_cross_node for worker in self.workers)
         return _share(same, cross)

@@ -25,6 +25,7 @@ from moirai.executor.sizing import (
     cpu_of_workers,
     cpu_quota,
     default_worker_count,
+    node_of_cpu,
     steal_order,
     working_nodes,
 )
@@ -153,6 +154,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             Future,
             node_of_worker=[place for place, _, _ in places],
             order=steal_order(machine),
+            node_of_cpu=node_of_cpu(machine, max_workers),
             node_ids=[node.id for node in nodes],
             outsiders_help=initializer is None,
             max_pending=max_pending,

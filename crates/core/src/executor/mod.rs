@@ -30,7 +30,7 @@ mod worker;
 #[cfg(not(loom))]
 pub use lanes::{PRIORITY_COUNT, Priority};
 #[cfg(not(loom))]
-pub use rehearsal::Rehearsal;
+pub use rehearsal::{Rehearsal, Taken};
 #[cfg(not(loom))]
 pub use scheduler::{Counts, Queued, Scheduler};
 #[cfg(not(loom))]

@@ -16,11 +16,21 @@ pub struct Rehearsal<T: 'static> {
     asleep: Vec<bool>,
 }
 
+/// What a worker took.
+pub struct Taken<T> {
+    /// The task, if it found one.
+    pub task: Option<T>,
+    /// How many tasks came along into its deque: those of the same deque that were older.
+    pub brought: usize,
+    /// The workers that were woken then.
+    pub roused: Vec<usize>,
+}
+
 impl<T: 'static> Rehearsal<T> {
     /// As [`Scheduler::new`].
     pub fn new(node_of_worker: &[usize], order: &[Vec<usize>]) -> Self {
         Rehearsal {
-            scheduler: Scheduler::new(node_of_worker, order),
+            scheduler: Scheduler::new(node_of_worker, order, Box::default()),
             workers: node_of_worker.iter().map(|_| None).collect(),
             asleep: vec![false; node_of_worker.len()],
         }
@@ -38,10 +48,19 @@ impl<T: 'static> Rehearsal<T> {
         Some(self.roused(queued))
     }
 
-    /// What a worker that was started takes next, and the workers that were woken then.
-    pub fn take(&mut self, who: usize) -> Option<(Option<T>, Vec<usize>)> {
-        let task = self.workers.get(who)?.as_ref()?.take();
-        Some((task, self.roused(Queued::Done)))
+    /// What a worker that was started takes next.
+    pub fn take(&mut self, who: usize) -> Option<Taken<T>> {
+        let depth = || self.scheduler.members[who].stealer.len();
+        let worker = self.workers.get(who)?.as_ref()?;
+        let before = depth();
+        let task = worker.take();
+        // Its own task leaves one less.
+        let brought = depth().saturating_sub(before);
+        Some(Taken {
+            task,
+            brought,
+            roused: self.roused(Queued::Done),
+        })
     }
 
     /// A worker that was started found nothing. True: it sleeps until it is woken; false: it is to

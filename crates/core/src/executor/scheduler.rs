@@ -3,6 +3,7 @@
 use super::idle::Idle;
 use super::lanes::{Lanes, PRIORITY_COUNT, Priority};
 use super::worker::{Member, Worker};
+use crate::os::numa::current_cpu;
 use crate::sync::{AtomicBool, AtomicUsize, Lock, Ordering, fence};
 use std::sync::Arc;
 
@@ -21,6 +22,8 @@ pub struct Scheduler<T: 'static> {
     unstarted: Lock<Vec<usize>>,
     /// Its length, so that nobody locks it once all are started. A hint, so `Relaxed` suffices.
     unstarted_count: AtomicUsize,
+    /// By number of the CPU, so that a thread that is no worker has a node too; empty: the first one.
+    node_of_cpu: Box<[u16]>,
     /// How many more may run a task now, in two's complement: negative while more run than are
     /// allowed since [`Scheduler::allow`]. `SeqCst`, as whoever gives a seat back looks for work
     /// then, and whoever finds work looks for a seat. `seats == allowed - running`.
@@ -54,9 +57,9 @@ pub struct Counts {
     pub from_lanes: u64,
     /// Tasks taken from its own deque.
     pub from_own: u64,
-    /// Tasks stolen from a worker of its node.
+    /// Steals from a worker of its node, a task each.
     pub stolen_same_node: u64,
-    /// Tasks stolen from a worker of another node.
+    /// Steals from a worker of another node; what comes along is counted when it is taken.
     pub stolen_cross_node: u64,
     /// Looks at all the other workers' deques that found nothing.
     pub failed_steals: u64,
@@ -68,9 +71,15 @@ pub struct Counts {
 
 impl<T: 'static> Scheduler<T> {
     /// `node_of_worker[index]` is the node of a worker, and `order[node]` all nodes by distance from
-    /// that one, itself first. Nobody is started yet.
-    pub fn new(node_of_worker: &[usize], order: &[Vec<usize>]) -> Arc<Self> {
+    /// that one, itself first. `node_of_cpu[cpu]` is the node of whoever runs there; CPUs that are
+    /// not in it are at the first. Nobody is started yet.
+    pub fn new(
+        node_of_worker: &[usize],
+        order: &[Vec<usize>],
+        node_of_cpu: Box<[u16]>,
+    ) -> Arc<Self> {
         assert!(!node_of_worker.is_empty() && node_of_worker.iter().all(|it| *it < order.len()));
+        assert!(node_of_cpu.iter().all(|it| usize::from(*it) < order.len()));
         let count = node_of_worker.len();
         let member = |node: &usize| Member::new(*node, &order[*node], node_of_worker);
         Arc::new(Scheduler {
@@ -79,6 +88,7 @@ impl<T: 'static> Scheduler<T> {
             idle: Idle::new(),
             unstarted: Lock::new((0..count).rev().collect()),
             unstarted_count: AtomicUsize::new(count),
+            node_of_cpu,
             seats: AtomicUsize::new(count),
             allowed: AtomicUsize::new(count),
             closed: AtomicBool::new(false),
@@ -90,6 +100,16 @@ impl<T: 'static> Scheduler<T> {
     /// How many workers there may be.
     pub fn worker_count(&self) -> usize {
         self.members.len()
+    }
+
+    /// The node of the CPU that this thread runs on; it may run on another a moment later.
+    #[inline]
+    pub fn node_here(&self) -> usize {
+        if self.node_of_cpu.is_empty() {
+            return 0;
+        }
+        let node = current_cpu().and_then(|cpu| self.node_of_cpu.get(cpu));
+        node.map_or(0, |node| usize::from(*node))
     }
 
     /// Queue a task at a node. It may have been run by the time this returns.
@@ -114,9 +134,7 @@ impl<T: 'static> Scheduler<T> {
 
     #[inline]
     pub(super) fn queued(&self) -> Queued {
-        if let Some(who) = self.idle.seek() {
-            self.call(who);
-        }
+        self.seek();
         // After the fence in `seek`: a worker that ends has seen the task, or this sees the end.
         if self.closed.load(Ordering::SeqCst) {
             return Queued::TooLate;
@@ -125,6 +143,14 @@ impl<T: 'static> Scheduler<T> {
             return self.start();
         }
         Queued::Done
+    }
+
+    /// Wake a sleeper for what is in a queue now, if nobody looks for work.
+    #[inline]
+    pub(super) fn seek(&self) {
+        if let Some(who) = self.idle.seek() {
+            self.call(who);
+        }
     }
 
     pub(super) fn call(&self, who: usize) {
@@ -258,10 +284,8 @@ impl<T: 'static> Scheduler<T> {
             self.wake_all();
         }
         fence(Ordering::SeqCst);
-        if self.has_tasks()
-            && let Some(who) = self.idle.seek()
-        {
-            self.call(who);
+        if self.has_tasks() {
+            self.seek();
         }
     }
 
@@ -284,10 +308,8 @@ impl<T: 'static> Scheduler<T> {
             .fetch_add(count.wrapping_sub(before), Ordering::SeqCst);
         fence(Ordering::SeqCst);
         for _ in before..count {
-            if self.has_tasks()
-                && let Some(who) = self.idle.seek()
-            {
-                self.call(who);
+            if self.has_tasks() {
+                self.seek();
             }
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 fn one_node(workers: usize) -> Arc<Scheduler<usize>> {
-    Scheduler::new(&vec![0; workers], &[vec![0]])
+    Scheduler::new(&vec![0; workers], &[vec![0]], Box::default())
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn a_lane_that_waits_too_long_gets_a_turn() {
 #[test]
 fn a_task_of_the_own_node_is_stolen_before_one_of_a_farther_node() {
     let order = [vec![0, 1, 2], vec![1, 0, 2], vec![2, 1, 0]];
-    let scheduler = Scheduler::new(&[0, 0, 1, 2], &order);
+    let scheduler = Scheduler::new(&[0, 0, 1, 2], &order, Box::default());
     let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
     workers[3].push(3);
     workers[2].push(2);
@@ -54,6 +54,28 @@ fn a_task_of_the_own_node_is_stolen_before_one_of_a_farther_node() {
     let counts = scheduler.counts()[0];
     assert_eq!(counts.stolen_same_node, 1);
     assert_eq!(counts.stolen_cross_node, 2);
+}
+
+#[test]
+fn a_steal_from_afar_brings_half_of_the_fullest_deque() {
+    let order = [vec![0, 1], vec![1, 0]];
+    let scheduler = Scheduler::new(&[0, 0, 1, 1], &order, Box::default());
+    let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
+    workers[2].push(100);
+    for task in 0..7 {
+        workers[3].push(task);
+    }
+    assert_eq!(workers[0].take(), Some(3));
+    assert_eq!(scheduler.deque_counts(), [3, 0, 1, 3]);
+    // The neighbour finds the rest at home, the oldest first.
+    assert_eq!(workers[1].take(), Some(0));
+    assert_eq!(workers[1].take(), Some(1));
+    assert_eq!(workers[0].take(), Some(2));
+    assert_eq!(workers[3].take(), Some(6));
+    let counts = scheduler.counts();
+    let steals = |who: usize| (counts[who].stolen_same_node, counts[who].stolen_cross_node);
+    assert_eq!((steals(0), steals(1)), ((0, 1), (2, 0)));
+    assert_eq!(counts[0].from_own, 1);
 }
 
 #[test]

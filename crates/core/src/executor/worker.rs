@@ -15,6 +15,8 @@ const FAIR_TURNS: u32 = 61;
 /// Looks for work before it sleeps: at least, at most.
 const FEWEST_LOOKS: u32 = 32;
 const MOST_LOOKS: u32 = 256;
+/// Tasks that one steal from another node brings, at most.
+const MOST_BROUGHT: usize = 32;
 /// What sleeping and waking cost, more or less.
 const SHORT_SLEEP_NANOSECONDS: u64 = 50_000;
 
@@ -228,8 +230,12 @@ impl<T: 'static> Worker<T> {
                 tally.step(&tally.from_lanes);
                 return Some(task);
             }
-            if let Some(task) = self.steal_from_node(distance) {
-                return Some(task);
+            let stolen = match distance {
+                0 => self.steal_at_home(),
+                _ => self.steal_from_afar(distance),
+            };
+            if stolen.is_some() {
+                return stolen;
             }
         }
         if self.scheduler.members.len() > 1 {
@@ -242,28 +248,49 @@ impl<T: 'static> Worker<T> {
         last
     }
 
-    /// The oldest task of another worker of a node, by its place in the order. Where it begins
-    /// within the node changes each time.
-    fn steal_from_node(&self, distance: usize) -> Option<T> {
-        let member = self.member();
-        let tally = &member.tally;
-        let node = &member.neighbours[distance];
-        for step in 0..node.len() {
-            let who = node[(step + self.turn.get() as usize) % node.len()];
-            if who == self.index {
-                continue;
+    /// The workers of a node, by its place in the order. Where they begin changes each time.
+    fn neighbours(&self, distance: usize) -> impl Iterator<Item = usize> {
+        let node = &self.member().neighbours[distance];
+        let first = self.turn.get() as usize;
+        (0..node.len()).map(move |step| node[(step + first) % node.len()])
+    }
+
+    /// The oldest task of another worker of the own node.
+    fn steal_at_home(&self) -> Option<T> {
+        let others = self.neighbours(0).filter(|who| *who != self.index);
+        let task = others
+            .map(|who| &self.scheduler.members[who].stealer)
+            .find_map(steal)?;
+        let tally = &self.member().tally;
+        tally.step(&tally.stolen_same_node);
+        Some(task)
+    }
+
+    /// The older half of what the worker with most has on another node: one task to run, the rest
+    /// in the own deque, where the neighbours find it.
+    fn steal_from_afar(&self, distance: usize) -> Option<T> {
+        let task = loop {
+            let (count, from) = self
+                .neighbours(distance)
+                .map(|who| &self.scheduler.members[who].stealer)
+                .map(|stealer| (stealer.len(), stealer))
+                .max_by_key(|(count, _)| *count)?;
+            if count == 0 {
+                return None;
             }
-            let stealer = &self.scheduler.members[who].stealer;
-            if let Some(task) = steal(stealer) {
-                tally.step(if distance == 0 {
-                    &tally.stolen_same_node
-                } else {
-                    &tally.stolen_cross_node
-                });
-                return Some(task);
+            match from.steal_batch_with_limit_and_pop(&self.deque, MOST_BROUGHT) {
+                Steal::Success(task) => break task,
+                Steal::Empty | Steal::Retry => std::hint::spin_loop(),
             }
+        };
+        let tally = &self.member().tally;
+        tally.step(&tally.stolen_cross_node);
+        // For a moment the rest was nowhere to be seen, and whoever looked may sleep now. One who
+        // counts as looking wakes the next by that.
+        if !self.searching.get() && !self.deque.is_empty() {
+            self.scheduler.seek();
         }
-        None
+        Some(task)
     }
 
     /// A task that is likely to be a descendant of the one this worker waits for: of its own deque,

@@ -29,6 +29,7 @@ pub struct BareExecutor {
     pub(super) kind: Py<PyType>,
     node_of_worker: Vec<usize>,
     order: Vec<Vec<usize>>,
+    node_of_cpu: Vec<u16>,
     /// What the nodes are called.
     node_ids: Vec<usize>,
     bound: Option<(usize, WhenFull)>,
@@ -72,7 +73,8 @@ impl BareExecutor {
     }
 
     fn new_shared(&self, outsiders_help: bool) -> Arc<Shared> {
-        let scheduler = Scheduler::new(&self.node_of_worker, &self.order);
+        let node_of_cpu = self.node_of_cpu.as_slice().into();
+        let scheduler = Scheduler::new(&self.node_of_worker, &self.order, node_of_cpu);
         let bound = self.bound.map(|(limit, how)| Admission::new(limit, how));
         let measures = self.measures_latency;
         Arc::new(Shared::new(scheduler, outsiders_help, bound, measures))
@@ -181,7 +183,7 @@ fn items_of(items: &Bound<'_, PyAny>) -> PyResult<Vec<Py<PyAny>>> {
 impl BareExecutor {
     #[new]
     #[pyo3(signature = (
-        kind, *, node_of_worker, order, node_ids, outsiders_help, max_pending, when_full, memory, wrap,
+        kind, *, node_of_worker, order, node_of_cpu, node_ids, outsiders_help, max_pending, when_full, memory, wrap,
         measure_latency
     ))]
     #[allow(clippy::too_many_arguments)] // keywords of a Python class
@@ -189,6 +191,7 @@ impl BareExecutor {
         kind: Bound<'_, PyType>,
         node_of_worker: Vec<usize>,
         order: Vec<Vec<usize>>,
+        node_of_cpu: Vec<u16>,
         node_ids: Vec<usize>,
         outsiders_help: bool,
         max_pending: Option<&Bound<'_, PyAny>>,
@@ -212,18 +215,14 @@ impl BareExecutor {
             ));
         }
         let nodes = node_ids.len();
-        if order.len() != nodes
-            || order
-                .iter()
-                .flatten()
-                .chain(&node_of_worker)
-                .any(|node| *node >= nodes)
-        {
+        let cpus = node_of_cpu.iter().map(|node| usize::from(*node));
+        let mut named = node_of_worker.iter().chain(order.iter().flatten()).copied();
+        if order.len() != nodes || named.any(|node| node >= nodes) || cpus.max() >= Some(nodes) {
             return Err(InvalidArgument::new_err(
                 "order: must name the nodes there are",
             ));
         }
-        let scheduler = Scheduler::new(&node_of_worker, &order);
+        let scheduler = Scheduler::new(&node_of_worker, &order, node_of_cpu.as_slice().into());
         let admission = bound.map(|(limit, how)| Admission::new(limit, how));
         let shared = Shared::new(scheduler, outsiders_help, admission, measure_latency);
         Ok(BareExecutor {
@@ -231,6 +230,7 @@ impl BareExecutor {
             kind: kind.unbind(),
             node_of_worker,
             order,
+            node_of_cpu,
             node_ids,
             bound,
             memory,

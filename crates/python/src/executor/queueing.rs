@@ -231,7 +231,8 @@ fn set_limits(
 
 /// The node that tasks of this thread go to unless told.
 fn here(shared: &Shared) -> usize {
-    current_worker(shared).map_or(0, |worker| worker.node())
+    let worker = current_worker(shared);
+    worker.map_or_else(|| shared.scheduler.node_here(), |worker| worker.node())
 }
 
 fn place(shared: &Shared, options: &Options, task: Arc<Task>) -> Queued {
@@ -244,8 +245,8 @@ fn place(shared: &Shared, options: &Options, task: Arc<Task>) -> Queued {
     match (worker, options.node, options.priority) {
         // With one worker, tasks are run in the order in which they are queued.
         (Some(worker), None, Priority::Normal) if scheduler.worker_count() > 1 => worker.push(task),
-        (worker, node, priority) => {
-            let node = node.unwrap_or_else(|| worker.map_or(0, |worker| worker.node()));
+        (_, node, priority) => {
+            let node = node.unwrap_or_else(|| here(shared));
             scheduler.push(node, priority, task)
         }
     }

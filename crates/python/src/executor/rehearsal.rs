@@ -67,10 +67,11 @@ impl Rehearsal {
         roused.ok_or_else(|| not_started(worker))
     }
 
-    /// What a worker takes next, if anything, and the workers that were woken then.
-    fn take(&self, worker: usize) -> PyResult<(Option<u64>, Vec<usize>)> {
+    /// What a worker takes next, if anything, how many tasks come along, and who is woken then.
+    fn take(&self, worker: usize) -> PyResult<(Option<u64>, usize, Vec<usize>)> {
         let taken = self.steps().take(worker);
-        taken.ok_or_else(|| not_started(worker))
+        let taken = taken.ok_or_else(|| not_started(worker))?;
+        Ok((taken.task, taken.brought, taken.roused))
     }
 
     /// A worker found nothing: whether it sleeps until it is woken; else it is to look again.
