@@ -85,6 +85,7 @@ __all__ = [
     "select_channels",
     "select_channels_async",
     "stop_background",
+    "trim_channels",
     "trim_libc_heap",
     "trim_resources",
     "uninstall",
@@ -2188,6 +2189,12 @@ def retained_heap_bytes() -> int | None:
 
 def trim_resources() -> int:
     """Have every live resource give the memory that it keeps back to the system; how much."""
+
+def idle_channel_bytes() -> int:
+    """Bytes of channels that no message needs, and that `trim_channels` would give back."""
+
+def trim_channels() -> int:
+    """Have every channel give memory that no message needs back to the system; how much."""
 
 def trim_libc_heap() -> None:
     """Have libc give the free memory of its heap back to the kernel."""

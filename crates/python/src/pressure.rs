@@ -2,6 +2,7 @@
 
 use crate::argument::{bytes, count, timeout};
 use crate::errors::to_py;
+use moirai_core::channel::live;
 use moirai_core::os;
 use moirai_core::pressure::{
     FenceSettings, Kind, Sample, Sampler, SamplerSettings, Source, Waited, fence,
@@ -217,6 +218,18 @@ pub fn retained_heap_bytes(py: Python<'_>) -> Option<u64> {
 #[pyfunction]
 pub fn trim_resources(py: Python<'_>) -> usize {
     py.detach(|| moirai_core::resource::registry::trim_all(0))
+}
+
+/// Bytes of channels that no message needs, and that `trim_channels` would give back.
+#[pyfunction]
+pub fn idle_channel_bytes(py: Python<'_>) -> usize {
+    py.detach(live::idle_bytes)
+}
+
+/// Have every channel give memory that no message needs back to the system; how much.
+#[pyfunction]
+pub fn trim_channels(py: Python<'_>) -> usize {
+    py.detach(live::trim_all)
 }
 
 /// Have libc give the free memory of its heap back to the kernel.

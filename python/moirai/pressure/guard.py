@@ -100,8 +100,8 @@ class Guard:
                 when a quarter of the limit is used; None: respond to the level alone.
             thresholds: Where the stages begin.
             registry: What may be made smaller; default: what `moirai.pressure.register` was given.
-            built_in: Actions besides; default: trim Moirai's pools and resources, collect cycles
-                within a budget of CPU time, give libc's free heap back.
+            built_in: Actions besides; default: trim Moirai's pools, resources and channels, collect
+                cycles within a budget of CPU time, give libc's free heap back.
             dry_run: Log what would be done, and do nothing.
             on_stage: Called with each new stage and its sample, on the guard's thread.
             on_action: Called with the record of each action, on the guard's thread.
