@@ -85,6 +85,7 @@ __all__ = [
     "select_channels",
     "select_channels_async",
     "stop_background",
+    "sweep_fence_ledger",
     "trim_channels",
     "trim_libc_heap",
     "trim_resources",
@@ -2198,6 +2199,9 @@ def trim_channels() -> int:
 
 def trim_libc_heap() -> None:
     """Have libc give the free memory of its heap back to the kernel."""
+
+def sweep_fence_ledger(path: str) -> bool:
+    """Take the ledger of a fence away if no live process is in it; whether it was."""
 
 def lift_inherited_fence() -> None:
     """Lift the soft limit on private memory that a parent's fence left in this forked child."""

@@ -80,7 +80,7 @@ mod _native {
     #[pymodule_export]
     use super::pressure::{
         PressureSampler, PressureSource, idle_channel_bytes, lift_inherited_fence,
-        retained_heap_bytes, trim_channels, trim_libc_heap, trim_resources,
+        retained_heap_bytes, sweep_fence_ledger, trim_channels, trim_libc_heap, trim_resources,
     };
     #[pymodule_export]
     use super::priority::{PriorityResource, RealtimeResource};

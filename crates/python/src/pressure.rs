@@ -238,6 +238,12 @@ pub fn trim_libc_heap(py: Python<'_>) {
     py.detach(os::libc_trim);
 }
 
+/// Take the ledger of a fence away if no live process is in it; whether it was.
+#[pyfunction]
+pub fn sweep_fence_ledger(py: Python<'_>, path: PathBuf) -> bool {
+    py.detach(|| fence::sweep(&path))
+}
+
 /// Lift the soft limit on private memory that a parent's fence left in this forked child.
 #[pyfunction]
 pub fn lift_inherited_fence() {
