@@ -12,8 +12,10 @@ use pyo3::prelude::*;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Longest sleep between two looks at whether a signal has come.
+/// Longest sleep between two looks at whether a signal has come, which only Python's main thread
+/// handles; the others need not look.
 const SLICE: Duration = Duration::from_millis(100);
+const LONG_SLICE: Duration = Duration::from_secs(10);
 
 /// (seconds, used, limit, bound, without cache, resident, anonymous, data, children, faults, (share
 /// of time stalled, limit hits, kills)).
@@ -181,9 +183,14 @@ impl PressureSampler {
     ) -> PyResult<Option<u64>> {
         let limit = timeout("timeout_seconds", timeout_seconds)?;
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let longest = if os::is_first_thread() {
+            SLICE
+        } else {
+            LONG_SLICE
+        };
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let slice = left.unwrap_or(SLICE).min(SLICE);
+            let slice = left.unwrap_or(longest).min(longest);
             match py.detach(|| self.0.wait(seen, slice)) {
                 Waited::Sample(number) => return Ok(Some(number)),
                 Waited::Stopped => return Ok(None),
