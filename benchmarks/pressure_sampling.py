@@ -67,7 +67,7 @@ def reading_microseconds(rate: int, seconds: float) -> float:
 
 
 def idle_microseconds(rate: int, seconds: float) -> float:
-    """CPU time of each waking of a thread that only sleeps: what no sampler can cost less than."""
+    """CPU time of each waking of a thread in Python that only sleeps."""
     stopping = threading.Event()
     found: list[float] = []
 
