@@ -66,6 +66,27 @@ def reading_microseconds(rate: int, seconds: float) -> float:
     return 1e6 * found.reading_seconds / found.sample_count
 
 
+def idle_microseconds(rate: int, seconds: float) -> float:
+    """CPU time of each waking of a thread in Python that only sleeps."""
+    stopping = threading.Event()
+    found: list[float] = []
+
+    def body() -> None:
+        count = 0
+        start = time.thread_time_ns()
+        while not stopping.is_set():
+            time.sleep(1 / rate)
+            count += 1
+        found.append((time.thread_time_ns() - start) / 1e3 / count)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    time.sleep(seconds)
+    stopping.set()
+    thread.join()
+    return found[0]
+
+
 def cpu_microseconds(rate: int, seconds: float) -> float:
     """CPU time of a sample of a `Sampler` in a process at rest, its thread's waking included."""
     before = set(os.listdir("/proc/self/task"))
@@ -90,6 +111,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "often_us": reading_microseconds(2000, 0.2 if quick else 3),
         "seldom_us": cpu_microseconds(10, 1 if quick else 10),
+        "idle_us": idle_microseconds(10, 1 if quick else 10),
     }
     found["processor_percent"] = 100 * 10 * found["seldom_us"] / 1e6
     for name, work in works.items():
@@ -108,6 +130,7 @@ def render(found: dict[str, Any]) -> str:
             f"{found['seldom_us']:.1f}",
             "",
         ],
+        ["of a thread that only sleeps and wakes as often, µs", "", f"{found['idle_us']:.1f}"],
         ["share of a processor then, %", f"{found['processor_percent']:.3f}", ""],
     ]
     for name, label in (("pickle", "pickles"), ("sort", "sorts")):

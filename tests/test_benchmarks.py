@@ -271,3 +271,18 @@ def test_fragmentation_keeps_its_accounts(harness):
     assert 1 << 20 <= churn._live_bytes < (1 << 20) + 65536
     churn._shrink(0)
     assert not any(block.nbytes for block in churn._slots)
+
+
+def test_a_fresh_run_is_recorded_until_its_end_or_its_limit(tmp_path, monkeypatch):
+    programs = importlib.import_module("pressure_programs")
+    programs.record(tmp_path, programs=["backlog"], seeds=1, seconds=1)
+    monkeypatch.setattr(programs, "LIMIT_BYTES", 40 << 20)
+    programs.record(tmp_path, programs=["load_then_serve"], seeds=1, seconds=60)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "fresh-ok-backlog-s0.csv",
+        "fresh-oom-load_then_serve-s0.csv",
+    }
+    lines = (tmp_path / "fresh-oom-load_then_serve-s0.csv").read_text().splitlines()
+    assert lines[0] == "t_seconds,rss_bytes,limit_bytes"
+    used = [int(line.split(",")[1]) for line in lines[1:]]
+    assert max(used[:-1], default=0) <= 40 << 20 < used[-1]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -194,3 +199,50 @@ def test_a_fence_is_checked_and_says_what_it_is() -> None:
     with pytest.raises(InvalidArgument, match="margin_bytes: must be at least 0, got -1"):
         Fence(margin_bytes=-1)
     assert Fence.default_ledger("a") != Fence.default_ledger("b")
+
+
+GUARDED = """
+import sys
+from moirai import pressure
+
+guard = pressure.start(limit=sys.argv[1], fence=sys.argv[2] == "fence", forecaster=None)
+fence = guard.source.fence
+print(fence.ledger if fence else pressure.process._leader.path, flush=True)
+pressure.process._leader and pressure.process._leader()
+print("stands", flush=True)
+sys.stdin.read()
+print(guard.source.statistics().sharer_count, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def guarded(limit: str, how: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A program with a guard; and the file by which those under its limit meet."""
+    command = [sys.executable, "-c", GUARDED, limit, how]
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with program:
+        try:
+            assert program.stdout is not None
+            path = Path(program.stdout.readline().strip())
+            assert program.stdout.readline() == "stands\n"
+            yield program, path
+        finally:
+            program.kill()
+
+
+@pytest.mark.parametrize("how", ["fence", "lead"])
+def test_what_a_killed_program_leaves_the_next_start_takes_away(how: str) -> None:
+    with guarded("8 GiB", how) as (living, kept):
+        with guarded("7 GiB", how) as (killed, left):
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+            assert left.exists()
+            with guarded("6 GiB", how) as (last, own):
+                assert not left.exists()
+                assert kept.exists()
+                assert own.exists()
+                output, _ = last.communicate()  # it ends in order
+                assert output == "1\n"
+                assert not own.exists()
+        assert living.communicate()[0] == "1\n"
+        assert not kept.exists()

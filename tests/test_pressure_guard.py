@@ -618,6 +618,31 @@ def test_a_source_that_ends_ends_the_watch() -> None:
         guard.source.next()  # type: ignore[attr-defined]
 
 
+def test_decisions_are_as_rare_as_calm_lets_them_be() -> None:
+    program = Program()
+    guard = Guard(program, registry=program.registry, forecaster=None, built_in=())
+    cap = guard.cap(4)
+    assert guard._rest_seconds(0.0) == 0.005  # nothing was seen yet
+    guard.step(sample(0, 300))
+    assert guard._rest_seconds(1.0) == 0.25
+    guard.step(sample(1, 750))
+    assert guard.stage is Stage.MONITOR
+    assert guard._rest_seconds(0.001) == pytest.approx(0.004)
+    guard.step(sample(2, 690))
+    guard.step(sample(9, 640))
+    guard.step(sample(20, 640))
+    assert guard.stage is Stage.CALM
+    # At a gibibyte a second, gentle is so far away.
+    assert guard._rest_seconds(0.0) == pytest.approx((800 - 640) / 1024, rel=0.01)
+    guard.relieve()
+    assert guard._rest_seconds(0.0) == 0.005
+    guard.step(sample(30, 990))
+    guard.step(sample(31, 300))
+    guard.step(sample(33, 300))
+    assert (guard.stage, cap.is_capped) == (Stage.CALM, True)
+    assert guard._rest_seconds(0.0) == 0.005  # it rises by one each half second
+
+
 def test_what_is_built_in_gives_memory_back() -> None:
     import numpy as np
 

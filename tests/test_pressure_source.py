@@ -298,6 +298,24 @@ def test_the_sampler_sees_what_changes(tree: Tree) -> None:
             pass
 
 
+def test_the_sampler_sees_in_calm_what_changes(tree: Tree) -> None:
+    tree.join_v2("/a")
+    tree.v2("a", current_mib=100, maximum_mib=1024)
+    with Sampler(root=tree.root, longest_seconds=0.02) as sampler:
+        while sampler.statistics().sample_count < 60:  # more than a second: it is calm
+            sampler.next(timeout_seconds=60)
+        tree.v2("a", current_mib=100, maximum_mib=512)
+        while sampler.next(timeout_seconds=60).limit_bytes != 512 * MIB:
+            pass
+        tree.v2("b", current_mib=50, maximum_mib=256)
+        tree.join_v2("/b")
+        while sampler.next(timeout_seconds=60).limit_bytes != 256 * MIB:
+            pass
+        tree.v2("b", current_mib=200, maximum_mib=256)
+        while sampler.next(timeout_seconds=60).used_bytes != 200 * MIB:
+            pass
+
+
 def test_python_code_that_keeps_the_interpreter_does_not_hold_it_up() -> None:
     with Sampler(longest_seconds=0.01) as sampler:
         before = sampler.statistics().sample_count

@@ -460,7 +460,7 @@ MAGIC_AT, VERSION_AT, ABI_AT, BYTES_AT, CAPACITY_AT, RING_AT = 0, 8, 16, 24, 32,
     ("offset", "value", "error", "words"),
     [
         (MAGIC_AT, b"SOMEBODY", Corrupted, "must begin with MOIRAISC, found SOMEBODY"),
-        (VERSION_AT, struct.pack("<I", 2), Unsupported, "has layout version 2, this build"),
+        (VERSION_AT, struct.pack("<I", 9), Unsupported, "has layout version 9, this build"),
         (ABI_AT, struct.pack("<Q", 5), Unsupported, "ABI hash 0000000000000005, here "),
         (BYTES_AT, struct.pack("<Q", 4096), Corrupted, "must be 4096 bytes long"),
         (CAPACITY_AT, struct.pack("<Q", 0), Corrupted, "capacity_bytes is 0"),

@@ -85,6 +85,8 @@ __all__ = [
     "select_channels",
     "select_channels_async",
     "stop_background",
+    "sweep_fence_ledger",
+    "trim_channels",
     "trim_libc_heap",
     "trim_resources",
     "uninstall",
@@ -2192,8 +2194,17 @@ def retained_heap_bytes() -> int | None:
 def trim_resources() -> int:
     """Have every live resource give the memory that it keeps back to the system; how much."""
 
+def idle_channel_bytes() -> int:
+    """Bytes of channels that no message needs, and that `trim_channels` would give back."""
+
+def trim_channels() -> int:
+    """Have every channel give memory that no message needs back to the system; how much."""
+
 def trim_libc_heap() -> None:
     """Have libc give the free memory of its heap back to the kernel."""
+
+def sweep_fence_ledger(path: str) -> bool:
+    """Take the ledger of a fence away if no live process is in it; whether it was."""
 
 def lift_inherited_fence() -> None:
     """Lift the soft limit on private memory that a parent's fence left in this forked child."""

@@ -224,7 +224,7 @@ impl Pool {
     }
 
     fn claim(&self, count: usize, owner: usize) -> Option<Run> {
-        let run = self.blocks().claim(count, owner)?;
+        let run = self.blocks().claim(count, owner)?.run;
         for at in run.start..run.start + count {
             assert!(
                 !self.out[at].swap(true, Ordering::SeqCst),
@@ -270,7 +270,7 @@ fn runs_never_overlap_and_all_come_back() {
 fn the_dead_give_back_what_no_message_carries() {
     bounded(3, || {
         let pool = Pool::new(3);
-        let carried = pool.blocks().claim(1, 7).unwrap();
+        let carried = pool.blocks().claim(1, 7).unwrap().run;
         pool.blocks().claim(2, 7).unwrap(); // and dies
         let other = {
             let pool = Arc::clone(&pool);
@@ -287,6 +287,43 @@ fn the_dead_give_back_what_no_message_carries() {
             pool.free(run);
         }
         assert_eq!(pool.blocks().used_count(), 0);
+    });
+}
+
+/// Whoever claims a run whose memory was given back is told; who is not told finds it there.
+#[test]
+fn no_run_is_written_without_memory_behind_it() {
+    bounded(3, || {
+        let pool = Pool::new(2);
+        let is_there = Arc::new([AtomicBool::new(true), AtomicBool::new(true)]);
+        let other = {
+            let (pool, is_there) = (Arc::clone(&pool), Arc::clone(&is_there));
+            thread::spawn(move || {
+                let mut next = Some(0);
+                while let Some(from) = next {
+                    next = pool.blocks().hollow(from, 1, 1, |run| {
+                        is_there[run.start].store(false, Ordering::SeqCst);
+                        true
+                    });
+                }
+            })
+        };
+        for count in [1, 2] {
+            let Some(claim) = pool.blocks().claim(count, 2) else {
+                continue;
+            };
+            for at in claim.run.start..claim.run.start + count {
+                if claim.is_hollow {
+                    is_there[at].store(true, Ordering::SeqCst);
+                }
+                assert!(is_there[at].load(Ordering::SeqCst), "unit {at} is missing");
+            }
+            pool.free(claim.run);
+        }
+        other.join().unwrap();
+        let claim = pool.blocks().claim(2, 2).expect("all came back");
+        let all = is_there.iter().all(|unit| unit.load(Ordering::SeqCst));
+        assert!(claim.is_hollow || all);
     });
 }
 

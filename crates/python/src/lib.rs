@@ -79,8 +79,8 @@ mod _native {
     use super::pools::vector::{Vector, VectorPool};
     #[pymodule_export]
     use super::pressure::{
-        PressureSampler, PressureSource, lift_inherited_fence, retained_heap_bytes, trim_libc_heap,
-        trim_resources,
+        PressureSampler, PressureSource, idle_channel_bytes, lift_inherited_fence,
+        retained_heap_bytes, sweep_fence_ledger, trim_channels, trim_libc_heap, trim_resources,
     };
     #[pymodule_export]
     use super::priority::{PriorityResource, RealtimeResource};

@@ -2,6 +2,7 @@
 
 use crate::argument::{bytes, count, timeout};
 use crate::errors::to_py;
+use moirai_core::channel::live;
 use moirai_core::os;
 use moirai_core::pressure::{
     FenceSettings, Kind, Sample, Sampler, SamplerSettings, Source, Waited, fence,
@@ -11,8 +12,10 @@ use pyo3::prelude::*;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Longest sleep between two looks at whether a signal has come.
+/// Longest sleep between two looks at whether a signal has come, which only Python's main thread
+/// handles; the others need not look.
 const SLICE: Duration = Duration::from_millis(100);
+const LONG_SLICE: Duration = Duration::from_secs(10);
 
 /// (seconds, used, limit, bound, without cache, resident, anonymous, data, children, faults, (share
 /// of time stalled, limit hits, kills)).
@@ -180,9 +183,14 @@ impl PressureSampler {
     ) -> PyResult<Option<u64>> {
         let limit = timeout("timeout_seconds", timeout_seconds)?;
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let longest = if os::is_first_thread() {
+            SLICE
+        } else {
+            LONG_SLICE
+        };
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let slice = left.unwrap_or(SLICE).min(SLICE);
+            let slice = left.unwrap_or(longest).min(longest);
             match py.detach(|| self.0.wait(seen, slice)) {
                 Waited::Sample(number) => return Ok(Some(number)),
                 Waited::Stopped => return Ok(None),
@@ -219,10 +227,28 @@ pub fn trim_resources(py: Python<'_>) -> usize {
     py.detach(|| moirai_core::resource::registry::trim_all(0))
 }
 
+/// Bytes of channels that no message needs, and that `trim_channels` would give back.
+#[pyfunction]
+pub fn idle_channel_bytes(py: Python<'_>) -> usize {
+    py.detach(live::idle_bytes)
+}
+
+/// Have every channel give memory that no message needs back to the system; how much.
+#[pyfunction]
+pub fn trim_channels(py: Python<'_>) -> usize {
+    py.detach(live::trim_all)
+}
+
 /// Have libc give the free memory of its heap back to the kernel.
 #[pyfunction]
 pub fn trim_libc_heap(py: Python<'_>) {
     py.detach(os::libc_trim);
+}
+
+/// Take the ledger of a fence away if no live process is in it; whether it was.
+#[pyfunction]
+pub fn sweep_fence_ledger(py: Python<'_>, path: PathBuf) -> bool {
+    py.detach(|| fence::sweep(&path))
 }
 
 /// Lift the soft limit on private memory that a parent's fence left in this forked child.

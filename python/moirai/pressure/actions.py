@@ -136,6 +136,10 @@ def _trim_resources(wanted_bytes: int) -> int:
     return _native.trim_resources()
 
 
+def _trim_channels(wanted_bytes: int) -> int:
+    return _native.trim_channels()
+
+
 def built_in_actions(clock: Callable[[], float] = time.perf_counter) -> tuple[Action, ...]:
     """Give the actions that need no registration, in the order in which they are taken.
 
@@ -147,6 +151,7 @@ def built_in_actions(clock: Callable[[], float] = time.perf_counter) -> tuple[Ac
         Action("idle pools", Stage.GENTLE, trim_idle_pools),
         Action("pools", Stage.AGGRESSIVE, trim_pools),
         Action("moirai resources", Stage.GENTLE, _trim_resources),
+        Action("channels", Stage.GENTLE, _trim_channels, size=_native.idle_channel_bytes),
         Action("gc", Stage.AGGRESSIVE, collection.collect, ready=collection.allows),
         Action("libc heap", Stage.GENTLE, _trim_heap, ready=_heap_is_worth_trimming),
     )

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 
+from moirai import _native
 from moirai.pressure.source import optional_bytes
 
 __all__ = ["Fence"]
@@ -54,5 +55,25 @@ class Fence:
 def shared_file(what: str, limit_name: str) -> str:
     """Name a file in memory that this user's processes under a limit have in common."""
     digest = hashlib.sha256(limit_name.encode()).hexdigest()[:16]
+    folder, prefix = _shared_files(what)
+    return os.path.join(folder, prefix + digest)
+
+
+def all_shared_files(what: str) -> list[str]:
+    """Give those that there are, of this user's programs under any limit."""
+    folder, prefix = _shared_files(what)
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in names if name.startswith(prefix)]
+
+
+def _shared_files(what: str) -> tuple[str, str]:
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-    return os.path.join(folder, f"moirai-{what}-{os.getuid()}-{digest}")
+    return folder, f"moirai-{what}-{os.getuid()}-"
+
+
+def sweep_ledgers() -> int:
+    """Take the ledgers away that killed programs left, where no live one is in them; how many."""
+    return sum(_native.sweep_fence_ledger(path) for path in all_shared_files("fence"))

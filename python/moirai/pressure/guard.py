@@ -38,6 +38,10 @@ _FOLLOW_SECONDS = 1.0
 # A round wants to free down to this share of the limit less than where gentle begins.
 _BELOW_GENTLE = 0.05
 _RECORDS_KEPT = 1000
+# Time between two decisions; while it is calm, until the next stage could be reached at this pace.
+_DECISION_SECONDS = 0.005
+_CALM_SECONDS = 0.25
+_READY_BYTES_PER_SECOND = 1 << 30
 
 _guards: weakref.WeakSet[Guard] = weakref.WeakSet()
 
@@ -100,8 +104,8 @@ class Guard:
                 when a quarter of the limit is used; None: respond to the level alone.
             thresholds: Where the stages begin.
             registry: What may be made smaller; default: what `moirai.pressure.register` was given.
-            built_in: Actions besides; default: trim Moirai's pools and resources, collect cycles
-                within a budget of CPU time, give libc's free heap back.
+            built_in: Actions besides; default: trim Moirai's pools, resources and channels, collect
+                cycles within a budget of CPU time, give libc's free heap back.
             dry_run: Log what would be done, and do nothing.
             on_stage: Called with each new stage and its sample, on the guard's thread.
             on_action: Called with the record of each action, on the guard's thread.
@@ -547,6 +551,7 @@ class Guard:
         assert isinstance(sampler, Sampler)
         is_sampling.wait()
         while not stopping.is_set():
+            began = time.monotonic()
             try:
                 self.step(sampler.next(timeout_seconds=1.0))
             except Closed:
@@ -558,7 +563,28 @@ class Guard:
                 log.warning("no memory for a decision")
             except MoiraiError:
                 log.exception("a decision failed")
-            stopping.wait(0.005)
+            rest = self._rest_seconds(time.monotonic() - began)
+            if rest > 0.0:
+                stopping.wait(rest)
+
+    def _rest_seconds(self, elapsed_seconds: float) -> float:
+        """How long no decision is needed, when the last one was begun so long ago."""
+        sample = self._sample
+        rest = _DECISION_SECONDS - elapsed_seconds
+        if sample is None or self.stage is not Stage.CALM:
+            return rest
+        if self._is_relief_asked or self._is_capping():
+            return rest
+        pause = _CALM_SECONDS
+        if self._forecaster is not None:
+            pause = min(pause, self._forecast_seconds)
+        if sample.limit_bytes is not None:
+            room = self.thresholds.gentle * sample.limit_bytes - sample.used_bytes
+            pause = min(pause, room / _READY_BYTES_PER_SECOND)
+        return max(rest, pause)
+
+    def _is_capping(self) -> bool:
+        return self._executors.is_capping or any(cap.is_capped for cap in self._caps)
 
     def _after_fork(self) -> None:
         self._renew_threads()

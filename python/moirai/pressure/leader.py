@@ -7,9 +7,9 @@ import fcntl
 import os
 import weakref
 
-from moirai.pressure.fence import shared_file
+from moirai.pressure.fence import all_shared_files, shared_file
 
-__all__ = ["Leader"]
+__all__ = ["Leader", "sweep_leaders"]
 
 _leaders: weakref.WeakSet[Leader] = weakref.WeakSet()
 
@@ -67,6 +67,29 @@ class Leader:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def sweep_leaders() -> int:
+    """Take the files away of leaders that were killed, where no other leads; how many."""
+    return sum(_sweep(path) for path in all_shared_files("leader"))
+
+
+def _sweep(path: str) -> bool:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who opened it meanwhile looks, once it has the lock, whether it is still there.
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            os.unlink(path)
+            return True
+    except OSError:
+        pass
+    finally:
+        os.close(file)
+    return False
 
 
 def _after_fork_in_child() -> None:

@@ -58,6 +58,11 @@ class ExecutorCaps:
             if rhythm.limit == rhythm.maximum:
                 del self._rhythms[executor]
 
+    @property
+    def is_capping(self) -> bool:
+        """Whether any runs fewer than it has workers."""
+        return bool(self._rhythms)
+
     def lift(self) -> None:
         """Let all run as many as they have workers."""
         for executor, rhythm in list(self._rhythms.items()):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 from contextlib import AbstractContextManager
 from typing import Any
 
+from moirai import _native
 from moirai.errors import Closed, InvalidArgument
-from moirai.pressure.fence import Fence
+from moirai.pressure.fence import Fence, sweep_ledgers
 from moirai.pressure.guard import Guard
-from moirai.pressure.leader import Leader
+from moirai.pressure.leader import Leader, sweep_leaders
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.service_manager import PressureNotices
 from moirai.pressure.source import Source, optional_bytes
@@ -65,6 +65,8 @@ def start(
         root=root, budget_bytes=budget, budget_process_id=main_process_id, fence=standing
     )
     guard = Guard(sampler, **options)
+    sweep_ledgers()
+    sweep_leaders()
     guard.start()
     _current = guard
     _notices = _listen(guard)
@@ -118,15 +120,12 @@ def stop() -> None:
     atexit.unregister(stop)
     if notices is not None:
         notices.stop()
-    sampler = guard.source
-    assert isinstance(sampler, Sampler)
-    is_last = sampler.statistics().sharer_count == 1
     guard.stop()
     if leader is not None:
         leader.release()
-    if is_last and sampler.fence is not None and sampler.fence.ledger is not None:
-        with contextlib.suppress(OSError):
-            os.unlink(sampler.fence.ledger)
+    fence = guard.source.fence if isinstance(guard.source, Sampler) else None
+    if fence is not None and fence.ledger is not None:
+        _native.sweep_fence_ledger(fence.ledger)
 
 
 def current() -> Guard:

@@ -284,3 +284,29 @@ where
         channel
     }
 }
+
+#[cfg(not(loom))]
+impl<T, W> super::live::KeepsMemory for Channel<T, W, super::Deque<T>>
+where
+    T: Send + 'static,
+    W: Send + 'static,
+{
+    fn idle_bytes(&self) -> usize {
+        self.store.spare_bytes()
+    }
+
+    fn trim(&self) -> usize {
+        self.store.trim()
+    }
+}
+
+#[cfg(not(loom))]
+impl<T: Send + 'static, W: Send + 'static> Channel<T, W, super::Deque<T>> {
+    /// As [`Channel::shared`], and asked for the places that a long line left behind.
+    pub fn shared_and_live(store: super::Deque<T>) -> std::sync::Arc<Self> {
+        let channel = Self::shared(store);
+        let weak: std::sync::Weak<Self> = std::sync::Arc::downgrade(&channel);
+        super::live::enter(weak);
+        channel
+    }
+}

@@ -4,6 +4,9 @@ use super::{Missed, Refused, Store};
 use crate::sync::Lock;
 use std::collections::VecDeque;
 
+/// What is less than a few pages is not worth moving the messages for.
+const LEAST_SPARE_BYTES: usize = 32 * 1024;
+
 struct State<T> {
     messages: VecDeque<T>,
     limit: usize,
@@ -30,6 +33,22 @@ impl<T> Deque<T> {
     /// Have another limit from now on. Messages beyond it stay until they are taken.
     pub fn set_limit(&self, limit: usize) {
         self.0.lock().limit = limit;
+    }
+
+    /// Bytes of places that no message is in.
+    pub fn spare_bytes(&self) -> usize {
+        let state = self.0.lock();
+        (state.messages.capacity() - state.messages.len()) * size_of::<T>()
+    }
+
+    /// Give the places back that no message is in, if they are many; how many bytes that were.
+    pub fn trim(&self) -> usize {
+        let messages = &mut self.0.lock().messages;
+        let before = messages.capacity();
+        if (before - messages.len()) * size_of::<T>() >= LEAST_SPARE_BYTES {
+            messages.shrink_to_fit();
+        }
+        (before - messages.capacity()) * size_of::<T>()
     }
 }
 

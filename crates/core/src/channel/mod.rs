@@ -11,6 +11,8 @@ pub mod bounded;
 pub mod deque;
 #[cfg(not(loom))]
 pub mod doorbell;
+#[cfg(not(loom))]
+pub mod live;
 pub mod ring;
 #[cfg(not(loom))]
 pub mod shared;

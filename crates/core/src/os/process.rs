@@ -28,6 +28,26 @@ pub fn data_limits() -> (Option<u64>, Option<u64>) {
     (finite(limit.rlim_cur), finite(limit.rlim_max))
 }
 
+/// The soft limit on this process's address space; `None` is no limit.
+pub fn address_space_limit() -> Option<u64> {
+    let mut limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: `limit` is a valid place for the answer.
+    unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) };
+    (limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
+/// Whether this process has children, ended ones that nobody has waited for included.
+pub fn has_children() -> bool {
+    let mut about = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+    // SAFETY: `about` is a valid place for the answer; with WNOWAIT the child stays to be waited for.
+    let status = unsafe { libc::waitid(libc::P_ALL, 0, about.as_mut_ptr(), flags) };
+    status == 0
+}
+
 /// Set the soft limit on private writable memory; `None` lifts it as far as the hard limit lets.
 /// False when the kernel refuses.
 pub fn set_soft_data_limit(soft: Option<u64>) -> bool {

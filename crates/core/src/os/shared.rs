@@ -198,6 +198,12 @@ pub fn about(file: &OwnedFd) -> io::Result<(u64, u64, bool)> {
     Ok((about.len(), about.nlink(), about.uid() == user))
 }
 
+/// Bytes of memory (or disk) that there are behind a file.
+pub fn backed_bytes(file: &OwnedFd) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(File::from(file.try_clone()?).metadata()?.blocks() * 512)
+}
+
 /// Map a whole file, with all its pages at hand.
 pub fn map_shared(file: &OwnedFd, bytes: usize) -> io::Result<NonNull<u8>> {
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.

@@ -3,7 +3,7 @@
 //! A group's memory is its usage less the page cache that the kernel would drop first
 //! (`inactive_file`), as the working set of Kubernetes; a second figure leaves out all file cache.
 
-use super::kept::{Kept, Page, fields, number, words};
+use super::kept::{Kept, Page, fields, words};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 /// Version 1 says "no limit" by a number near 2^63.
 const UNLIMITED: u64 = 1 << 60;
 /// Time for which a reading of the file cache holds, far from the limit.
-const CACHE_NANOSECONDS: u64 = 500_000_000;
+const CACHE_NANOSECONDS: u64 = 2_000_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Version {
@@ -28,6 +28,12 @@ pub(super) struct Group {
     stat: Kept,
     maximum: Kept,
     high: Kept,
+    /// Where the kernel counts shortage: how often the limit was hit, and kills.
+    hits: Kept,
+    kills: Kept,
+    stalls: Kept,
+    /// Version 1: the least limit of the group and those above.
+    hierarchical: Option<u64>,
     pub(super) limit: Option<u64>,
     /// Whether `limit` is where the kernel slows the group down, not where it kills.
     pub(super) is_high: bool,
@@ -48,9 +54,19 @@ pub(super) struct Shortage {
 
 impl Group {
     fn new(version: Version, folder: PathBuf) -> Self {
-        let (usage, maximum) = match version {
-            Version::One => ("memory.usage_in_bytes", "memory.limit_in_bytes"),
-            Version::Two => ("memory.current", "memory.max"),
+        let (usage, maximum, hits, kills) = match version {
+            Version::One => (
+                "memory.usage_in_bytes",
+                "memory.limit_in_bytes",
+                "memory.failcnt",
+                "memory.oom_control",
+            ),
+            Version::Two => (
+                "memory.current",
+                "memory.max",
+                "memory.events",
+                "memory.events",
+            ),
         };
         let kept = |name: &str| Kept::new(folder.join(name));
         Group {
@@ -59,6 +75,10 @@ impl Group {
             stat: kept("memory.stat"),
             maximum: kept(maximum),
             high: kept("memory.high"),
+            hits: kept(hits),
+            kills: kept(kills),
+            stalls: kept("memory.pressure"),
+            hierarchical: None,
             folder: folder.into(),
             limit: None,
             is_high: false,
@@ -70,15 +90,18 @@ impl Group {
         }
     }
 
-    /// Read the limits, which may change while the group is in use.
-    pub(super) fn read_limits(&mut self, page: &mut Page) {
+    /// Read the limits, which may change while the group is in use; without `all`, not those of the
+    /// groups above that are not mounted here, which cost the most.
+    pub(super) fn read_limits(&mut self, page: &mut Page, now: u64, all: bool) {
         let maximum = self.maximum.number(page, true);
         let second = match self.version {
             Version::Two => self.high.number(page, true),
-            // The least of the group's and of those above, which may not be mounted here.
             Version::One => {
-                let stat = self.stat.read(page, true).unwrap_or_default();
-                fields(stat, [b"hierarchical_memory_limit"])[0]
+                if all {
+                    self.read_stat(page, true);
+                    self.cache_at = now;
+                }
+                self.hierarchical
             }
         };
         let finite = |limit: Option<u64>| limit.filter(|limit| *limit < UNLIMITED);
@@ -90,19 +113,21 @@ impl Group {
     /// Read how much is used. False if the group is gone.
     ///
     /// How much of it is file cache costs several times as much to read as the rest, and so is
-    /// read again only with `full`, after a while, when the usage has moved, or near the limit.
-    pub(super) fn read_usage(&mut self, page: &mut Page, now: u64, full: bool) -> bool {
-        let Some(usage) = self.usage.number(page, full) else {
+    /// read again only with `all`, after a while, when the usage has moved, or near the limit.
+    pub(super) fn read_usage(&mut self, page: &mut Page, now: u64, all: bool) -> bool {
+        let Some(usage) = self.usage.number(page, all) else {
             return false;
         };
         let limit = self.limit.unwrap_or(u64::MAX);
         let (inactive, active) = self.cache;
-        if full
+        if self.cache_at == now {
+            self.cache_usage = usage;
+        } else if all
             || now.saturating_sub(self.cache_at) >= CACHE_NANOSECONDS
             || usage.abs_diff(self.cache_usage) > limit / 64
             || usage.saturating_sub(inactive + active) > limit / 2
         {
-            self.read_cache(page, full);
+            self.read_stat(page, all);
             self.cache_at = now;
             self.cache_usage = usage;
         }
@@ -111,14 +136,22 @@ impl Group {
         true
     }
 
-    fn read_cache(&mut self, page: &mut Page, reopen: bool) {
-        let names: [&[u8]; 2] = match self.version {
-            Version::One => [b"total_inactive_file", b"total_active_file"],
-            Version::Two => [b"inactive_file", b"active_file"],
+    fn read_stat(&mut self, page: &mut Page, reopen: bool) {
+        let names: [&[u8]; 3] = match self.version {
+            Version::One => [
+                b"hierarchical_memory_limit",
+                b"total_inactive_file",
+                b"total_active_file",
+            ],
+            // Version 2 has none of the first, for which its whole file would be searched.
+            Version::Two => [b"anon", b"inactive_file", b"active_file"],
         };
         let stat = self.stat.read(page, reopen).unwrap_or_default();
-        let [inactive, active] = fields(stat, names).map(Option::unwrap_or_default);
-        self.cache = (inactive, active);
+        let [first, inactive, active] = fields(stat, names);
+        if self.version == Version::One {
+            self.hierarchical = first;
+        }
+        self.cache = (inactive.unwrap_or(0), active.unwrap_or(0));
     }
 
     /// Bytes left without file cache; `None` without a limit.
@@ -126,21 +159,27 @@ impl Group {
         Some(self.limit?.saturating_sub(self.without_cache))
     }
 
-    pub(super) fn shortage(&self) -> Shortage {
-        let read = |name: &str| std::fs::read(self.folder.join(name)).unwrap_or_default();
+    pub(super) fn shortage(&mut self, page: &mut Page) -> Shortage {
         match self.version {
-            Version::One => Shortage {
-                limit_hits: number(&read("memory.failcnt")),
-                kills: fields(&read("memory.oom_control"), [b"oom_kill"])[0],
-            },
-            Version::Two => {
-                let [hits, kills] = fields(&read("memory.events"), [b"max", b"oom_kill"]);
+            Version::One => {
+                let limit_hits = self.hits.number(page, true);
+                let text = self.kills.read(page, true).unwrap_or_default();
                 Shortage {
-                    limit_hits: hits,
-                    kills,
+                    limit_hits,
+                    kills: fields(text, [b"oom_kill"])[0],
                 }
             }
+            Version::Two => {
+                let text = self.hits.read(page, true).unwrap_or_default();
+                let [limit_hits, kills] = fields(text, [b"max", b"oom_kill"]);
+                Shortage { limit_hits, kills }
+            }
         }
+    }
+
+    /// What the kernel says of threads that waited for memory; `None` if it says nothing.
+    pub(super) fn stalls<'a>(&mut self, page: &'a mut Page) -> Option<&'a [u8]> {
+        self.stalls.read(page, true)
     }
 }
 

@@ -12,11 +12,16 @@ use super::source::Sample;
 use crate::os::{self, process, shared};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Most processes that share a fence and are counted.
 const SLOTS: u64 = 64;
 /// The byte that the leader locks.
 const LEADER: u64 = SLOTS;
+/// The byte that is locked while somebody joins, or takes the file away.
+const DOOR: u64 = LEADER + 1;
+/// Tries to get at the door, a millisecond apart; it is open but for a few system calls.
+const DOOR_TRIES: usize = 50;
 const COUNT_NANOSECONDS: u64 = 20_000_000;
 /// Who joins takes the first free byte, so that after so many free ones there is nobody, or nearly.
 const GAP: u64 = 8;
@@ -147,6 +152,26 @@ struct Ledger {
 impl Ledger {
     /// Lock a byte of the file, which is made if it is not there. `None` if it cannot be.
     fn join(path: &Path) -> Option<Self> {
+        for _ in 0..DOOR_TRIES {
+            let mut ledger = Ledger::open(path)?;
+            if shared::try_lock(&ledger.file, DOOR).unwrap_or(false) {
+                // Whoever took it away meanwhile has found nobody in it.
+                if !ledger.is_gone() {
+                    ledger.take_slot();
+                    shared::unlock(&ledger.file, DOOR);
+                    return Some(ledger);
+                }
+            } else {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // Somebody was stopped at the door. Should the file go, that is noticed at the next count.
+        let mut ledger = Ledger::open(path)?;
+        ledger.take_slot();
+        Some(ledger)
+    }
+
+    fn open(path: &Path) -> Option<Self> {
         let made = std::fs::OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -154,8 +179,11 @@ impl Ledger {
             .write(true)
             .open(path);
         let file = OwnedFd::from(made.ok()?);
-        let own = (0..SLOTS).find(|slot| shared::try_lock(&file, *slot).unwrap_or(false));
-        Some(Ledger { file, own })
+        Some(Ledger { file, own: None })
+    }
+
+    fn take_slot(&mut self) {
+        self.own = (0..SLOTS).find(|slot| shared::try_lock(&self.file, *slot).unwrap_or(false));
     }
 
     fn is_gone(&self) -> bool {
@@ -182,6 +210,21 @@ impl Ledger {
     fn leads(&self) -> bool {
         shared::try_lock(&self.file, LEADER).unwrap_or(false)
     }
+}
+
+/// Take a ledger away that nobody is in; whether it was. Who joins at the moment makes it anew.
+pub fn sweep(path: &Path) -> bool {
+    let Ok(file) = shared::open_path(path) else {
+        return false;
+    };
+    let is_ours = matches!(shared::about(&file), Ok((0, names, true)) if names > 0);
+    let is_used = || shared::is_locked_elsewhere(&file, 0, DOOR).unwrap_or(true);
+    is_ours
+        && shared::try_lock(&file, DOOR).unwrap_or(false)
+        // Under the lock: whoever had it before may have taken the file away, and another come.
+        && matches!(shared::about(&file), Ok((_, names, _)) if names > 0)
+        && !is_used()
+        && std::fs::remove_file(path).is_ok()
 }
 
 /// The soft limit on private writable memory of this process, for the settings of a source.
@@ -236,6 +279,43 @@ mod tests {
         assert_eq!(room(&sample, 200, 1, 0), 800);
         assert_eq!(room(&sample, 200, 4, 50), 150);
         assert_eq!(room(&sample, 2000, 1, 0), 0);
+    }
+
+    #[test]
+    fn a_ledger_is_swept_when_nobody_is_in_it() {
+        let path = std::env::temp_dir().join(format!("moirai-swept-{}", std::process::id()));
+        assert!(!sweep(&path), "there is none");
+        let first = Ledger::join(&path).expect("a file in the temporary folder");
+        let second = Ledger::join(&path).expect("the same file");
+        drop(first);
+        assert!(!sweep(&path), "the second is in it");
+        assert!(!second.is_gone());
+        drop(second);
+        assert!(sweep(&path));
+        assert!(!path.exists());
+        std::fs::write(&path, b"somebody's").expect("the temporary folder");
+        assert!(!sweep(&path), "a ledger is empty");
+        std::fs::remove_file(&path).expect("still there");
+    }
+
+    #[test]
+    fn nobody_is_ever_in_a_ledger_that_was_swept() {
+        let path = std::env::temp_dir().join(format!("moirai-door-{}", std::process::id()));
+        std::thread::scope(|scope| {
+            let sweeper = scope.spawn(|| (0..2000).filter(|_| sweep(&path)).count());
+            let joiner = || {
+                for _ in 0..500 {
+                    let ledger = Ledger::join(&path).expect("a file in the temporary folder");
+                    assert!(!ledger.is_gone());
+                    assert!(ledger.own.is_some());
+                }
+            };
+            scope.spawn(joiner);
+            scope.spawn(joiner);
+            sweeper.join().expect("it does not panic");
+        });
+        sweep(&path);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! Each limit is a [`Bound`] with what is used of it. The sample is about the bound with the least
 //! room left, which is the lowest limit unless the neighbours in a wider group have filled theirs. The
 //! files stay open between readings. [`Source::read`] reads all of them; [`Source::glance`], for a
-//! sampler, reads those that are near and looks at the others, at limits, and at what confirms
-//! pressure, once a second.
+//! sampler, reads those that are near, looks at the others and at limits once a second, and at what
+//! hardly ever changes and what confirms pressure once a second too, or every four in calm.
 
 use super::cgroup::{self, Group, Shortage};
 use super::family::Family;
@@ -15,6 +15,11 @@ use std::sync::Arc;
 
 /// Time after which a glance becomes a full reading.
 const FULL_NANOSECONDS: u64 = 1_000_000_000;
+/// Time after which it becomes a reading of everything where less than half of the limit is used, and
+/// the use stands still.
+const CALM_NANOSECONDS: u64 = 4_000_000_000;
+/// Use that has moved by more than this share of the limit within a second does not stand still.
+const STILL: u64 = 64;
 /// Pace at which the machine's memory may fill up, for how long a reading of it holds.
 const HOST_BYTES_PER_SECOND: f64 = (16u64 << 30) as f64;
 /// A bound with more room than this many times the least is far: it is not read at a glance.
@@ -101,16 +106,29 @@ pub struct Sample {
     pub kills: Option<u64>,
 }
 
+/// How much of what there is a reading reads.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Depth {
+    /// The nearest bounds.
+    Near,
+    /// All bounds.
+    Far,
+    /// Also what costs most and hardly ever changes; what was missing is looked for.
+    All,
+}
+
 /// Reads samples of one process.
 pub struct Source {
     process: String,
-    counts_own_faults: bool,
+    /// Whether it is this process, as the kernel sees it: some figures cost less then.
+    is_own: bool,
     page: Page,
     root: PathBuf,
     status: Kept,
     stat: Kept,
     limits: Kept,
     host: Kept,
+    stalls: Kept,
     membership: Kept,
     mounts: PathBuf,
     membership_then: Vec<u8>,
@@ -129,6 +147,10 @@ pub struct Source {
     shortage: Shortage,
     stalled_millionths: Option<u64>,
     full_at: Option<u64>,
+    all_at: u64,
+    /// Room at the last full reading, and whether it is more than half and has stayed so since.
+    room_then: u64,
+    is_calm: bool,
     least_room: u64,
     bounds: Vec<Bound>,
 }
@@ -147,13 +169,14 @@ impl Source {
         let own = processes.join(process);
         Source {
             process: process.into(),
-            counts_own_faults: process == "self" && root == Path::new("/"),
+            is_own: process == "self" && root == Path::new("/"),
             page: Page::new(),
             root: root.into(),
             status: Kept::new(own.join("statm")),
             stat: Kept::new(own.join("stat")),
             limits: Kept::new(own.join("limits")),
             host: Kept::new(processes.join("meminfo")),
+            stalls: Kept::new(processes.join("pressure/memory")),
             membership: Kept::new(own.join("cgroup")),
             mounts: own.join("mountinfo"),
             membership_then: Vec::new(),
@@ -171,6 +194,9 @@ impl Source {
             shortage: Shortage::default(),
             stalled_millionths: None,
             full_at: None,
+            all_at: 0,
+            room_then: 0,
+            is_calm: false,
             least_room: 0,
             bounds: Vec::new(),
         }
@@ -183,19 +209,39 @@ impl Source {
 
     /// Read everything. `None` if the process is gone.
     pub fn read(&mut self) -> Option<Sample> {
-        let now = os::now_nanoseconds();
-        self.full_at = Some(now);
-        self.read_slow(now);
-        self.sample(now, true)
+        self.read_fully(os::now_nanoseconds(), true)
     }
 
-    /// Read what is near; everything once a second. `None` if the process is gone.
+    /// Read what is near; more once a second. `None` if the process is gone.
     pub fn glance(&mut self) -> Option<Sample> {
         let now = os::now_nanoseconds();
         match self.full_at {
-            Some(then) if now.saturating_sub(then) < FULL_NANOSECONDS => self.sample(now, false),
-            _ => self.read(),
+            Some(then) if now.saturating_sub(then) < FULL_NANOSECONDS => {
+                self.sample(now, Depth::Near)
+            }
+            Some(_) if self.is_calm && now.saturating_sub(self.all_at) < CALM_NANOSECONDS => {
+                self.read_fully(now, false)
+            }
+            _ => self.read_fully(now, true),
         }
+    }
+
+    fn read_fully(&mut self, now: u64, all: bool) -> Option<Sample> {
+        self.full_at = Some(now);
+        if all {
+            self.all_at = now;
+            self.read_what_stays();
+        }
+        for group in &mut self.groups {
+            group.read_limits(&mut self.page, now, all);
+        }
+        self.read_own_limits();
+        if self.budget.is_some() {
+            self.family.look(&self.process, now);
+        }
+        let sample = self.sample(now, if all { Depth::All } else { Depth::Far });
+        self.room_then = self.least_room;
+        sample
     }
 
     /// All bounds as of the last reading, the own group first.
@@ -203,7 +249,8 @@ impl Source {
         &self.bounds
     }
 
-    fn read_slow(&mut self, now: u64) {
+    /// The groups that the process is in, and what confirms pressure in them.
+    fn read_what_stays(&mut self) {
         let page = &mut self.page;
         // A process may be moved to another group.
         let membership = self.membership.read(page, true).unwrap_or_default();
@@ -212,37 +259,37 @@ impl Source {
             let mounts = std::fs::read(&self.mounts).unwrap_or_default();
             self.groups = cgroup::groups(&self.root, &self.membership_then, &mounts);
         }
-        for group in &mut self.groups {
-            group.read_limits(page);
-        }
-        self.shortage = self
-            .groups
-            .first()
-            .map_or(Shortage::default(), Group::shortage);
-        self.read_stalls();
-        let page = &mut self.page;
-        let limits = self.limits.read(page, true).unwrap_or_default();
-        let [space, data] = fields(limits, [b"Max address space", b"Max data size"]);
+        let mut own = self.groups.first_mut();
+        self.shortage = own
+            .as_mut()
+            .map_or(Shortage::default(), |group| group.shortage(page));
+        let of_own = own.and_then(|group| group.stalls(page).map(stalled_millionths));
+        self.stalled_millionths = match of_own {
+            Some(found) => found,
+            None => self.stalls.read(page, true).and_then(stalled_millionths),
+        };
+    }
+
+    fn read_own_limits(&mut self) {
+        let (space, data) = if self.is_own {
+            (
+                os::process::address_space_limit(),
+                os::process::data_limits().0,
+            )
+        } else {
+            let limits = self.limits.read(&mut self.page, true).unwrap_or_default();
+            let [space, data] = fields(limits, [b"Max address space", b"Max data size"]);
+            (space, data)
+        };
         self.address_space_limit = space;
         self.data_limit = self.fenced_data_limit.unwrap_or(data);
-        if self.budget.is_some() {
-            self.family.look(&self.process, now);
-        }
     }
 
-    fn read_stalls(&mut self) {
-        let own = self.groups.first();
-        let text = own
-            .and_then(|group| std::fs::read(group.folder.join("memory.pressure")).ok())
-            .or_else(|| std::fs::read(self.root.join("proc/pressure/memory")).ok());
-        self.stalled_millionths = text.as_deref().and_then(stalled_millionths);
-    }
-
-    fn read_groups(&mut self, far: u64, now: u64, full: bool) {
+    fn read_groups(&mut self, far: u64, now: u64, depth: Depth) {
         for group in &mut self.groups {
             let Some(limit) = group.limit else { continue };
-            let is_near = full || group.room().is_none_or(|room| room <= far);
-            if is_near && !group.read_usage(&mut self.page, now, full) {
+            let is_near = depth >= Depth::Far || group.room().is_none_or(|room| room <= far);
+            if is_near && !group.read_usage(&mut self.page, now, depth == Depth::All) {
                 continue;
             }
             let kind = if group.is_high {
@@ -262,11 +309,15 @@ impl Source {
 
     /// The machine's memory, whose file costs more to read than all others: as often as its room
     /// asks for, and what the process grew since.
-    fn read_host(&mut self, resident: u64, now: u64, full: bool) {
+    fn read_host(&mut self, resident: u64, far: u64, now: u64, depth: Depth) {
         let room = self.host_total.saturating_sub(self.host_used);
         let pause = room as f64 / HOST_BYTES_PER_SECOND * 1e9;
-        if full || now.saturating_sub(self.host_at) as f64 >= pause {
-            let text = self.host.read(&mut self.page, full).unwrap_or_default();
+        let is_due = room <= far && now.saturating_sub(self.host_at) as f64 >= pause;
+        if depth >= Depth::Far || is_due {
+            let text = self
+                .host
+                .read(&mut self.page, depth == Depth::All)
+                .unwrap_or_default();
             let [total, available] = fields(text, [b"MemTotal:", b"MemAvailable:"]);
             self.host_total = total.unwrap_or(0) * 1024;
             self.host_used = (self.host_total).saturating_sub(available.unwrap_or(0) * 1024);
@@ -279,23 +330,23 @@ impl Source {
         }
     }
 
-    fn read_faults(&mut self, full: bool) -> u64 {
-        if self.counts_own_faults {
+    fn read_faults(&mut self, depth: Depth) -> u64 {
+        if self.is_own {
             return os::process::minor_faults();
         }
-        let text = self.stat.read(&mut self.page, full);
+        let text = self.stat.read(&mut self.page, depth == Depth::All);
         text.and_then(minor_faults).unwrap_or(0)
     }
 
-    fn sample(&mut self, now: u64, full: bool) -> Option<Sample> {
-        let text = self.status.read(&mut self.page, full)?;
+    fn sample(&mut self, now: u64, depth: Depth) -> Option<Sample> {
+        let text = self.status.read(&mut self.page, depth == Depth::All)?;
         let [size, resident, file, _, _, data] = page_counts(text);
         self.bounds.clear();
         // A bound whose room was far more than the least of the last reading has not lost it since.
         let far = self.least_room.saturating_mul(FAR);
-        self.read_groups(far, now, full);
-        self.read_host(resident, now, full);
-        let faults = self.read_faults(full);
+        self.read_groups(far, now, depth);
+        self.read_host(resident, far, now, depth);
+        let faults = self.read_faults(depth);
 
         let mut plain = |kind, used, limit: Option<u64>| {
             let bound = limit.map(|limit| Bound {
@@ -338,6 +389,10 @@ impl Source {
             .filter(|bound| matches!(bound.kind, Kind::Group | Kind::Host | Kind::Budget))
             .min_by_key(deadly_room);
         self.least_room = nearest.as_ref().map_or(u64::MAX, deadly_room);
+        self.is_calm = nearest.is_none_or(|bound| {
+            self.least_room > bound.limit / 2
+                && self.least_room.abs_diff(self.room_then) <= bound.limit / STILL
+        });
         Some(Sample {
             time_nanoseconds: now,
             kind: nearest.map(|bound| bound.kind),

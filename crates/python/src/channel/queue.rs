@@ -80,7 +80,7 @@ impl BareQueue {
     #[new]
     fn new(maxsize: isize) -> Self {
         BareQueue {
-            line: Line::shared(Deque::new(limit(maxsize))),
+            line: Line::shared_and_live(Deque::new(limit(maxsize))),
             tasks: Tasks::shared(),
         }
     }

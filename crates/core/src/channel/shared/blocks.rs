@@ -7,6 +7,10 @@
 //!
 //! The lowest run that is long enough is taken. What was freed a moment ago lies low, as long as
 //! few are out, so the bytes of a new message go where those of the last ones are in the cache.
+//!
+//! A free unit may be hollow: the memory behind it was given back. Whoever claims a run is told if a
+//! unit of it may be, and has to see to the memory before he writes. What a dead process had counts
+//! as hollow, since it may have died before it did.
 
 use super::word::SLOT_COUNT;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
@@ -18,6 +22,7 @@ pub const MAX_UNITS: usize = (1 << LENGTH_BITS) - 1;
 
 const HEAD: u64 = 1;
 const BODY: u64 = 2;
+const HOLLOW: u64 = 3;
 const STATE_MASK: u64 = 7;
 const OWNER_SHIFT: u32 = 3;
 const LENGTH_SHIFT: u32 = 10;
@@ -25,12 +30,13 @@ const LENGTH_BITS: u32 = 22;
 const HIGH_SHIFT: u32 = 32;
 
 /// 3 bits of state. A head: 7 bits of owner, 22 of length in units, 32 of turn. A body: the index of
-/// its head in the upper 32. A free unit is 0.
+/// its head in the upper 32. A free unit is 0, or `HOLLOW` if the memory behind it may be missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Unit(u64);
 
 impl Unit {
     const FREE: Unit = Unit(0);
+    const HOLLOW: Unit = Unit(HOLLOW);
 
     fn head(owner: usize, count: usize, turn: u32) -> Self {
         debug_assert!(owner < SLOT_COUNT && count <= MAX_UNITS);
@@ -43,6 +49,10 @@ impl Unit {
 
     fn body(start: usize) -> Self {
         Unit(BODY | (start as u64) << HIGH_SHIFT)
+    }
+
+    fn is_free(self) -> bool {
+        self == Unit::FREE || self == Unit::HOLLOW
     }
 
     fn is_head(self) -> bool {
@@ -73,6 +83,15 @@ pub struct Run {
     pub turn: u32,
 }
 
+/// A run that was just claimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The run.
+    pub run: Run,
+    /// Whether memory may be missing behind it: to be had before anything is written there.
+    pub is_hollow: bool,
+}
+
 /// A view of a pool, wherever its words lie.
 #[derive(Clone, Copy)]
 pub struct Blocks<'a> {
@@ -99,14 +118,14 @@ impl<'a> Blocks<'a> {
     }
 
     /// Claim `count` units in a row; `None` if there are none now.
-    pub fn claim(&self, count: usize, owner: usize) -> Option<Run> {
+    pub fn claim(&self, count: usize, owner: usize) -> Option<Claim> {
         debug_assert!(count > 0);
         loop {
             let mut met_another = false;
             let mut start = 0;
             while start + count <= self.units.len() {
                 let seen = self.load(start);
-                if seen != Unit::FREE {
+                if !seen.is_free() {
                     start += if seen.is_head() {
                         seen.count().max(1)
                     } else {
@@ -114,15 +133,15 @@ impl<'a> Blocks<'a> {
                     };
                     continue;
                 }
-                let taken = (start + 1..start + count).find(|at| self.load(*at) != Unit::FREE);
+                let taken = (start + 1..start + count).find(|at| !self.load(*at).is_free());
                 if let Some(taken) = taken {
                     start = taken;
                     continue;
                 }
                 let turn = self.turns.fetch_add(1, Ordering::Relaxed);
                 let run = Run { start, count, turn };
-                if self.claim_at(run, owner) {
-                    return Some(run);
+                if let Some(claim) = self.claim_at(run, owner) {
+                    return Some(claim);
                 }
                 met_another = true;
                 start += 1;
@@ -138,11 +157,7 @@ impl<'a> Blocks<'a> {
     pub fn could_claim(&self, count: usize) -> bool {
         let mut free = 0;
         for at in 0..self.units.len() {
-            free = if self.load(at) == Unit::FREE {
-                free + 1
-            } else {
-                0
-            };
+            free = if self.load(at).is_free() { free + 1 } else { 0 };
             if free >= count {
                 return true;
             }
@@ -150,31 +165,67 @@ impl<'a> Blocks<'a> {
         false
     }
 
-    fn claim_at(&self, run: Run, owner: usize) -> bool {
+    fn claim_at(&self, run: Run, owner: usize) -> Option<Claim> {
         let head = Unit::head(owner, run.count, run.turn);
-        if !self.swap(run.start, Unit::FREE, head) {
-            return false;
-        }
-        for at in run.start + 1..run.start + run.count {
-            if !self.swap(at, Unit::FREE, Unit::body(run.start)) {
-                self.clear(run.start, at);
-                return false;
+        let mut is_hollow = false;
+        for at in run.start..run.start + run.count {
+            let wanted = if at == run.start {
+                head
+            } else {
+                Unit::body(run.start)
+            };
+            let seen = self.load(at);
+            if !seen.is_free() || !self.swap(at, seen, wanted) {
+                self.clear(run.start, at, is_hollow);
+                return None;
             }
+            is_hollow |= seen == Unit::HOLLOW;
         }
-        true
+        Some(Claim { run, is_hollow })
     }
 
     /// Free the units from `start` to `end`, the head last.
-    fn clear(&self, start: usize, end: usize) {
+    fn clear(&self, start: usize, end: usize, is_hollow: bool) {
+        let free = if is_hollow { Unit::HOLLOW } else { Unit::FREE };
         for at in (start..end).rev() {
-            self.units[at].store(Unit::FREE.0, Ordering::Release);
+            self.units[at].store(free.0, Ordering::Release);
         }
     }
 
     /// Give a run back. Only by its owner, once.
     pub fn free(&self, run: Run) {
         debug_assert_eq!(self.load(run.start).turn(), run.turn);
-        self.clear(run.start, run.start + run.count);
+        self.clear(run.start, run.start + run.count, false);
+    }
+
+    /// Give a run back whose memory could not be had.
+    pub fn free_hollow(&self, run: Run) {
+        self.clear(run.start, run.start + run.count, true);
+    }
+
+    /// Take the next free units from `from` on, `most` at most, have `give_back` let go of the memory
+    /// behind them, and free them as hollow if it did. Where to go on; `None` at the end.
+    pub fn hollow(
+        &self,
+        from: usize,
+        most: usize,
+        owner: usize,
+        give_back: impl FnOnce(Run) -> bool,
+    ) -> Option<usize> {
+        let is_free = |at: &usize| self.load(*at).is_free();
+        let start = (from..self.units.len()).find(is_free)?;
+        let last = self.units.len().min(start + most);
+        let end = (start + 1..last).find(|at| !is_free(at)).unwrap_or(last);
+        let run = Run {
+            start,
+            count: end - start,
+            turn: self.turns.fetch_add(1, Ordering::Relaxed),
+        };
+        if let Some(claim) = self.claim_at(run, owner) {
+            let is_given = give_back(run);
+            self.clear(start, end, is_given || claim.is_hollow);
+        }
+        Some(end)
     }
 
     /// Make a run, which a message carried here, one of `owner`'s. False if no such run is out: what
@@ -206,8 +257,13 @@ impl<'a> Blocks<'a> {
     /// Units that are out.
     pub fn used_count(&self) -> usize {
         (0..self.units.len())
-            .filter(|at| self.load(*at) != Unit::FREE)
+            .filter(|at| !self.load(*at).is_free())
             .count()
+    }
+
+    /// Units that are not.
+    pub fn free_count(&self) -> usize {
+        self.units.len() - self.used_count()
     }
 
     /// For a process that died: free what it owned, but for the runs that `is_carried` by a message.
@@ -230,9 +286,9 @@ impl<'a> Blocks<'a> {
             }
             // It may have died between the head and the last of the body.
             for at in start + 1..(start + run.count).min(self.units.len()) {
-                self.swap(at, Unit::body(start), Unit::FREE);
+                self.swap(at, Unit::body(start), Unit::HOLLOW);
             }
-            self.units[start].store(Unit::FREE.0, Ordering::Release);
+            self.units[start].store(Unit::HOLLOW.0, Ordering::Release);
             freed += 1;
         }
         freed

@@ -16,7 +16,7 @@ use std::mem::{offset_of, size_of};
 /// The first bytes of every segment.
 pub const MAGIC: [u8; 8] = *b"MOIRAISC";
 /// Changes when a field moves or changes its meaning.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 const CONTROL_OFFSET: usize = 256;
 const SLOTS_OFFSET: usize = PAGE_BYTES;
@@ -289,7 +289,7 @@ mod tests {
             (CONTROL_OFFSET, SLOTS_OFFSET, WORDS_OFFSET),
             (256, 4096, 12288)
         );
-        assert_eq!(LAYOUT_VERSION, 1);
+        assert_eq!(LAYOUT_VERSION, 2);
     }
 
     #[test]
@@ -311,12 +311,12 @@ mod tests {
             (
                 said(
                     Header {
-                        layout_version: 2,
+                        layout_version: 3,
                         ..good
                     },
                     bytes,
                 ),
-                "layout version 2",
+                "layout version 3",
             ),
             (
                 said(
@@ -365,7 +365,7 @@ mod tests {
         }
         let unsupported = said(
             Header {
-                layout_version: 2,
+                layout_version: 3,
                 ..good
             },
             bytes,

@@ -1,6 +1,6 @@
 //! A segment: the file, its mapping, and typed views of what lies in it.
 
-use super::blocks::{Blocks, UNIT_BYTES};
+use super::blocks::{Blocks, Run, UNIT_BYTES};
 use super::layout::{Control, Header, MAGIC, Slot};
 use super::ring::Ring;
 use super::word::{GRANULE_BYTES, SLOT_COUNT};
@@ -233,6 +233,30 @@ impl Segment {
     pub fn blocks(&self) -> Blocks<'_> {
         let units = self.words(self.header.units_offset, self.header.unit_count);
         Blocks::new(units, &self.control().roles.turns)
+    }
+
+    /// Have memory behind a run, or fail.
+    pub fn back(&self, run: Run) -> Result<()> {
+        let bytes = run.count * UNIT_BYTES;
+        shared::back(&self.file, self.unit_offset(run.start), bytes)
+            .map_err(|error| no_room(bytes as u64, &error))
+    }
+
+    /// Give the memory behind a run back to the kernel; whether it went.
+    pub fn unback(&self, run: Run) -> bool {
+        let bytes = run.count * UNIT_BYTES;
+        shared::unback(&self.file, self.unit_offset(run.start), bytes).is_ok()
+    }
+
+    /// Bytes of memory that the kernel has behind the segment.
+    pub fn backed_bytes(&self) -> usize {
+        shared::backed_bytes(&self.file).unwrap_or(0) as usize
+    }
+
+    /// Of these, bytes behind blocks that are free.
+    pub fn idle_bytes(&self) -> usize {
+        let others = self.header.segment_bytes as usize - self.blocks().free_count() * UNIT_BYTES;
+        self.backed_bytes().saturating_sub(others)
     }
 
     /// Where the bytes of the record that begins at a granule lie.

@@ -18,6 +18,7 @@ use super::layout::Slot;
 use super::reference::Reference;
 use super::segment::{ROSTER, Segment, reap_names};
 use super::word::SLOT_COUNT;
+use crate::channel::live::{self, KeepsMemory};
 use crate::error::{Error, Result};
 use crate::os::{self, shared};
 use crate::resource::fork::{self, ForkLocks};
@@ -31,6 +32,9 @@ use std::time::Duration;
 
 /// How often one who waits looks whether the others are alive, in milliseconds.
 pub const PROBE_MILLISECONDS: u64 = 75;
+
+/// Most units that are taken to give the memory behind them back: nobody else gets these meanwhile.
+const TRIM_UNITS: usize = 16;
 
 /// What a slot has open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +120,34 @@ impl Carrier for Attachment {
     }
 }
 
+impl KeepsMemory for Attachment {
+    fn idle_bytes(&self) -> usize {
+        if self.is_attached() {
+            self.segment.idle_bytes()
+        } else {
+            0
+        }
+    }
+
+    fn trim(&self) -> usize {
+        let before = self.segment.backed_bytes();
+        let mut next = Some(0);
+        while let Some(from) = next {
+            // Who has the lock does not leave meanwhile; let go of for others between two stretches.
+            let locks = self.locks.lock();
+            if locks.is_none() || !self.is_here() {
+                break;
+            }
+            let owner = self.slot.load(Ordering::Relaxed);
+            let give_back = |run| self.segment.unback(run);
+            next = (self.segment.blocks()).hollow(from, TRIM_UNITS, owner, give_back);
+            drop(locks);
+            self.note_block();
+        }
+        before.saturating_sub(self.segment.backed_bytes())
+    }
+}
+
 impl Drop for Attachment {
     fn drop(&mut self) {
         if self.is_here() {
@@ -169,6 +201,8 @@ impl Attachment {
         let attachment = Arc::new(self);
         let weak: Weak<dyn ForkLocks> = Arc::downgrade(&attachment) as Weak<dyn ForkLocks>;
         fork::register(weak);
+        let weak: Weak<dyn KeepsMemory> = Arc::downgrade(&attachment) as Weak<dyn KeepsMemory>;
+        live::enter(weak);
         attachment
     }
 

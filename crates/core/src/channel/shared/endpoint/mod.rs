@@ -230,8 +230,17 @@ impl Endpoint {
             ));
         }
         let count = length.div_ceil(UNIT_BYTES).max(1);
-        let run = self.attachment.segment().blocks().claim(count, slot);
-        Ok(run.map(|run| self.block(run, length)))
+        let segment = self.attachment.segment();
+        let Some(claim) = segment.blocks().claim(count, slot) else {
+            return Ok(None);
+        };
+        if claim.is_hollow {
+            segment.back(claim.run).inspect_err(|_| {
+                segment.blocks().free_hollow(claim.run);
+                self.attachment.note_block();
+            })?;
+        }
+        Ok(Some(self.block(claim.run, length)))
     }
 
     /// Send the first `length` bytes of a block; gives it back if there is no room in the ring.

@@ -1,0 +1,51 @@
+//! The channels of this process that keep memory which no message needs, so that it can be given back.
+//!
+//! Held weakly, and asked without our lock. Any thread may call anything here; a forked child
+//! inherits the list.
+
+use crate::resource::fork::{self, ForkLocks};
+use crate::sync::Lock;
+use std::sync::{Arc, LazyLock, Weak};
+
+/// Something that may have memory to give back.
+pub trait KeepsMemory: Send + Sync {
+    /// Bytes that could be given back.
+    fn idle_bytes(&self) -> usize;
+    /// Give them back; how many that were.
+    fn trim(&self) -> usize;
+}
+
+type List = Lock<Vec<Weak<dyn KeepsMemory>>>;
+
+static LIVE: LazyLock<Arc<List>> = LazyLock::new(|| {
+    let live = Arc::<List>::default();
+    let locks: Weak<dyn ForkLocks> = Arc::downgrade(&live) as Weak<dyn ForkLocks>;
+    fork::register(locks);
+    live
+});
+
+/// Have a channel asked for as long as it lives.
+pub(crate) fn enter(channel: Weak<dyn KeepsMemory>) {
+    let mut live = LIVE.lock();
+    // Pruned only when it would grow, and then given room, so that many channels stay cheap.
+    if live.len() == live.capacity() {
+        live.retain(|entry| entry.strong_count() > 0);
+        let count = live.len();
+        live.reserve(count.max(16));
+    }
+    live.push(channel);
+}
+
+fn all() -> Vec<Arc<dyn KeepsMemory>> {
+    LIVE.lock().iter().filter_map(Weak::upgrade).collect()
+}
+
+/// Bytes that all channels could give back.
+pub fn idle_bytes() -> usize {
+    all().iter().map(|channel| channel.idle_bytes()).sum()
+}
+
+/// Have all channels give back what no message needs; how many bytes that was.
+pub fn trim_all() -> usize {
+    all().iter().map(|channel| channel.trim()).sum()
+}
