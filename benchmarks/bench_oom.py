@@ -164,7 +164,7 @@ def run_all(columns: list[str], arguments: argparse.Namespace) -> dict[str, Any]
 def measure(arguments: argparse.Namespace) -> harness.Report:
     """Run what is asked for; what is not stays as it was."""
     results: dict[str, Any] = {"table": None, "many": None}
-    path = harness.quick_output(arguments, NAME) or harness.RESULTS / f"{NAME}.json"
+    path = harness.output_path(arguments, NAME)
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))["results"]
         results |= {name: stored.get(name) for name in results}

@@ -524,15 +524,18 @@ def _in_one_line(samples: re.Match[str]) -> str:
     return f"[{' '.join(samples[1].split())}]"
 
 
-def publish(report: Report, arguments: argparse.Namespace) -> None:
-    """Print a report, write its JSON and, if asked, its section of the docs page.
+def output_path(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the JSON goes: a quick run's does not replace a real one unless told so."""
+    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    chosen: Path | None = arguments.output
+    return chosen or folder / f"{name}.json"
 
-    A quick run's JSON does not replace a real one unless told so.
-    """
+
+def publish(report: Report, arguments: argparse.Namespace) -> None:
+    """Print a report, write its JSON and, if asked, its section of the docs page."""
     about = machine()
     document = report.as_dict(about)
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    path = arguments.output or folder / f"{report.name}.json"
+    path = output_path(arguments, report.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, allow_nan=False)
     path.write_text(SAMPLES.sub(_in_one_line, text) + "\n", encoding="utf-8")
