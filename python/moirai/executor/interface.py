@@ -14,7 +14,7 @@ from moirai.errors import InvalidArgument, Timeout
 from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
 
-__all__ = ["BaseExecutor", "in_chunks"]
+__all__ = ["BaseExecutor", "in_chunks", "split_call"]
 
 _Result = TypeVar("_Result")
 # What a task of `map` gives: results up to the first failure, and that or None.
@@ -29,6 +29,19 @@ _POP: Callable[[list[Any]], Any] = list.pop
 def in_chunks(items: Sequence[_Result], size: int) -> list[Sequence[_Result]]:
     """The items in order, `size` to a chunk; the last may have fewer."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def split_call(call: object) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function and the arguments of a call of `submit_group`.
+
+    Raises:
+        InvalidArgument: It is no tuple of them.
+    """
+    if not isinstance(call, tuple) or not call or not callable(call[0]):
+        raise InvalidArgument(
+            f"calls: must be tuples of a function and its arguments, got {call!r}"
+        )
+    return call[0], call[1:]
 
 
 class BaseExecutor(concurrent.futures.Executor):
