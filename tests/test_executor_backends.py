@@ -95,6 +95,20 @@ def test_what_only_threads_have_is_refused_elsewhere(name):
         Executor(2, backend="processes", **{name: given})
 
 
+@pytest.mark.parametrize("name", ["timeout_seconds", "deadline"])
+def test_time_limits_are_refused_where_nobody_keeps_them(backend, name):
+    if backend == "threads":
+        pytest.skip("kept there")
+    with Executor(1, backend=backend) as executor:
+        message = f"{name}: needs the backend threads, got 5.0"
+        for submit in (executor.submit, executor.submit_many):
+            with pytest.raises(errors.Unsupported, match=message):
+                submit(dict, [], **{name: 5.0})
+        with pytest.raises(errors.Unsupported, match=message):
+            executor.submit_group([(dict, [])], **{name: 5.0})
+        assert executor.statistics().submitted == 0
+
+
 @pytest.mark.parametrize("name", ["max_pending", "blas_threads"])
 def test_what_a_cluster_does_not_have_is_refused_there(name):
     pytest.importorskip("distributed", reason="distributed is not installed")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
-from moirai.executor.interface import BaseExecutor, in_chunks, split_call
+from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.process_parts import Settings, Task
 from moirai.executor.process_pool import ProcessPool
@@ -129,6 +129,8 @@ class ProcessExecutor(BaseExecutor):
         *args: Any,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
         **kwargs: Any,
     ) -> RemoteFuture[_Result]:
         """Queue a call of a function; its future.
@@ -141,13 +143,17 @@ class ProcessExecutor(BaseExecutor):
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
             node: Id of the node whose workers are to take it first; None: any.
+            timeout_seconds: For executors of threads; here it must be None.
+            deadline: Likewise.
             kwargs: Its keyword arguments.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             BrokenProcessPool: The initializer failed, or workers do not start.
             Full: There is no room, and `when_full` is "raise".
+            Unsupported: There is a time limit.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         return self._queue([(fn, args, kwargs, 1)], priority, node)[0]
 
     def submit_many(
@@ -156,6 +162,8 @@ class ProcessExecutor(BaseExecutor):
         *iterables: Iterable[Any],
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[_Result]]:
         """Queue a call of a function for each item of the iterables; their futures, in order.
 
@@ -163,6 +171,7 @@ class ProcessExecutor(BaseExecutor):
         as there is room; when the rest cannot be, those that were queued and have not begun are
         cancelled.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         items = zip(*iterables, strict=False)
         return self._queue([(fn, arguments, {}, 1) for arguments in items], priority, node)
 
@@ -172,6 +181,8 @@ class ProcessExecutor(BaseExecutor):
         *,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[Any]]:
         """Queue calls of any functions, all of them at once or none; their futures, in order.
 
@@ -188,6 +199,7 @@ class ProcessExecutor(BaseExecutor):
             InvalidArgument: A call is not such a tuple, or there are more than `max_pending`.
             Full: There is no room for all of them, and `when_full` is "raise".
         """
+        refuse_time_limits(timeout_seconds, deadline)
         found: list[_Call] = [(fn, args, {}, 1) for fn, args in map(split_call, calls)]
         return self._queue(found, priority, node, is_whole=True)
 

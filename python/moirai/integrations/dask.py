@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import distributed
 
 from moirai.errors import Closed, Disconnected, InvalidArgument, Unsupported, WorkerFailed
-from moirai.executor.interface import BaseExecutor, in_chunks, split_call
+from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.progress import Counter, Progress
 from moirai.executor.remote import RemoteFuture
@@ -103,6 +103,8 @@ class DistributedExecutor(BaseExecutor):
         *args: Any,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
         **kwargs: Any,
     ) -> RemoteFuture[_Result]:
         """Send a call of a function to the cluster; its future.
@@ -114,12 +116,16 @@ class DistributedExecutor(BaseExecutor):
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
             node: For executors of threads; here, the scheduler chooses.
+            timeout_seconds: For executors of threads; here it must be None.
+            deadline: Likewise.
             kwargs: Its keyword arguments.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             Disconnected: In a forked child.
+            Unsupported: There is a time limit.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         self._check_open()
         if kwargs:
             # Some names are those of the client's own arguments.
@@ -143,11 +149,14 @@ class DistributedExecutor(BaseExecutor):
         *iterables: Iterable[Any],
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[_Result]]:
         """Send a call for each item of the iterables, all in one message; their futures, in order.
 
         As `submit`.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         self._check_open()
         items = list(zip(*iterables, strict=False))
         if not items:
@@ -164,6 +173,8 @@ class DistributedExecutor(BaseExecutor):
         *,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[Any]]:
         """Send calls of any functions, all in one message; their futures, in order.
 
@@ -177,6 +188,7 @@ class DistributedExecutor(BaseExecutor):
         Raises:
             InvalidArgument: A call is not such a tuple.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         self._check_open()
         found = [split_call(call) for call in calls]
         if not found:
