@@ -499,6 +499,7 @@ def test_lanes_of_nodes_lose_nothing_and_prefer_the_own_node(steps):
         else:
             there[number] = lanes.append(number, what, where)
             assert where in (None, there[number])
+        assert len(lanes) == len(there) == sum(map(len, lanes.by_place))
     assert sorted(lanes) == sorted(there)
     assert sorted(lanes.clear()) == sorted(there)
     assert len(lanes) == 0

@@ -52,11 +52,14 @@ class Backlog:
             numbers: What to number them with.
             failed_count: How many more there were, that could not be pickled.
         """
+        call_count = 0
         for task in tasks:
             task.number = next(numbers)
             task.place = self._lanes.append(task, task.priority, task.place)
-        self.count(submitted=len(tasks) + failed_count, failed=failed_count)
-        self._counter.add(sum(task.call_count for task in tasks))
+            call_count += task.call_count
+        self._counts["submitted"] += len(tasks) + failed_count
+        self._counts["failed"] += failed_count
+        self._counter.add(call_count)
 
     def watch(self, tasks: Sequence[Task]) -> None:
         """See to it that tasks which are cancelled give their room back."""
@@ -93,6 +96,8 @@ class Backlog:
 
     def sweep(self) -> None:
         """Take those that were cancelled out of the lanes, if they are many."""
+        if not self._cancelled_count:
+            return
         with self.lock:
             if not self._are_many_cancelled():
                 return

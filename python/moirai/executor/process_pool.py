@@ -319,8 +319,14 @@ class ProcessPool:
         return worker
 
     def _feed(self) -> None:
-        workers = list(self.workers.values())
-        for depth in range(1, _CALLS_AHEAD + 1):
+        workers = [
+            worker
+            for worker in self.workers.values()
+            if len(worker.tasks) < _CALLS_AHEAD and self._takes_more(worker)
+        ]
+        if not workers:
+            return
+        for depth in range(min(len(worker.tasks) for worker in workers) + 1, _CALLS_AHEAD + 1):
             self._fill(workers, depth, is_idle=False)
             if depth == 1 and len(self.backlog):
                 self._fill(workers, depth, is_idle=True)
