@@ -105,6 +105,34 @@ def test_submit_many_and_maps_give_what_the_functions_give(executor):
     assert "raise_error" in caught.value.__notes__[0]
 
 
+def test_group_of_calls_is_sent_at_once(executor, client):
+    first = client.submit(pow, 2, 5)
+    futures = executor.submit_group([(same, first), (pow, 2, 3), (max, [4, 5])])
+    assert [future.result(WAIT_SECONDS) for future in futures] == [32, 8, 5]
+    assert executor.submit_group([]) == []
+    before = executor.statistics().submitted
+    for calls in ([abs], [()], [(3, 4)], [(abs, 1), "x"]):
+        with pytest.raises(errors.InvalidArgument, match="calls: must be tuples of a function"):
+            executor.submit_group(calls)
+    assert executor.statistics().submitted == before
+
+
+def test_workers_need_not_have_moirai(run_python):
+    """What is sent around a user's function says how it is made, not where it comes from."""
+    import cloudpickle
+
+    from moirai.integrations import dask
+
+    sent = cloudpickle.dumps((dask._keyword_caller(), dask._chunk_runner(divmod, True)))
+    told = run_python(f"""
+        import pickle, sys
+        sys.modules["moirai"] = None
+        call, run = pickle.loads({sent!r})
+        print(call(int, ["z"], {{"base": 36}}), run([(7, 2), (8, 0)]))
+    """)
+    assert told.startswith("35 ([(3, 1)], ZeroDivisionError(")
+
+
 def test_priorities_reach_the_scheduler(executor, client, gate):
     held = [executor.submit(hold, str(gate)) for _ in range(2)]
     before = [executor.submit(time.monotonic, priority=Priority.BACKGROUND) for _ in range(8)]

@@ -88,11 +88,33 @@ def test_dask_without_a_client_says_what_to_do():
         Executor(backend="dask")
 
 
-@pytest.mark.parametrize("name", ["max_pending", "memory", "task_arena"])
+@pytest.mark.parametrize("name", ["memory", "task_arena"])
 def test_what_only_threads_have_is_refused_elsewhere(name):
-    given = {"max_pending": 3, "memory": memory.PoolResource(), "task_arena": True}[name]
+    given = {"memory": memory.PoolResource(), "task_arena": True}[name]
     with pytest.raises(errors.InvalidArgument, match=f"{name}: needs the backend threads"):
         Executor(2, backend="processes", **{name: given})
+
+
+@pytest.mark.parametrize("name", ["timeout_seconds", "deadline"])
+def test_time_limits_are_refused_where_nobody_keeps_them(backend, name):
+    if backend == "threads":
+        pytest.skip("kept there")
+    with Executor(1, backend=backend) as executor:
+        message = f"{name}: needs the backend threads, got 5.0"
+        for submit in (executor.submit, executor.submit_many):
+            with pytest.raises(errors.Unsupported, match=message):
+                submit(dict, [], **{name: 5.0})
+        with pytest.raises(errors.Unsupported, match=message):
+            executor.submit_group([(dict, [])], **{name: 5.0})
+        assert executor.statistics().submitted == 0
+
+
+@pytest.mark.parametrize("name", ["max_pending", "blas_threads"])
+def test_what_a_cluster_does_not_have_is_refused_there(name):
+    pytest.importorskip("distributed", reason="distributed is not installed")
+    message = f"{name}: needs the backend threads or processes, got 3"
+    with pytest.raises(errors.InvalidArgument, match=message):
+        Executor(2, backend="dask", **{name: 3})
 
 
 def test_executor_of_threads_needs_nothing_of_an_executor_of_processes(run_python):

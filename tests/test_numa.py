@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moirai import memory
+from moirai import _native, memory
 from moirai.errors import Corrupted, InvalidArgument, Unsupported
 from moirai.memory.numa import parse_cpu_list
 
@@ -388,3 +388,17 @@ def test_pages_that_were_not_touched_lie_nowhere() -> None:
         memory.pages_by_node(np.ones(1000)[::2])
     with pytest.raises(TypeError):
         memory.pages_by_node(3)  # type: ignore[arg-type]
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", [-1, 1024, "0", None])
+def test_a_node_that_cannot_be_is_refused(node: object) -> None:
+    with pytest.raises((InvalidArgument, TypeError), match="node"):
+        _native.prefer_node(node)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_not_there_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match="node: the kernel does not take 1023"):
+        _native.prefer_node(1023)

@@ -81,6 +81,7 @@ __all__ = [
     "linger",
     "lost_blocks",
     "pages_by_node",
+    "prefer_node",
     "priority",
     "retained_heap_bytes",
     "select_channels",
@@ -711,6 +712,19 @@ def pages_by_node(buffer: Buffer | NDArray[Any] | memoryview | bytearray) -> dic
     Raises:
         InvalidArgument: `buffer` has gaps.
         Unsupported: The kernel does not say.
+    """
+
+def prefer_node(node: int) -> None:
+    """Have memory that this thread touches first come from a node, as long as that has any.
+
+    So it is for the threads that it starts from now on.
+
+    Args:
+        node: The node's id.
+
+    Raises:
+        InvalidArgument: No node can have this id.
+        Unsupported: The kernel does not take it: no such node, or policies are not allowed.
     """
 
 def walk_resources() -> list[

@@ -58,7 +58,7 @@ mod _native {
     #[pymodule_export]
     use super::lane::current_lane;
     #[pymodule_export]
-    use super::numa::{NumaResource, pages_by_node};
+    use super::numa::{NumaResource, pages_by_node, prefer_node};
     #[pymodule_export]
     use super::numpy::install::{install, installed, largest_arrays, uninstall};
     #[pymodule_export]

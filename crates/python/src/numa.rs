@@ -1,6 +1,6 @@
 //! `NumaResource`, and where the pages of a buffer lie.
 
-use crate::argument::choice;
+use crate::argument::{choice, count};
 use crate::errors::{InvalidArgument, Unsupported, to_py};
 use crate::resource::{Resource, options, with_base};
 use moirai_core::os::numa::{self, NodeSet, Placement, Policy};
@@ -56,6 +56,20 @@ impl NumaResource {
     fn refusal(&self) -> Option<String> {
         self.0.refusal()
     }
+}
+
+/// Have memory that this thread touches first come from a node, as long as that has any.
+#[pyfunction]
+pub fn prefer_node(node: &Bound<'_, PyAny>) -> PyResult<()> {
+    let node = count("node", node, 0..=usize::MAX >> 1)?;
+    let nodes = NodeSet::new(&[node]).ok_or_else(|| {
+        let most = numa::MAX_NODES;
+        InvalidArgument::new_err(format!("node: must be below {most}, got {node}"))
+    })?;
+    let policy = Policy::Prefer;
+    numa::place_thread(&Placement { policy, nodes }).map_err(|error| {
+        Unsupported::new_err(format!("node: the kernel does not take {node}: {error}"))
+    })
 }
 
 /// How many pages of a buffer lie on each node; None: not in memory.

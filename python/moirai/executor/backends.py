@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from moirai.errors import InvalidArgument
 from moirai.executor.interface import BaseExecutor
@@ -16,8 +17,23 @@ _GROUP = "moirai.executors"
 """Entry points of this group give more: a function of max_workers, initializer and initargs."""
 
 
-def find(backend: str | None) -> Callable[..., BaseExecutor] | None:
-    """What makes the executor of this name, or None for threads.
+class Backend(NamedTuple):
+    """What makes executors.
+
+    Attributes:
+        make: Called with max_workers, initializer and initargs, and with what it takes besides.
+        takes: The names of that.
+    """
+
+    make: Callable[..., BaseExecutor]
+    takes: frozenset[str] = frozenset()
+
+
+_OF_PROCESSES = frozenset({"affinity", "topology", "max_pending", "when_full", "blas_threads"})
+
+
+def find(backend: str | None) -> Backend | None:
+    """What makes the executors of this name, or None for threads.
 
     Args:
         backend: "threads", "processes", or what a package brings, as "dask"; None: what the
@@ -32,14 +48,26 @@ def find(backend: str | None) -> Callable[..., BaseExecutor] | None:
     if name == "processes":
         from moirai.executor.processes import ProcessExecutor
 
-        return ProcessExecutor
+        return Backend(ProcessExecutor, _OF_PROCESSES)
     from importlib import metadata  # slow, and not needed for those above
 
     others = metadata.entry_points(group=_GROUP)
     for entry in others:
         if entry.name == name:
-            found: Callable[..., BaseExecutor] = entry.load()
-            return found
+            return Backend(entry.load())
     known = ", ".join(sorted({"threads", "processes", *(entry.name for entry in others)}))
     origin = "backend" if backend is not None else VARIABLE
     raise InvalidArgument(f"{origin}: must be one of {known}, got {name!r}")
+
+
+def check_taken(backend: Backend, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a backend is given of an `Executor`'s own arguments: those that are not None.
+
+    Raises:
+        InvalidArgument: It does not take one of them.
+    """
+    for name, value in given.items():
+        if value is not None and name not in backend.takes:
+            others = " or processes" if name in _OF_PROCESSES else ""
+            raise InvalidArgument(f"{name}: needs the backend threads{others}, got {value!r}")
+    return {name: value for name, value in given.items() if value is not None}

@@ -16,6 +16,8 @@ from moirai.channels import SharedChannel, SharedSender
 from moirai.executor import process_messages as messages
 from moirai.executor.process_messages import Content
 from moirai.executor.remote import RemoteFuture
+from moirai.executor.room import WhenFull
+from moirai.executor.sizing import Seats
 from moirai.memory import Priority
 
 __all__ = ["Settings", "Task", "Worker", "WorkerFailed", "end_of", "with_cause"]
@@ -29,13 +31,20 @@ class WorkerFailed(errors.WorkerFailed, BrokenProcessPool):
 class Settings:
     """What a `ProcessExecutor` was made with."""
 
-    max_workers: int
+    seats: Seats
     context: BaseContext
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
     max_tasks_per_child: int | None
     memory_bytes: int
     blas_threads: int | None
+    max_pending: int | None
+    when_full: WhenFull
+
+    @property
+    def max_workers(self) -> int:
+        """How many tasks run at once, at most."""
+        return len(self.seats.workers)
 
 
 @dataclass(eq=False)
@@ -46,8 +55,10 @@ class Task:
     content: Content
     priority: Priority
     call_count: int = 1
+    place: int | None = None
     number: int = 0
     is_running: bool = False
+    has_room: bool = False
 
 
 @dataclass(eq=False)
@@ -55,6 +66,8 @@ class Worker:
     """A process, and the tasks that were sent to it and are not over."""
 
     number: int
+    seat: int
+    place: int
     process: BaseProcess
     calls: SharedChannel
     sender: SharedSender

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from moirai import errors
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.executor import process_messages as messages
-from moirai.executor.lanes import Lanes
+from moirai.executor.process_backlog import Backlog
 from moirai.executor.process_messages import Content, Head, Packed, Placer
 from moirai.executor.process_parts import (
     Settings,
@@ -77,11 +77,8 @@ class ProcessPool:
         _pools.add(self)
 
     def _reset(self) -> None:
-        # Reentrant: dropping an object may call back in the thread that drops it.
-        self._lock = threading.RLock()
         self.counter.reset()
-        self._lanes: Lanes[Task] = Lanes()
-        self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
+        self.backlog = Backlog(self.settings, self.counter, self._wake)
         self._worker_counts = dict.fromkeys(("started", "lost"), 0)
         self._taken_back = self._copied_bytes = self._lent_bytes = 0
         self.workers: dict[int, Worker] = {}
@@ -114,38 +111,35 @@ class ProcessPool:
             Closed: After `close`.
             BrokenProcessPool: The initializer failed, or workers do not start.
         """
-        with self._lock:
-            if self.broken is not None:
-                raise BrokenProcessPool(self.broken)
-            if self.is_closed or _is_interpreter_ending:
-                after = "interpreter shutdown" if _is_interpreter_ending else "shutdown"
-                raise errors.Closed(f"cannot schedule new futures after {after}")
+        with self.backlog.lock:
+            self.check_open()
             self._begin()
-            for task in tasks:
-                task.number = next(self._task_numbers)
-                self._lanes.append(task, task.priority)
-            self._counts["submitted"] += len(tasks) + failed_count
-            self._counts["failed"] += failed_count
-            self.counter.add(sum(task.call_count for task in tasks))
+            self.backlog.add(tasks, self._task_numbers, failed_count)
         self._wake()
+        self.backlog.watch(tasks)
+
+    def check_open(self) -> None:
+        """Refuse tasks, as `add` does.
+
+        Raises:
+            Closed: After `close`.
+            BrokenProcessPool: The initializer failed, or workers do not start.
+        """
+        if self.broken is not None:
+            raise BrokenProcessPool(self.broken)
+        if self.is_closed or _is_interpreter_ending:
+            after = "interpreter shutdown" if _is_interpreter_ending else "shutdown"
+            raise errors.Closed(f"cannot schedule new futures after {after}")
 
     def close(self) -> None:
         """Take no more tasks; the workers end when all that is queued is over."""
         self.is_closed = True
+        self.backlog.room.close()
         self._wake()
 
     def cancel_queued(self) -> None:
         """Cancel what was not sent to a worker yet."""
-        with self._lock:
-            tasks = self._lanes.clear()
-        for task in tasks:
-            if task.is_running or not task.future.cancel():
-                # A worker died and gave it back, or the manager was faster.
-                with self._lock:
-                    self._lanes.append(task, task.priority)
-                continue
-            task.future.set_running_or_notify_cancel()
-            self._over(task, "cancelled")
+        self.backlog.cancel()
         self._wake()
 
     def join(self) -> None:
@@ -156,13 +150,12 @@ class ProcessPool:
 
     def statistics(self) -> ProcessStatistics:
         """Give the counts as they are."""
-        with self._lock:
+        with self.backlog.lock:
             return ProcessStatistics(
-                **self._counts,
+                **self.backlog.counts(),
                 workers_started=self._worker_counts["started"],
                 workers_lost=self._worker_counts["lost"],
                 taken_back=self._taken_back,
-                queued=len(self._lanes),
                 copied_bytes=self._copied_bytes,
                 lent_bytes=self._lent_bytes,
             )
@@ -192,8 +185,8 @@ class ProcessPool:
         try:
             if self.settings.context.get_start_method() == "fork":
                 # All of them now, before this starts threads: a fork has only the thread it is in.
-                for _ in range(self.settings.max_workers):
-                    self._start_worker()
+                for seat in range(self.settings.max_workers):
+                    self._start_worker(seat)
             self._watch = Watch(self._tell_of_end, f"{self.name}-watch")
             for worker in self.workers.values():
                 self._watch.add(worker.number, worker.process)
@@ -244,16 +237,17 @@ class ProcessPool:
     def _dispatch(self) -> bool:
         """Send tasks to workers; whether there is, or may be, anything to do."""
         self._is_woken = False
-        with self._lock:
-            waiting_count, is_closed = len(self._lanes), self.is_closed
+        self.backlog.sweep()
+        with self.backlog.lock:
+            waiting_count, is_closed = len(self.backlog), self.is_closed
         if self.broken is not None:
             return False
         if waiting_count:
-            self._start_workers(waiting_count)
+            self._start_workers()
             self._feed()
         else:
             self._share()
-        return not is_closed or len(self._lanes) > 0 or self._has_tasks()
+        return not is_closed or len(self.backlog) > 0 or self._has_tasks()
 
     def _has_tasks(self) -> bool:
         return any(worker.tasks for worker in self.workers.values())
@@ -262,22 +256,39 @@ class ProcessPool:
         most = self.settings.max_tasks_per_child
         return most is None or worker.given_count < most
 
-    def _start_workers(self, waiting_count: int) -> None:
+    def _start_workers(self) -> None:
         """As many as there are tasks that no worker is free for."""
-        free = sum(not worker.tasks for worker in self.workers.values())
-        most = self.settings.max_workers - len(self.workers)
+        if len(self.workers) == self.settings.max_workers:
+            return
         assert self._watch is not None
-        for _ in range(min(waiting_count - free, most)):
+        for seat in self._seats_to_fill():
             try:
-                worker = self._start_worker()
+                worker = self._start_worker(seat)
             except Exception as error:
                 if not self.workers:
                     self._break(f"no worker process could be started: {error!r}")
                 return
             self._watch.add(worker.number, worker.process)
 
-    def _start_worker(self) -> Worker:
+    def _seats_to_fill(self) -> list[int]:
+        """First those at nodes that tasks wait for, then others."""
+        lacking = self.backlog.waiting_by_place()
+        for worker in self.workers.values():
+            lacking[worker.place] -= not worker.tasks
+        taken = {worker.seat for worker in self.workers.values()}
+        free = [seat for seat in range(self.settings.max_workers) if seat not in taken]
+        places = {seat: self.settings.seats.workers[seat].place for seat in free}
+        near = []
+        for seat in free:
+            if lacking[places[seat]] > 0:
+                lacking[places[seat]] -= 1
+                near.append(seat)
+        far = [seat for seat in free if seat not in near]
+        return near + far[: max(0, sum(lacking))]
+
+    def _start_worker(self, seat: int) -> Worker:
         settings, number = self.settings, next(self._worker_numbers)
+        at = settings.seats.workers[seat]
         assert self._results is not None
         calls = SharedChannel.create(capacity_bytes=_CALLS_BYTES)
         start = Start(
@@ -286,6 +297,8 @@ class ProcessPool:
             self._results,
             settings.memory_bytes,
             settings.max_tasks_per_child,
+            at.cpus,
+            settings.seats.node_ids[at.place],
             settings.blas_threads,
             settings.initializer,
             settings.initargs,
@@ -293,7 +306,7 @@ class ProcessPool:
         process = settings.context.Process(  # type: ignore[attr-defined]
             target=work, args=(start,), name=f"{self.name}_{number}"
         )
-        worker = Worker(number, process, calls, calls.sender())
+        worker = Worker(number, seat, at.place, process, calls, calls.sender())
         # Before it starts: a signal's exception may come when it has.
         self.workers[number] = worker
         try:
@@ -306,34 +319,42 @@ class ProcessPool:
         return worker
 
     def _feed(self) -> None:
-        for depth in range(1, _CALLS_AHEAD + 1):
-            for worker in list(self.workers.values()):
-                while len(worker.tasks) < depth and self._takes_more(worker):
-                    with self._lock:
-                        if not self._lanes:
-                            return
-                        task = self._lanes.pop()
-                    if not self._give(worker, task):
-                        break
+        workers = [
+            worker
+            for worker in self.workers.values()
+            if len(worker.tasks) < _CALLS_AHEAD and self._takes_more(worker)
+        ]
+        if not workers:
+            return
+        for depth in range(min(len(worker.tasks) for worker in workers) + 1, _CALLS_AHEAD + 1):
+            self._fill(workers, depth, is_idle=False)
+            if depth == 1 and len(self.backlog):
+                self._fill(workers, depth, is_idle=True)
+            if not len(self.backlog):
+                return
+
+    def _fill(self, workers: Sequence[Worker], depth: int, *, is_idle: bool) -> None:
+        """See to it that workers have so many tasks, if there are for their nodes or they idle."""
+        for worker in workers:
+            while len(worker.tasks) < depth and self._takes_more(worker):
+                task = self.backlog.take(worker.place, is_idle=is_idle)
+                if task is None or not self._give(worker, task):
+                    break
 
     def _give(self, worker: Worker, task: Task) -> bool:
         """Send a task to a worker, or be done with it; false if it is queued again."""
-        if not task.is_running:
-            if not task.future.set_running_or_notify_cancel():
-                self._over(task, "cancelled")
-                return True
-            task.is_running = True
+        if not task.is_running and not self.backlog.begin(task):
+            return True
         try:
             self._send(worker, task.content, task.number)
         except (errors.Timeout, errors.OutOfMemory, errors.Disconnected) as error:
             if isinstance(error, errors.OutOfMemory) and not self._may_get_memory():
-                self._fail(task, error)
+                self.backlog.fail(task, error)
                 return True
-            with self._lock:
-                self._lanes.put_back(task, task.priority)
+            self.backlog.put_back([task])
             return False
         except Exception as error:
-            self._fail(task, error)
+            self.backlog.fail(task, error)
             return True
         self._short_since = None
         worker.tasks[task.number] = task
@@ -414,25 +435,18 @@ class ProcessPool:
         try:
             value = messages.load(packed)
         except BaseException as error:
-            self._fail(task, with_cause(f"the result cannot be read: {error!r}", error))
+            self.backlog.fail(task, with_cause(f"the result cannot be read: {error!r}", error))
             return
         if kind == RETURNED:
-            self._over(task, "succeeded")
+            self.backlog.over(task, "succeeded")
             task.future.set_result(value)
         elif kind == UNREADABLE:
-            self._fail(task, with_cause(f"the worker cannot read the call: {value!r}", value))
+            self.backlog.fail(
+                task, with_cause(f"the worker cannot read the call: {value!r}", value)
+            )
         else:
             assert kind == FAILED
-            self._fail(task, value)
-
-    def _over(self, task: Task, count: str) -> None:
-        with self._lock:
-            self._counts[count] += 1
-        self.counter.complete(task.call_count)
-
-    def _fail(self, task: Task, error: BaseException) -> None:
-        self._over(task, "failed")
-        task.future.set_exception(error)
+            self.backlog.fail(task, value)
 
     def _bury(self, number: int) -> None:
         """A process has ended, and all that it sent was received."""
@@ -444,11 +458,11 @@ class ProcessPool:
         with contextlib.suppress(errors.Disconnected):
             unbegun = list(iter(worker.take_back, None))
         worker.close()
-        with self._lock:
-            for task in reversed(unbegun):
-                self._lanes.put_back(task, task.priority)
+        self.backlog.put_back(unbegun)
         for task in worker.tasks.values():
-            self._fail(task, WorkerFailed(f"{end_of(worker.process)} while it had this call"))
+            self.backlog.fail(
+                task, WorkerFailed(f"{end_of(worker.process)} while it had this call")
+            )
         if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
             self._worker_counts["lost"] += 1
         if worker.is_unfit:
@@ -460,9 +474,10 @@ class ProcessPool:
 
     def _break(self, message: str) -> None:
         """Run nothing more."""
-        with self._lock:
+        with self.backlog.lock:
             self.broken = message
-            tasks = self._lanes.clear()
+            tasks = self.backlog.clear()
+        self.backlog.room.close()
         workers = [*self.workers.values(), *self._leaving.values()]
         for worker in workers:
             tasks += worker.tasks.values()
@@ -470,15 +485,15 @@ class ProcessPool:
             worker.process.terminate()
         for task in tasks:
             if task.is_running or task.future.set_running_or_notify_cancel():
-                self._fail(task, BrokenProcessPool(message))
+                self.backlog.fail(task, BrokenProcessPool(message))
             else:
-                self._over(task, "cancelled")
+                self.backlog.over(task, "cancelled")
 
     # === fork ===================================================================================
 
     def after_fork(self) -> None:
         """In a child: nothing is queued, nothing runs."""
-        tasks = list(self._lanes)
+        tasks = list(self.backlog)
         for worker in [*self.workers.values(), *self._leaving.values()]:
             tasks += worker.tasks.values()
         self._reset()

@@ -18,6 +18,8 @@ class ProcessStatistics:
         succeeded: Tasks that returned; a chunk of `map` is one task.
         failed: Tasks that raised, or whose worker died.
         cancelled: Tasks that were cancelled before they were sent to a worker.
+        ran_by_submitter: Tasks that their submitter ran for want of room, within those that ended.
+        refused: Tasks that were not queued for want of room.
         workers_started: Processes that were started.
         workers_lost: Processes that ended although nobody asked them to.
         taken_back: Tasks that a worker had not begun when another one was idle, which got them.
@@ -31,6 +33,8 @@ class ProcessStatistics:
     succeeded: int
     failed: int
     cancelled: int
+    ran_by_submitter: int
+    refused: int
     workers_started: int
     workers_lost: int
     taken_back: int

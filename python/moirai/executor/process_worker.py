@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import io
+import os
 import pickle
 import signal
 from collections.abc import Callable, Iterable
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from moirai import _native
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
-from moirai.errors import Disconnected, OutOfMemory
+from moirai.errors import Disconnected, OutOfMemory, Unsupported
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
 from moirai.executor.process_messages import Content, Head, Placer
@@ -50,6 +52,8 @@ class Start:
         results: Where it sends to.
         memory_bytes: How much shared memory its results may take.
         call_count: Calls after which it ends; None: it does not.
+        cpus: The CPUs that it stays on; empty: where the kernel puts it.
+        node: The node that they are at.
         blas_threads: How many threads calls of BLAS and OpenMP may use; None: as many as they like.
         initializer: Called before the first of them.
         initargs: Its arguments.
@@ -60,21 +64,26 @@ class Start:
     results: SharedChannel
     memory_bytes: int
     call_count: int | None
+    cpus: tuple[int, ...]
+    node: int
     blas_threads: int | None
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
 
 
 def run_chunk(
-    fn: Callable[..., Any], items: Iterable[Any], star: bool
+    fn: Callable[..., Any], items: Iterable[Any], star: bool, is_sent: bool = True
 ) -> tuple[list[Any], BaseException | None]:
-    """Call a function for each item: the results up to the first failure, and that or None."""
+    """Call a function for each item: the results up to the first failure, and that or None.
+
+    The failure is such that it keeps its traceback if it `is_sent` to another process.
+    """
     results: list[Any] = []
     try:
         for item in items:
             results.append(fn(*item) if star else fn(item))
     except BaseException as error:
-        return results, with_traceback(error)
+        return results, with_traceback(error) if is_sent else error
     return results, None
 
 
@@ -159,6 +168,8 @@ def work(start: Start) -> None:
 
 def _initialize(start: Start, interrupts: _Interrupts) -> bool:
     try:
+        if start.cpus:
+            _stay(start.cpus, start.node)
         if start.blas_threads is not None:
             blas.limit_process(start.blas_threads)
         interrupts.is_calling = True
@@ -170,6 +181,14 @@ def _initialize(start: Start, interrupts: _Interrupts) -> bool:
     finally:
         interrupts.is_calling = False
     return True
+
+
+def _stay(cpus: tuple[int, ...], node: int) -> None:
+    os.sched_setaffinity(0, cpus)
+    # Where policies are not allowed, as in some containers, memory comes from there nevertheless,
+    # unless whoever started the program said otherwise.
+    with contextlib.suppress(Unsupported):
+        _native.prefer_node(node)
 
 
 def _run(receiver: SharedReceiver, results: _Results, interrupts: _Interrupts) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import multiprocessing
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
@@ -11,7 +13,7 @@ from typing import Any, TypeVar
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
-from moirai.executor.interface import BaseExecutor, in_chunks
+from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.process_parts import Settings, Task
 from moirai.executor.process_pool import ProcessPool
@@ -19,11 +21,14 @@ from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_worker import run_chunk
 from moirai.executor.progress import Progress
 from moirai.executor.remote import RemoteFuture
+from moirai.executor.room import WhenFull, check_limit
 from moirai.executor.sizing import (
+    Affinity,
     check_initializer,
     checked_worker_count,
     cpu_quota,
     default_worker_count,
+    seats_of,
 )
 from moirai.memory import Priority, Topology, parse_bytes
 
@@ -56,6 +61,15 @@ class ProcessExecutor(BaseExecutor):
         blas_threads: How many threads a call of BLAS or OpenMP may use in a worker, at most;
             "auto": the CPUs divided by the workers, at least 1; None: as many as it likes. A number
             needs the package threadpoolctl; without it, "auto" reaches what workers load later.
+        affinity: "node": each worker stays on the CPUs of its node, and its memory comes from there
+            while there is some; "core": the same on one CPU; None: where the kernel puts it;
+            "auto": "node" where there are several nodes, else None.
+        topology: The machine; None reads it.
+        max_pending: How many calls may wait that no worker has yet, at most; None: as many as
+            memory holds.
+        when_full: What whoever submits one more does: "block" until there is room, "raise"
+            queue.Full, or "caller_runs": it runs the call itself, in this process, besides the
+            workers. What is called back at a call's end never waits for room.
         memory_bytes: How much shared memory calls on their way may take, and in each process its
             results, if they are copied; an int or such as "2 GiB". It is taken as it is needed.
 
@@ -73,14 +87,19 @@ class ProcessExecutor(BaseExecutor):
         *,
         max_tasks_per_child: int | None = None,
         blas_threads: blas.BlasThreads = "auto",
+        affinity: Affinity = "auto",
+        topology: Topology | None = None,
+        max_pending: int | None = None,
+        when_full: WhenFull = "block",
         memory_bytes: int | str = "2 GiB",
     ) -> None:
-        machine = Topology.read()
+        machine = Topology.read() if topology is None else topology
         worker_count = checked_worker_count(max_workers, machine, _MOST_WORKERS)
         check_initializer(initializer)
         _check_tasks_per_child(max_tasks_per_child)
+        check_limit(max_pending, when_full, has_initializer=initializer is not None)
         settings = Settings(
-            worker_count,
+            seats_of(machine, worker_count, affinity),
             _context(mp_context, max_tasks_per_child),
             initializer,
             initargs,
@@ -91,6 +110,8 @@ class ProcessExecutor(BaseExecutor):
                 default_worker_count(machine, cpu_quota()),
                 worker_count,
             ),
+            max_pending,
+            when_full,
         )
         self._pool = pool = ProcessPool(settings)
         # One that is dropped ends its workers, once they have run what is queued.
@@ -108,6 +129,8 @@ class ProcessExecutor(BaseExecutor):
         *args: Any,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
         **kwargs: Any,
     ) -> RemoteFuture[_Result]:
         """Queue a call of a function; its future.
@@ -119,14 +142,19 @@ class ProcessExecutor(BaseExecutor):
             fn: What is called.
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
-            node: For executors of threads; here, processes run where the kernel puts them.
+            node: Id of the node whose workers are to take it first; None: any.
+            timeout_seconds: For executors of threads; here it must be None.
+            deadline: Likewise.
             kwargs: Its keyword arguments.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             BrokenProcessPool: The initializer failed, or workers do not start.
+            Full: There is no room, and `when_full` is "raise".
+            Unsupported: There is a time limit.
         """
-        return self._queue([(fn, args, kwargs, 1)], priority)[0]
+        refuse_time_limits(timeout_seconds, deadline)
+        return self._queue([(fn, args, kwargs, 1)], priority, node)[0]
 
     def submit_many(
         self,
@@ -134,13 +162,46 @@ class ProcessExecutor(BaseExecutor):
         *iterables: Iterable[Any],
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[_Result]]:
         """Queue a call of a function for each item of the iterables; their futures, in order.
 
-        As `submit`; all are queued or, after `shutdown`, none.
+        As `submit`; all are queued or, after `shutdown`, none. With `max_pending`, they are queued
+        as there is room; when the rest cannot be, those that were queued and have not begun are
+        cancelled.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         items = zip(*iterables, strict=False)
-        return self._queue([(fn, arguments, {}, 1) for arguments in items], priority)
+        return self._queue([(fn, arguments, {}, 1) for arguments in items], priority, node)
+
+    def submit_group(
+        self,
+        calls: Iterable[tuple[Any, ...]],
+        *,
+        priority: Priority | None = None,
+        node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
+    ) -> list[RemoteFuture[Any]]:
+        """Queue calls of any functions, all of them at once or none; their futures, in order.
+
+        With `max_pending`, room for all of them is taken in one step, and who waits for it is
+        not passed by those who need less.
+
+        Args:
+            calls: Tuples of a function and its arguments.
+            priority: As in `submit`, and so are the others.
+            node: The node.
+
+        Raises:
+            Closed: After `shutdown`; a RuntimeError.
+            InvalidArgument: A call is not such a tuple, or there are more than `max_pending`.
+            Full: There is no room for all of them, and `when_full` is "raise".
+        """
+        refuse_time_limits(timeout_seconds, deadline)
+        found: list[_Call] = [(fn, args, {}, 1) for fn, args in map(split_call, calls)]
+        return self._queue(found, priority, node, is_whole=True)
 
     def _queue_chunks(
         self,
@@ -155,31 +216,103 @@ class ProcessExecutor(BaseExecutor):
         calls: list[_Call] = [
             (run_chunk, (fn, chunk, star), {}, len(chunk)) for chunk in in_chunks(items, size)
         ]
-        return self._queue(calls, priority)
+        return self._queue(calls, priority, node)
 
     def _queue(
         self,
-        calls: Iterable[_Call],
+        calls: Sequence[_Call],
         priority: Priority | None,
+        node: int | None,
+        *,
+        is_whole: bool = False,
     ) -> list[RemoteFuture[Any]]:
-        lane = lane_of(priority)
+        lane, settings = lane_of(priority), self._pool.settings
+        place = settings.seats.place_of(node)
+        if settings.max_pending is None or settings.when_full == "raise" or is_whole:
+            return self._queue_whole(calls, lane, place)
+        futures: list[RemoteFuture[Any]] = []
+        try:
+            for call in calls:
+                futures += self._queue_whole([call], lane, place)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return futures
+
+    def _queue_whole(
+        self, calls: Sequence[_Call], lane: Priority, place: int | None
+    ) -> list[RemoteFuture[Any]]:
+        """Queue all of the calls or none; or run them, if there is no room and they are to be."""
+        pool, has_room = self._pool, self._pool.settings.max_pending is not None
+        pool.check_open()
+        if has_room and not self._take_room(len(calls)):
+            return [self._run_here(call) for call in calls]
         futures, tasks, failures = [], [], []
-        for fn, args, kwargs, call_count in calls:
-            future: RemoteFuture[Any] = RemoteFuture()
-            futures.append(future)
-            try:
-                content = messages.dump((fn, args, kwargs))
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    raise
-                failures.append((future, error))
-            else:
-                tasks.append(Task(future, content, lane, call_count))
-        self._pool.add(tasks, failed_count=len(failures))
+        try:
+            for fn, args, kwargs, call_count in calls:
+                future: RemoteFuture[Any] = RemoteFuture()
+                futures.append(future)
+                try:
+                    content = messages.dump((fn, args, kwargs))
+                except Exception as error:
+                    failures.append((future, error))
+                else:
+                    task = Task(future, content, lane, call_count, place, has_room=has_room)
+                    tasks.append(task)
+            pool.add(tasks, failed_count=len(failures))
+        except BaseException:
+            if has_room:
+                for task in tasks:  # which may have been queued
+                    pool.backlog.give_back_room(task)
+                pool.backlog.room.give_back(len(calls) - len(tasks))
+            raise
+        if has_room and failures:
+            pool.backlog.room.give_back(len(failures))
         for failed, failure in failures:
             failed.set_running_or_notify_cancel()
             failed.set_exception(failure)
         return futures
+
+    def _take_room(self, count: int) -> bool:
+        """Take room for calls; false if they are to be run here."""
+        pool, room = self._pool, self._pool.backlog.room
+        when_full = pool.settings.when_full
+        # The manager calls back at the end of calls: it makes room, so it does not wait for any.
+        is_manager = threading.current_thread() is pool.manager
+        if room.take(count, must=is_manager and when_full != "raise"):
+            return True
+        if when_full == "caller_runs":
+            return False
+        if when_full == "raise":
+            pool.backlog.count(refused=count)
+            raise room.full(count)
+        if count > room.most:
+            raise InvalidArgument(f"calls: must be at most {room.most} (max_pending), got {count}")
+        room.wait(count)
+        return True
+
+    def _run_here(self, call: _Call) -> RemoteFuture[Any]:
+        fn, args, kwargs, call_count = call
+        pool, future = self._pool, RemoteFuture[Any]()
+        pool.backlog.count(submitted=1, ran_by_submitter=1)
+        pool.counter.add(call_count)
+        future.set_running_or_notify_cancel()
+        try:
+            if fn is run_chunk:
+                kwargs = {"is_sent": False}
+            value = contextvars.copy_context().run(fn, *args, **kwargs)
+        except BaseException as error:
+            pool.backlog.count(failed=1)
+            future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            pool.backlog.count(succeeded=1)
+            future.set_result(value)
+        finally:
+            pool.counter.complete(call_count)
+        return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; what is queued is still run, unless it is cancelled.

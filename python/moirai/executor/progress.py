@@ -38,24 +38,26 @@ class Counter:
 
     def reset(self) -> None:
         """Begin anew, with nobody who watches."""
-        self._changed = threading.Condition()
+        # Entered by itself: a condition does that in Python, which takes longer than all the rest.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._completed = self._total = self._watchers = 0
 
     def add(self, call_count: int) -> None:
         """More was given to the executor."""
-        with self._changed:
+        with self._lock:
             self._total += call_count
 
     def complete(self, call_count: int) -> None:
         """So much of it is over."""
-        with self._changed:
+        with self._lock:
             self._completed += call_count
             if self._watchers:
                 self._changed.notify_all()
 
     def now(self) -> Progress:
         """Give both counts as they are."""
-        with self._changed:
+        with self._lock:
             return Progress(self._completed, self._total)
 
     def watch(self, interval_seconds: float) -> Iterator[Progress]:

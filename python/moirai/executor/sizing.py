@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moirai.errors import InvalidArgument
 from moirai.memory import NumaNode, Topology
 
 __all__ = [
+    "Affinity",
+    "Seat",
+    "Seats",
     "check_initializer",
     "checked_worker_count",
     "cpu_of_workers",
     "cpu_quota",
     "default_worker_count",
     "node_of_cpu",
+    "seats_of",
     "steal_order",
     "working_nodes",
 ]
+
+Affinity = Literal["auto", "node", "core"] | None
 
 
 def cpu_quota(root: str | Path = "/") -> float | None:
@@ -175,3 +183,78 @@ def steal_order(topology: Topology) -> list[list[int]]:
         ]
         order.append([place, *(other for _, other in sorted(far))])
     return order
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where one worker is.
+
+    Attributes:
+        place: The place of its node.
+        cpus: The CPUs that it stays on; empty: where the kernel puts it.
+    """
+
+    place: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where the workers of an executor are.
+
+    Attributes:
+        node_ids: What the machine calls the nodes, by their places.
+        steal_order: For each node, the places of all of them by distance, itself first.
+        workers: For each worker.
+    """
+
+    node_ids: tuple[int, ...]
+    steal_order: list[list[int]]
+    workers: tuple[Seat, ...]
+
+    @property
+    def places(self) -> list[int]:
+        """The places of the nodes that have a worker."""
+        return sorted({seat.place for seat in self.workers})
+
+    def place_of(self, node: object) -> int | None:
+        """The place of the node with an id: of those that have a worker the nearest; None for None.
+
+        Raises:
+            InvalidArgument: None of the nodes has the id.
+        """
+        if node is None:
+            return None
+        if isinstance(node, bool) or node not in self.node_ids:
+            raise InvalidArgument(
+                f"node: must be one that has workers, of {list(self.node_ids)}, got {node!r}"
+            )
+        order = self.steal_order[self.node_ids.index(node)]
+        return next(place for place in order if place in self.places)
+
+
+def seats_of(topology: Topology, worker_count: int, affinity: Affinity) -> Seats:
+    """Spread workers over a machine, as `cpu_of_workers` says.
+
+    Args:
+        topology: The machine.
+        worker_count: How many there are.
+        affinity: What each stays on: the CPUs of its "node", one CPU ("core"), or None; "auto":
+            "node" where there are several, else None.
+
+    Raises:
+        InvalidArgument: `affinity` is none of these.
+    """
+    if affinity not in ("auto", "node", "core", None):
+        raise InvalidArgument(f'affinity: must be "auto", "node", "core" or None, got {affinity!r}')
+    nodes = working_nodes(topology)
+    if affinity == "auto":
+        affinity = "node" if len(nodes) > 1 else None
+    workers = []
+    for place, cpu, cpus in cpu_of_workers(topology, worker_count):
+        if affinity is None or cpu is None:
+            cpus = ()
+        elif affinity == "core":
+            cpus = (cpu,)
+        workers.append(Seat(place, cpus))
+    return Seats(tuple(node.id for node in nodes), steal_order(topology), tuple(workers))

@@ -10,24 +10,24 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from moirai import _native
-from moirai.errors import InvalidArgument
 from moirai.executor import backends, blas
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
+from moirai.executor.room import WhenFull
 from moirai.executor.sizing import (
+    Affinity,
+    Seats,
     check_initializer,
     checked_worker_count,
-    cpu_of_workers,
     cpu_quota,
     default_worker_count,
     node_of_cpu,
-    steal_order,
-    working_nodes,
+    seats_of,
 )
 from moirai.executor.statistics import (
     ExecutorStatistics,
@@ -40,8 +40,6 @@ from moirai.memory import Priority, Resource, Topology, use
 __all__ = ["Executor"]
 
 _Result = TypeVar("_Result")
-Affinity = Literal["auto", "node", "core"] | None
-WhenFull = Literal["block", "raise", "caller_runs"]
 
 _MOST_WORKERS = 1 << 12
 _numbers = itertools.count()
@@ -65,10 +63,10 @@ class Executor(_native.BareExecutor, BaseExecutor):
         initializer: Called in each worker's thread before its first task; when it raises, the
             executor is broken. With one, only workers run tasks, never a thread that waits.
         initargs: Its arguments.
-        backend: What runs the tasks: "threads"; "processes" (a `ProcessExecutor`); "dask" (the
-            cluster of the current client), which leave out what is said of threads and have no
-            `max_pending`, `memory`, `task_arena` and `blas_threads`; None: what the environment
-            variable MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
+        backend: What runs the tasks: "threads"; "processes" (a `ProcessExecutor`), which has no
+            `memory` and `task_arena`; "dask" (the cluster of the current client), which has no
+            `max_pending` and `blas_threads` either, and no say in where workers are; None: what the
+            environment variable MOIRAI_EXECUTOR says, else threads. Subclasses are over threads.
         affinity: "node": each worker stays on the CPUs of its node; "core": on one CPU; None: where
             the kernel puts it; "auto": "node" where there are several nodes, else None.
         topology: The machine; None reads it.
@@ -100,8 +98,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
     _prefix: str
     _initializer: Callable[..., object] | None
     _initargs: tuple[Any, ...]
-    _cpus: list[tuple[int, ...]]
-    _node_ids: list[int]
+    _seats: Seats
     _blas_threads: int | None
 
     def __new__(
@@ -123,39 +120,40 @@ class Executor(_native.BareExecutor, BaseExecutor):
     ) -> Executor:
         other = backends.find(backend) if cls is Executor else None
         if other is not None:
-            given = {
-                "max_pending": max_pending,
-                "memory": memory,
-                "task_arena": task_arena or None,
-                "blas_threads": blas_threads,
-            }
-            for name, value in given.items():
-                if value is not None:
-                    raise InvalidArgument(f"{name}: needs the backend threads, got {value!r}")
-            made = other(max_workers=max_workers, initializer=initializer, initargs=initargs)
+            # What is said of workers' places is left out by those that have no say in it.
+            own: dict[str, Any] = {"affinity": affinity, "topology": topology}
+            own = {name: value for name, value in own.items() if name in other.takes}
+            asked = backends.check_taken(
+                other,
+                {
+                    "max_pending": max_pending,
+                    "when_full": None if max_pending is None else when_full,
+                    "memory": memory,
+                    "task_arena": task_arena or None,
+                    "blas_threads": blas_threads,
+                },
+            )
+            made = other.make(
+                max_workers=max_workers, initializer=initializer, initargs=initargs, **own, **asked
+            )
             return cast("Executor", made)
         machine = Topology.read() if topology is None else topology
         max_workers = checked_worker_count(max_workers, machine, _MOST_WORKERS)
         check_initializer(initializer)
-        if affinity not in ("auto", "node", "core", None):
-            raise InvalidArgument(
-                f'affinity: must be "auto", "node", "core" or None, got {affinity!r}'
-            )
+        seats = seats_of(machine, max_workers, affinity)
         most = blas.share_of_cpus(
             blas.checked(blas_threads, needs_package=True),
             default_worker_count(machine, cpu_quota()),
             max_workers,
         )
         wrap = TaskArenas(memory).wrap if task_arena else None
-        nodes = working_nodes(machine)
-        places = cpu_of_workers(machine, max_workers)
         self = super().__new__(
             cls,
             Future,
-            node_of_worker=[place for place, _, _ in places],
-            order=steal_order(machine),
+            node_of_worker=[seat.place for seat in seats.workers],
+            order=seats.steal_order,
             node_of_cpu=node_of_cpu(machine, max_workers),
-            node_ids=[node.id for node in nodes],
+            node_ids=seats.node_ids,
             outsiders_help=initializer is None,
             max_pending=max_pending,
             when_full=when_full,
@@ -166,13 +164,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
         self._max_workers, self._blas_threads = max_workers, most
         self._prefix = thread_name_prefix or f"{cls.__name__}-{next(_numbers)}"
         self._initializer, self._initargs = initializer, initargs
-        self._node_ids = [node.id for node in nodes]
-        if affinity == "auto":
-            affinity = "node" if len(nodes) > 1 else None
-        self._cpus = [
-            () if affinity is None or cpu is None else (cpu,) if affinity == "core" else cpus
-            for _, cpu, cpus in places
-        ]
+        self._seats = seats
         self._reset_threads()
         _executors.add(self)
         return self
@@ -318,7 +310,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             waits=waits,
             runs=runs,
             workers=each,
-            nodes=sum_by_node(self._node_ids, each, whole["queued_by_node"]),
+            nodes=sum_by_node(self._seats.node_ids, each, whole["queued_by_node"]),
         )
 
     def _start_worker(self, handle: _native.WorkerHandle, who: int) -> None:
@@ -329,7 +321,7 @@ class Executor(_native.BareExecutor, BaseExecutor):
             args=(
                 handle,
                 who,
-                self._cpus[who],
+                self._seats.workers[who].cpus,
                 self._blas_threads,
                 self._initializer,
                 self._initargs,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import distributed
 
 from moirai.errors import Closed, Disconnected, InvalidArgument, Unsupported, WorkerFailed
-from moirai.executor.interface import BaseExecutor, in_chunks
+from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.progress import Counter, Progress
 from moirai.executor.remote import RemoteFuture
@@ -103,6 +103,8 @@ class DistributedExecutor(BaseExecutor):
         *args: Any,
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
         **kwargs: Any,
     ) -> RemoteFuture[_Result]:
         """Send a call of a function to the cluster; its future.
@@ -114,17 +116,21 @@ class DistributedExecutor(BaseExecutor):
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
             node: For executors of threads; here, the scheduler chooses.
+            timeout_seconds: For executors of threads; here it must be None.
+            deadline: Likewise.
             kwargs: Its keyword arguments.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             Disconnected: In a forked child.
+            Unsupported: There is a time limit.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         self._check_open()
         if kwargs:
             # Some names are those of the client's own arguments.
             remote = self._client.submit(
-                _with_keywords,
+                _keyword_caller(),
                 fn,
                 args,
                 kwargs,
@@ -143,11 +149,14 @@ class DistributedExecutor(BaseExecutor):
         *iterables: Iterable[Any],
         priority: Priority | None = None,
         node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> list[RemoteFuture[_Result]]:
         """Send a call for each item of the iterables, all in one message; their futures, in order.
 
         As `submit`.
         """
+        refuse_time_limits(timeout_seconds, deadline)
         self._check_open()
         items = list(zip(*iterables, strict=False))
         if not items:
@@ -157,6 +166,42 @@ class DistributedExecutor(BaseExecutor):
             fn, *columns, pure=False, priority=_PRIORITIES[lane_of(priority)]
         )
         return self._track(remotes, [1] * len(remotes))
+
+    def submit_group(
+        self,
+        calls: Iterable[tuple[Any, ...]],
+        *,
+        priority: Priority | None = None,
+        node: int | None = None,
+        timeout_seconds: float | None = None,
+        deadline: float | None = None,
+    ) -> list[RemoteFuture[Any]]:
+        """Send calls of any functions, all in one message; their futures, in order.
+
+        As `submit`; none is sent if one of them is no call, or cannot be pickled.
+
+        Args:
+            calls: Tuples of a function and its arguments.
+            priority: As in `submit`, and so is the other.
+            node: The node.
+
+        Raises:
+            InvalidArgument: A call is not such a tuple.
+        """
+        refuse_time_limits(timeout_seconds, deadline)
+        self._check_open()
+        found = [split_call(call) for call in calls]
+        if not found:
+            return []
+        remotes = self._client.map(
+            _keyword_caller(),
+            [fn for fn, _ in found],
+            [args for _, args in found],
+            [{}] * len(found),
+            pure=False,
+            priority=_PRIORITIES[lane_of(priority)],
+        )
+        return self._track(remotes, [1] * len(found))
 
     def _queue_chunks(
         self,
@@ -322,8 +367,12 @@ def _chunk_runner(fn: Callable[..., Any], star: bool) -> Callable[[Sequence[Any]
     return run
 
 
-def _with_keywords(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return fn(*args, **kwargs)
+def _keyword_caller() -> Callable[..., Any]:
+    # As above.
+    def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return fn(*args, **kwargs)
+
+    return call
 
 
 def _as_ours(error: BaseException) -> BaseException:

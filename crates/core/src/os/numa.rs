@@ -53,11 +53,7 @@ pub struct Placement {
 /// # Safety
 /// The range is page-aligned and lies in a live mapping of the caller.
 pub unsafe fn place(address: NonNull<u8>, bytes: usize, placement: &Placement) -> io::Result<()> {
-    let mode = match placement.policy {
-        Policy::Prefer => libc::MPOL_PREFERRED,
-        Policy::Bind => libc::MPOL_BIND,
-        Policy::Interleave => libc::MPOL_INTERLEAVE,
-    };
+    let mode = mode(placement.policy);
     // The kernel reads one bit less than it is told.
     // SAFETY: a policy changes where pages come from, not what they hold; the mask has the bits.
     let status = unsafe {
@@ -69,6 +65,22 @@ pub unsafe fn place(address: NonNull<u8>, bytes: usize, placement: &Placement) -
             placement.nodes.0.as_ptr(),
             MAX_NODES + 1,
             0,
+        )
+    };
+    answer(status)
+}
+
+/// Have pages without a placement of their own come as `placement` says when this thread, or one
+/// that it starts from now on, first touches them.
+pub fn place_thread(placement: &Placement) -> io::Result<()> {
+    let mode = mode(placement.policy);
+    // SAFETY: a policy changes where pages come from, not what they hold; the mask has the bits.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            mode,
+            placement.nodes.0.as_ptr(),
+            MAX_NODES + 1,
         )
     };
     answer(status)
@@ -146,6 +158,14 @@ pub fn current_cpu() -> Option<usize> {
     usize::try_from(unsafe { libc::sched_getcpu() }).ok()
 }
 
+fn mode(policy: Policy) -> libc::c_int {
+    match policy {
+        Policy::Prefer => libc::MPOL_PREFERRED,
+        Policy::Bind => libc::MPOL_BIND,
+        Policy::Interleave => libc::MPOL_INTERLEAVE,
+    }
+}
+
 fn answer(status: libc::c_long) -> io::Result<()> {
     if status == -1 {
         Err(io::Error::last_os_error())
@@ -194,6 +214,34 @@ mod tests {
         assert_eq!(nodes.len(), 8);
         // SAFETY: mapped above.
         unsafe { super::super::release(pages, bytes) };
+    }
+
+    #[test]
+    fn a_thread_is_placed_alone() {
+        let Some(placement) = on_node_0() else { return };
+        let mode_here = || {
+            let mut mode = -1;
+            // SAFETY: the place holds the mode; no mask and no address is given.
+            let status = unsafe {
+                libc::syscall(
+                    libc::SYS_get_mempolicy,
+                    &raw mut mode,
+                    0_usize,
+                    0,
+                    0_usize,
+                    0,
+                )
+            };
+            assert_eq!(status, 0);
+            mode
+        };
+        let before = mode_here();
+        let inside = std::thread::spawn(move || {
+            place_thread(&placement).unwrap();
+            mode_here()
+        });
+        assert_eq!(inside.join().unwrap(), libc::MPOL_BIND);
+        assert_eq!(mode_here(), before);
     }
 
     #[test]
