@@ -47,6 +47,7 @@ __all__ = [
     "Rehearsal",
     "ReservedArray",
     "Resource",
+    "Results",
     "Savepoint",
     "Sender",
     "SharedBlock",
@@ -1818,6 +1819,14 @@ class Rehearsal:
         """
     def counts(self) -> list[dict[str, int]]:
         """What each worker has done."""
+
+@final
+class Results:
+    """An iterator that takes what is in a list out of it, and keeps nothing that it has given."""
+
+    def __new__(cls, list: list[Any]) -> Self: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Any: ...
 
 @final
 class WorkerHandle:

@@ -54,6 +54,8 @@ mod _native {
     #[pymodule_export]
     use super::executor::rehearsal::Rehearsal;
     #[pymodule_export]
+    use super::executor::results::Results;
+    #[pymodule_export]
     use super::executor::worker::WorkerHandle;
     #[pymodule_export]
     use super::lane::current_lane;

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar, cast
 
+from moirai import _native
 from moirai.errors import InvalidArgument, Timeout, Unsupported
 from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
@@ -23,7 +24,6 @@ _Chunk = tuple[list[Any], BaseException | None]
 _CHUNKS_PER_WORKER = 8
 # Who waits in order is woken for each chunk, some 30 µs: less than 10 ns a call.
 _LARGEST_CHUNK = 4096
-_POP: Callable[[list[Any]], Any] = list.pop
 
 
 def in_chunks(items: Sequence[_Result], size: int) -> list[Sequence[_Result]]:
@@ -172,9 +172,7 @@ def _results(chunk: _Chunk) -> Generator[Iterator[Any]]:
     """An iterator over the results, which keeps none that it gave; then the failure is raised."""
     results, failure = chunk
     del chunk
-    results.reverse()
-    # Without a frame of Python to enter for each.
-    yield map(_POP, itertools.repeat(results, len(results)))
+    yield _native.Results(results)
     if failure is not None:
         try:
             raise failure

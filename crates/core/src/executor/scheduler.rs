@@ -278,20 +278,26 @@ impl<T: 'static> Scheduler<T> {
 
     /// Give back what [`Scheduler::take_seat`] gave, to a worker that sleeps for the want of it.
     pub fn give_seat(&self) {
-        self.leave_seat();
+        let free = self.leave_seat() as isize;
         if self.is_closed() {
             // One who slept for the want of a seat may have nothing left to wait for.
             self.wake_all();
         }
-        fence(Ordering::SeqCst);
-        if self.has_tasks() {
-            self.seek();
+        // Whoever sleeps for the want of a seat saw none: the one who gave the first back woke it, or
+        // one who wakes it.
+        if free <= 0 {
+            fence(Ordering::SeqCst);
+            if self.has_tasks() {
+                self.seek();
+            }
         }
     }
 
-    pub(super) fn leave_seat(&self) {
+    /// How many were free before, in two's complement.
+    pub(super) fn leave_seat(&self) -> usize {
         let before = self.seats.fetch_add(1, Ordering::SeqCst);
         debug_assert!((before as isize) < self.members.len() as isize);
+        before
     }
 
     #[inline]
@@ -367,6 +373,12 @@ impl<T: 'static> Scheduler<T> {
     fn sweep(&self, is_over: impl Fn(&T) -> bool) {
         // Nobody else begins one meanwhile.
         if self.sweep_at.swap(usize::MAX, Ordering::AcqRel) == usize::MAX {
+            return;
+        }
+        // Each that is not over is queued again: not while those are the most.
+        let most = self.queued_count() / 2;
+        if self.over.load(Ordering::Relaxed) < most {
+            self.sweep_at.store(most, Ordering::Release);
             return;
         }
         let swept: Vec<Vec<T>> = self.nodes.iter().map(|it| it.sweep(&is_over)).collect();

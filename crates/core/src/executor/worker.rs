@@ -12,13 +12,14 @@ use std::sync::Arc;
 /// One look in so many goes to the own node's lanes before the own deque, so that a task that queues
 /// its own successor does not keep others out.
 const FAIR_TURNS: u32 = 61;
-/// Looks for work before it sleeps: at least, at most.
-const FEWEST_LOOKS: u32 = 32;
-const MOST_LOOKS: u32 = 256;
+/// How long a worker looks for work before it sleeps, at least and at most. The most is what going to
+/// sleep and being woken cost, so that looking in vain never costs more than twice what it may save.
+const SHORTEST_LOOK_NANOSECONDS: u64 = 2_000;
+const LONGEST_LOOK_NANOSECONDS: u64 = 50_000;
 /// Tasks that one steal from another node brings, at most.
 const MOST_BROUGHT: usize = 32;
-/// What sleeping and waking cost, more or less.
-const SHORT_SLEEP_NANOSECONDS: u64 = 50_000;
+/// A sleep that a look of the longest kind might have spared, its end included.
+const SHORT_SLEEP_NANOSECONDS: u64 = 100_000;
 
 /// What others see of a worker.
 pub(super) struct Member<T: 'static> {
@@ -126,8 +127,8 @@ pub struct Worker<T: 'static> {
     index: usize,
     deque: Deque<T>,
     turn: Cell<u32>,
-    /// How often to look before sleeping: more while sleeps are short.
-    looks: Cell<u32>,
+    /// How long to look before sleeping: longer while sleeps are short.
+    look_nanoseconds: Cell<u64>,
     searching: Cell<bool>,
 }
 
@@ -145,7 +146,7 @@ impl<T: 'static> Worker<T> {
             scheduler,
             index,
             turn: Cell::new(0),
-            looks: Cell::new(FEWEST_LOOKS),
+            look_nanoseconds: Cell::new(SHORTEST_LOOK_NANOSECONDS),
             searching: Cell::new(true),
         })
     }
@@ -185,6 +186,10 @@ impl<T: 'static> Worker<T> {
             return Some(task);
         }
         self.deque.push(task);
+        // Whoever looked while it was nowhere to be seen may sleep now.
+        if self.deque.len() == 1 {
+            self.scheduler.seek();
+        }
         None
     }
 
@@ -314,23 +319,23 @@ impl<T: 'static> Worker<T> {
 
     /// Sleep until there is something to look for.
     pub fn rest(&self) -> Rest {
-        let mut looks = self.begin_rest();
-        let rest = self.scheduler.rest(self.index, &mut looks);
-        self.end_rest(rest, looks);
+        let mut look_nanoseconds = self.begin_rest();
+        let rest = self.scheduler.rest(self.index, &mut look_nanoseconds);
+        self.end_rest(rest, look_nanoseconds);
         rest
     }
 
-    /// This worker looks for work from now on, as [`Scheduler::rest`] wants it; how often.
-    pub fn begin_rest(&self) -> u32 {
+    /// This worker looks for work from now on, as [`Scheduler::rest`] wants it; how long.
+    pub fn begin_rest(&self) -> u64 {
         if !self.searching.replace(true) {
             self.scheduler.idle.search();
         }
-        self.looks.get()
+        self.look_nanoseconds.get()
     }
 
     /// What came of [`Scheduler::rest`].
-    pub fn end_rest(&self, rest: Rest, looks: u32) {
-        self.looks.set(looks);
+    pub fn end_rest(&self, rest: Rest, look_nanoseconds: u64) {
+        self.look_nanoseconds.set(look_nanoseconds);
         if rest == Rest::Closed {
             self.searching.set(false);
         }
@@ -347,16 +352,31 @@ impl<T: 'static> Worker<T> {
     }
 }
 
+/// Look for so long, over and over, after a while letting others have the CPU in between; whether there
+/// was something.
+fn look_for(nanoseconds: u64, is_due: impl Fn() -> bool) -> bool {
+    let until = now_nanoseconds() + nanoseconds;
+    for round in 0.. {
+        spin(round);
+        if is_due() {
+            return true;
+        }
+        if now_nanoseconds() >= until {
+            break;
+        }
+    }
+    false
+}
+
 impl<T: 'static> Scheduler<T> {
     /// Have the worker `who`, which looks for work, sleep until there is some. It looks some more
-    /// first, more often while its sleeps are short.
-    pub fn rest(&self, who: usize, looks: &mut u32) -> Rest {
+    /// first, longer while its sleeps are short.
+    ///
+    /// Source: Karlin, Li, Manasse and Owicki, Empirical studies of competitive spinning, SOSP 1991.
+    pub fn rest(&self, who: usize, look_nanoseconds: &mut u64) -> Rest {
         let is_due = || self.has_work() || self.is_done();
         loop {
-            let found = (0..*looks).any(|round| {
-                spin(round & 31);
-                is_due()
-            });
+            let found = look_for(*look_nanoseconds, is_due);
             if !found && self.idle.sleep(who, is_due) {
                 let member = &self.members[who];
                 member.tally.step(&member.tally.parks);
@@ -364,10 +384,10 @@ impl<T: 'static> Scheduler<T> {
                 while member.parker.park(None) != Parked::Called {}
                 member.parker.rearm();
                 // A look more would have spared a short sleep, and none a long one.
-                *looks = if now_nanoseconds() - since < SHORT_SLEEP_NANOSECONDS {
-                    (*looks * 2).min(MOST_LOOKS)
+                *look_nanoseconds = if now_nanoseconds() - since < SHORT_SLEEP_NANOSECONDS {
+                    (*look_nanoseconds * 2).min(LONGEST_LOOK_NANOSECONDS)
                 } else {
-                    (*looks / 2).max(FEWEST_LOOKS)
+                    (*look_nanoseconds / 2).max(SHORTEST_LOOK_NANOSECONDS)
                 };
             }
             if self.has_work() {

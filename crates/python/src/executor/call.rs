@@ -20,6 +20,8 @@ pub(super) enum Arguments {
     Once(Py<PyTuple>, Option<Py<PyDict>>),
     /// The same for one of many that were queued together.
     OnceOfMany(Py<PyTuple>),
+    /// The same where there is only one.
+    OneOfMany(Py<PyAny>),
     /// One call for each, which is its only argument.
     Each(Vec<Py<PyAny>>),
     /// One call for each, which are its arguments.
@@ -121,6 +123,7 @@ impl Call {
             Arguments::OnceOfMany(arguments) => {
                 function.call1(arguments.bind(py)).map(Bound::unbind)
             }
+            Arguments::OneOfMany(item) => function.call1((item,)).map(Bound::unbind),
             Arguments::Each(items) => each(py, items, |item| function.call1((item,))),
             Arguments::EachStar(items) => each(py, items, |item| {
                 function.call1(item.bind(py).cast::<PyTuple>()?)

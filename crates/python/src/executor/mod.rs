@@ -11,6 +11,7 @@ pub(crate) mod limits;
 pub(crate) mod pool;
 mod queueing;
 pub(crate) mod rehearsal;
+pub(crate) mod results;
 mod wait;
 pub(crate) mod worker;
 

@@ -314,11 +314,10 @@ impl BareExecutor {
         let mut calls = Vec::with_capacity(items.len());
         for item in items {
             let arguments = if star {
-                item.into_bound(py).cast_into::<PyTuple>()?
+                Arguments::OnceOfMany(item.into_bound(py).cast_into::<PyTuple>()?.unbind())
             } else {
-                PyTuple::new(py, [item])?
+                Arguments::OneOfMany(item)
             };
-            let arguments = Arguments::OnceOfMany(arguments.unbind());
             calls.push((wrapped.clone_ref(py), arguments));
         }
         this.queue_many(slf, calls, false, &options)
@@ -382,11 +381,11 @@ impl BareExecutor {
             ..Given::default()
         })?;
         let (py, wrapped) = (slf.py(), this.wrapped(function)?);
-        let mut items = items_of(items)?;
-        let mut chunks = Vec::with_capacity(items.len() / size.max(1) + 1);
-        while !items.is_empty() {
-            let rest = items.split_off(size.clamp(1, items.len()));
-            let chunk = std::mem::replace(&mut items, rest);
+        let mut items = items_of(items)?.into_iter();
+        let size = size.max(1);
+        let mut chunks = Vec::with_capacity(items.len() / size + 1);
+        while items.len() > 0 {
+            let chunk = items.by_ref().take(size).collect();
             let arguments = if star {
                 Arguments::EachStar(chunk)
             } else {

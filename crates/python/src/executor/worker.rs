@@ -71,13 +71,13 @@ fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) -> PyR
         if shared.is_inherited() {
             return Ok(());
         }
-        let (who, mut looks) = (worker.index(), worker.begin_rest());
+        let (who, mut look_nanoseconds) = (worker.index(), worker.begin_rest());
         let rest = py.detach(|| {
-            let rest = shared.scheduler.rest(who, &mut looks);
+            let rest = shared.scheduler.rest(who, &mut look_nanoseconds);
             let_leave(SUBMITTER_LEAVES_NANOSECONDS);
             rest
         });
-        worker.end_rest(rest, looks);
+        worker.end_rest(rest, look_nanoseconds);
         if rest == Rest::Closed {
             return Ok(());
         }
