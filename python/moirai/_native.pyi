@@ -72,6 +72,7 @@ __all__ = [
     "current_lane",
     "current_token",
     "handler_of",
+    "idle_channel_bytes",
     "install",
     "installed",
     "keep_libc_heap",
