@@ -201,36 +201,36 @@ def record(folder: Path, *, programs: Sequence[str], seeds: int, seconds: float)
 
 
 def _record_some(folder: Path, jobs: Sequence[tuple[str, int]], seconds: float) -> None:
-    running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], float, list[str]]] = {}
+    running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], list[str]]] = {}
     for program, seed in jobs:
         command = [sys.executable, __file__, program, str(seed), str(seconds)]
-        process = subprocess.Popen(command)
-        running[program, seed] = (process, time.monotonic(), [])
+        running[program, seed] = (subprocess.Popen(command), [])
     ended: dict[tuple[str, int], str] = {}
     try:
-        planned = time.monotonic()
+        start = planned = time.monotonic()
         while len(ended) < len(running):
-            for job, (process, start, lines) in running.items():
-                if job not in ended and not _look(process, start, lines):
+            now = time.monotonic() - start
+            for job, (process, lines) in running.items():
+                if job not in ended and not _look(process, now if lines else 0.0, lines):
                     ended[job] = "oom" if process.wait() else "ok"
             planned += INTERVAL_SECONDS
             time.sleep(max(0.0, planned - time.monotonic()))
     finally:
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.kill()
             process.wait()
-    for (program, seed), (_, _, lines) in running.items():
+    for (program, seed), (_, lines) in running.items():
         path = folder / f"fresh-{ended[program, seed]}-{program}-s{seed}.csv"
         text = "\n".join(["t_seconds,rss_bytes,limit_bytes", *lines])
         path.write_text(text + "\n", encoding="ascii")
 
 
-def _look(process: subprocess.Popen[bytes], start: float, lines: list[str]) -> bool:
+def _look(process: subprocess.Popen[bytes], now: float, lines: list[str]) -> bool:
     """Note what a process has; False once it has ended, or was killed for exceeding the limit."""
     if process.poll() is not None:
         return False
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-    lines.append(f"{time.monotonic() - start:.3f},{pages * PAGE_BYTES},{LIMIT_BYTES}")
+    lines.append(f"{now:.3f},{pages * PAGE_BYTES},{LIMIT_BYTES}")
     if pages * PAGE_BYTES > LIMIT_BYTES:
         process.kill()
         return False

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-BIN_COUNT = 24
 PENALTY = 30.0
 LEAST_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one ensemble is grown; `quantile` None fits log odds of a label of 0 or 1."""
+    """How one ensemble is grown; `quantile` None fits log odds of a label of 0 or 1.
+
+    `bins` is how many ranges a column is cut into, between which thresholds are looked for.
+    """
 
     quantile: float | None
     depth: int
     rounds: int
     rate: float
+    bins: int = 24
     row_share: float = 0.3
     column_share: float = 0.4
 
@@ -61,7 +64,7 @@ def fit(rows: Array, target: Array, weights: Array, settings: Settings) -> dict[
         base = float(np.log(mean / (1.0 - mean)))
     else:
         base = weighted_quantile(target, weights, share)
-    edges = [_edges(rows[:, column]) for column in range(rows.shape[1])]
+    edges = [_edges(rows[:, column], settings.bins) for column in range(rows.shape[1])]
     bins = np.stack(
         [np.searchsorted(each, rows[:, column]) for column, each in enumerate(edges)]
     ).astype(np.uint8)
@@ -77,7 +80,7 @@ def fit(rows: Array, target: Array, weights: Array, settings: Settings) -> dict[
         count = max(1, int(len(edges) * settings.column_share))
         columns = random.permutation(len(edges))[:count]
         questions = _questions(
-            bins[:, chosen], gradient[chosen], curvature[chosen], columns, edges, settings.depth
+            bins[:, chosen], gradient[chosen], curvature[chosen], columns, edges, settings
         )
         leaf = np.zeros(len(rows), dtype=np.int64)
         for column, index in questions:
@@ -102,9 +105,9 @@ def fit(rows: Array, target: Array, weights: Array, settings: Settings) -> dict[
     return {"base": float(f"{base:.4g}"), "trees": trees}
 
 
-def _edges(values: Array) -> Array:
+def _edges(values: Array, bin_count: int) -> Array:
     """Few-digit thresholds between which about equally many values lie."""
-    shares = np.linspace(0.0, 1.0, BIN_COUNT + 1)[1:-1]
+    shares = np.linspace(0.0, 1.0, bin_count + 1)[1:-1]
     return np.unique([float(f"{each:.3g}") for each in np.quantile(values, shares)])
 
 
@@ -114,17 +117,18 @@ def _questions(
     curvature: Array,
     columns: NDArray[np.int64],
     edges: list[Array],
-    depth: int,
+    settings: Settings,
 ) -> list[tuple[int, int]]:
     leaf = np.zeros(bins.shape[1], dtype=np.int64)
     found = []
-    for level in range(depth):
-        cells = (1 << level) * (BIN_COUNT + 1)
+    width = settings.bins + 1
+    for level in range(settings.depth):
+        cells = (1 << level) * width
         best = (-1.0, 0, 0)
         for column in columns:
             if not len(edges[column]):
                 continue
-            cell = leaf * (BIN_COUNT + 1) + bins[column]
+            cell = leaf * width + bins[column]
             low = np.bincount(cell, gradient, cells).reshape(1 << level, -1).cumsum(1)
             mass = np.bincount(cell, curvature, cells).reshape(1 << level, -1).cumsum(1)
             high, rest = low[:, -1:] - low, mass[:, -1:] - mass

@@ -47,10 +47,10 @@ CONFIDENCE_GROUPS = 16
 # Relative errors below this use, as a share of the scale, are not weighted up further.
 LEAST_SHARE = 0.02
 
-MIDDLE = Settings(quantile=0.5, depth=4, rounds=60, rate=0.15)
+MIDDLE = Settings(quantile=0.5, depth=4, rounds=200, rate=0.06, bins=128)
 LOW = Settings(quantile=0.08, depth=4, rounds=60, rate=0.15)
 HIGH = Settings(quantile=0.92, depth=4, rounds=60, rate=0.15)
-CROSSING = Settings(quantile=None, depth=3, rounds=120, rate=0.08, row_share=0.4)
+CROSSING = Settings(quantile=None, depth=3, rounds=120, rate=0.08, bins=48, row_share=0.4)
 
 
 @dataclass(frozen=True)

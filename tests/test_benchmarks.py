@@ -284,5 +284,6 @@ def test_a_fresh_run_is_recorded_until_its_end_or_its_limit(tmp_path, monkeypatc
     }
     lines = (tmp_path / "fresh-oom-load_then_serve-s0.csv").read_text().splitlines()
     assert lines[0] == "t_seconds,rss_bytes,limit_bytes"
+    assert lines[1].startswith("0.000,")
     used = [int(line.split(",")[1]) for line in lines[1:]]
     assert max(used[:-1], default=0) <= 40 << 20 < used[-1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from stepping import kill_after
 
+from moirai import _native
 from moirai.channels import SharedChannel
 from moirai.errors import Disconnected, Timeout
 
@@ -152,6 +153,27 @@ class KilledComingAndGoing(Story):
             assert self.keep.receive(WAIT) == "works"
 
 
+class KilledTrimmer(Story):
+    """It gives memory of free blocks back; the next long message must find some there."""
+
+    def before(self, channel: SharedChannel) -> None:
+        self.receiver = channel.receiver()
+
+    def prepare(self, channel: SharedChannel) -> Any:
+        return channel.sender()
+
+    def act(self, end: Any) -> object:
+        return _native.trim_channels()
+
+    def after(self, channel: SharedChannel) -> None:
+        with channel.sender() as sender:
+            longest = message(7, channel.capacity_bytes)
+            sender.send_bytes(longest)
+            blocks = os.fstat(channel._fileno()).st_blocks * 512
+            assert blocks >= channel.capacity_bytes
+            assert self.receiver.receive(WAIT) == longest
+
+
 STORIES = [
     KilledSender,
     KilledSenderOfBlocks,
@@ -159,6 +181,7 @@ STORIES = [
     KilledReceiver,
     KilledReceiverOfBlocks,
     KilledComingAndGoing,
+    KilledTrimmer,
 ]
 
 

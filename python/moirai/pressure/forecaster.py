@@ -29,9 +29,9 @@ _PROMISE_SECONDS = 10
 # An alarm: p_critical for this horizon from the first number on, at this share of the limit or
 # more; over below the second number.
 _ALARM_HORIZON = 60
-_ALARM_RAISED = 0.5
+_ALARM_RAISED = 0.6
 _ALARM_OVER = 0.25
-_ALARM_LEVEL = 0.75
+_ALARM_LEVEL = 0.8
 
 
 _forecasters: weakref.WeakSet[Forecaster] = weakref.WeakSet()
@@ -87,8 +87,8 @@ class Forecast:
         trend: "decreasing", "stable", "increasing" or "critical", by `trend_percent`.
         trend_percent: Change in percent of the limit per second, or per the forecaster's unit.
         time_to_critical: When it will be reached.
-        is_alarm: From 75 % of the limit on, once the odds of a crossing within 60 s are even,
-            until they are below 25 %.
+        is_alarm: From 80 % of the limit on, once the odds of a crossing within 60 s are three in
+            five, until they are below one in four.
     """
 
     time_seconds: float
