@@ -5,8 +5,8 @@ and what each call takes is drawn from a seeded generator. Who takes which task,
 and who is woken is decided by the executor's own queues and workers, called step by step from
 one thread (`moirai.executor.rehearsal`); nothing of that is written again here. Which worker a
 task came from is known because each task is followed from the queue it was put in, and these
-counts have to agree with those of the executor's statistics. Only the ageing of lanes goes by
-the real clock, so that counts may differ by a few between two runs.
+counts have to agree with those of the executor's statistics. Lanes do not age here, so that two
+runs count the same.
 
 Calls are trees: each splits its part in two and queues both halves, down to single calls that
 take exponentially distributed times. In each round the roots are queued from outside, at each

@@ -4,7 +4,6 @@
 //! gets one turn, so that the lowest never starves: its share under pressure is one task in that
 //! time, and nobody above it waits for more than that one.
 
-use crate::os::now_milliseconds;
 use crate::sync::{AtomicU64, Ordering};
 use crossbeam_deque::{Injector, Steal};
 
@@ -35,12 +34,15 @@ struct Lane<T> {
 
 /// The lanes of one node.
 pub(super) struct Lanes<T> {
+    /// Milliseconds since some moment.
+    now: fn() -> u64,
     lanes: [Lane<T>; PRIORITY_COUNT],
 }
 
 impl<T> Lanes<T> {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(now: fn() -> u64) -> Self {
         Lanes {
+            now,
             lanes: std::array::from_fn(|_| Lane {
                 queue: Injector::new(),
                 served: AtomicU64::new(0),
@@ -52,7 +54,7 @@ impl<T> Lanes<T> {
     pub(super) fn push(&self, priority: Priority, task: T) {
         let lane = &self.lanes[priority as usize];
         if priority != Priority::Realtime && lane.queue.is_empty() {
-            lane.served.store(now_milliseconds(), Ordering::Relaxed);
+            lane.served.store((self.now)(), Ordering::Relaxed);
         }
         lane.queue.push(task);
     }
@@ -65,7 +67,7 @@ impl<T> Lanes<T> {
         }
         let task = steal(&lane.queue)?;
         if priority != Priority::Realtime && !lane.queue.is_empty() {
-            lane.served.store(now_milliseconds(), Ordering::Relaxed);
+            lane.served.store((self.now)(), Ordering::Relaxed);
         }
         Some(task)
     }
@@ -82,7 +84,7 @@ impl<T> Lanes<T> {
                 continue;
             }
             if now == 0 {
-                now = now_milliseconds();
+                now = (self.now)();
             }
             let age = now.saturating_sub(lane.served.load(Ordering::Relaxed));
             if age > AGE_MILLISECONDS[priority as usize] {

@@ -1,8 +1,8 @@
 //! A scheduler with all its workers in one thread, step by step: what a simulation asks who takes what.
 //!
 //! The decisions are those of [`Scheduler`] and [`Worker`] themselves; only the threads are missing, and
-//! with them the looks before a sleep, the seats of threads that wait, and what a thread that waits
-//! takes from the worker that it waits for.
+//! with them the clock by which lanes age, the looks before a sleep, the seats of threads that wait, and
+//! what a thread that waits takes from the worker that it waits for.
 
 use super::lanes::Priority;
 use super::scheduler::{Counts, Queued, Scheduler};
@@ -30,7 +30,7 @@ impl<T: 'static> Rehearsal<T> {
     /// As [`Scheduler::new`].
     pub fn new(node_of_worker: &[usize], order: &[Vec<usize>]) -> Self {
         Rehearsal {
-            scheduler: Scheduler::new(node_of_worker, order, Box::default()),
+            scheduler: Scheduler::by_clock(node_of_worker, order, Box::default(), || 0),
             workers: node_of_worker.iter().map(|_| None).collect(),
             asleep: vec![false; node_of_worker.len()],
         }

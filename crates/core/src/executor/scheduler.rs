@@ -3,6 +3,7 @@
 use super::idle::Idle;
 use super::lanes::{Lanes, PRIORITY_COUNT, Priority};
 use super::worker::{Member, Worker};
+use crate::os::now_milliseconds;
 use crate::os::numa::current_cpu;
 use crate::sync::{AtomicBool, AtomicUsize, Lock, Ordering, fence};
 use std::sync::Arc;
@@ -78,12 +79,22 @@ impl<T: 'static> Scheduler<T> {
         order: &[Vec<usize>],
         node_of_cpu: Box<[u16]>,
     ) -> Arc<Self> {
+        Self::by_clock(node_of_worker, order, node_of_cpu, now_milliseconds)
+    }
+
+    /// The same, with lanes that age by another clock, in milliseconds.
+    pub(super) fn by_clock(
+        node_of_worker: &[usize],
+        order: &[Vec<usize>],
+        node_of_cpu: Box<[u16]>,
+        now: fn() -> u64,
+    ) -> Arc<Self> {
         assert!(!node_of_worker.is_empty() && node_of_worker.iter().all(|it| *it < order.len()));
         assert!(node_of_cpu.iter().all(|it| usize::from(*it) < order.len()));
         let count = node_of_worker.len();
         let member = |node: &usize| Member::new(*node, &order[*node], node_of_worker);
         Arc::new(Scheduler {
-            nodes: order.iter().map(|_| Lanes::new()).collect(),
+            nodes: order.iter().map(|_| Lanes::new(now)).collect(),
             members: node_of_worker.iter().map(member).collect(),
             idle: Idle::new(),
             unstarted: Lock::new((0..count).rev().collect()),
