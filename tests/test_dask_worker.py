@@ -106,7 +106,10 @@ def test_it_spills_before_a_crossing_that_is_forecast(
     limit = 4000 * MIB
     data = SpillBuffer(str(tmp_path / "storage"), target=limit)
     worker = fake_worker(data, limit)
-    watch = WorkerWatch(worker, PressurePlugin())
+    # A machine that is all but empty: whatever else runs on the real one, this worker is nearest.
+    tree = Tree(tmp_path / "machine")
+    tree.host(total_mib=16384, available_mib=16000)
+    watch = WorkerWatch(worker, PressurePlugin(root=tree.root))
     now = [0.0]
     monkeypatch.setattr("moirai.integrations.dask_worker.time.monotonic", lambda: now[0])
     for number in range(30):
