@@ -17,8 +17,7 @@ use std::time::{Duration, Instant};
 const DEEPEST: u32 = 100;
 /// The same for tasks that are only likely to be needed.
 const DEEPEST_RELATED: u32 = 20;
-/// Looks at a task before the thread that waits for it sleeps; the later half let others have the CPU,
-/// which may be the one that the task's worker was put on.
+/// Looks at a task before the thread that waits for it sleeps.
 const LOOKS: u32 = 128;
 /// What a worker takes from the end of its last task to its rest.
 const WORKER_LEAVES_NANOSECONDS: u64 = 1_000;
@@ -134,7 +133,7 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
     }
     let soon = || {
         let found = (0..LOOKS).any(|round| {
-            spin(round);
+            spin(round & 31);
             task.is_over()
         });
         if found {
