@@ -246,12 +246,17 @@ def test_one_worker_keeps_the_order_and_never_runs_two_at_once():
 
 
 def test_priorities_go_first_within_a_busy_executor(gate):
-    order = []
-    with Executor(1) as executor:
-        opened = gate(executor)
-        for priority in reversed(Priority):
-            executor.submit(order.append, priority, priority=priority)
-        opened.set()
+    for _ in range(100):
+        order = []
+        with Executor(1) as executor:
+            opened = gate(executor)
+            began_at = time.monotonic()
+            for priority in reversed(Priority):
+                executor.submit(order.append, priority, priority=priority)
+            opened.set()
+        # What waits for longer than 50 ms may go first, and on a loaded machine that may be any.
+        if time.monotonic() - began_at < 0.04:
+            break
     assert order == sorted(Priority)
 
 
