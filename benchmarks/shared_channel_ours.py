@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -167,8 +168,13 @@ class MoiraiLent(Moirai):
         kept = np.zeros(size, np.uint8) if self.same else None
 
         def send(data: Any) -> None:
-            array = np.empty(size, np.uint8) if kept is None else kept
-            array[:8] = 1
+            while True:
+                try:
+                    array = np.empty(size, np.uint8) if kept is None else kept
+                    array[:8] = 1
+                    break
+                except MemoryError:  # all of it is on its way: the receiver is behind
+                    os.sched_yield()
             sender.send(array)
 
         return send
