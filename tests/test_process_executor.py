@@ -15,9 +15,10 @@ import numpy as np
 import psutil
 import pytest
 from running import in_forked_child, run_threads, wait_until
+from worker_gate import CALLS_AT_WORKER, Gate
 
 from moirai import errors, memory
-from moirai.executor import Priority, ProcessExecutor, process_pool
+from moirai.executor import Priority, ProcessExecutor
 from moirai.executor.process_messages import Placer
 
 # From 3.12 on forking is warned of where there are threads, as there are in every executor.
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 WAIT_SECONDS = 60
 MIB = 1 << 20
 # Calls that wait at a worker that is busy.
-AHEAD = process_pool._CALLS_AHEAD - 1
+AHEAD = CALLS_AT_WORKER - 1
 
 
 @pytest.fixture(autouse=True)
@@ -52,37 +53,12 @@ def one():
         yield made
 
 
-class Gate:
-    """Makes workers busy until it is opened."""
-
-    def __init__(self):
-        self._told, self._tell = os.pipe()
-        self._hold, self._open = os.pipe()
-
-    def shut(self, executor):
-        future = executor.submit(hold, self._tell, self._hold)
-        os.read(self._told, 1)
-        return future
-
-    def open(self, count=1):
-        os.write(self._open, b"x" * count)
-
-    def close(self):
-        for descriptor in (self._told, self._tell, self._hold, self._open):
-            os.close(descriptor)
-
-
 @pytest.fixture
 def gate():
     """One for forked workers: they inherit its descriptors, so ask for it before the executor."""
     made = Gate()
     yield made
     made.close()
-
-
-def hold(tell, held):
-    os.write(tell, b"x")
-    return os.read(held, 1)
 
 
 def same(item):

@@ -4,14 +4,14 @@ import contextvars
 import os
 import queue
 import threading
-import time
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import in_forked_child, run_threads, wait_until_gone
+from running import in_forked_child, run_threads, wait_until, wait_until_gone
+from worker_gate import CALLS_AT_WORKER, Gate
 
 from moirai import errors
 from moirai.executor import Executor, ProcessExecutor, process_pool
@@ -23,36 +23,7 @@ from moirai.memory import NumaNode, Priority, Topology
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 WAIT_SECONDS = 60
-AHEAD = process_pool._CALLS_AHEAD
 MACHINES = Path(__file__).parent / "fixtures" / "numa"
-
-
-class Gate:
-    """Makes forked workers busy until it is opened: ask for it before the executor."""
-
-    def __init__(self):
-        self._told, self._tell = os.pipe()
-        self._hold, self._open = os.pipe()
-
-    def shut(self, executor, **where):
-        future = executor.submit(hold, self._tell, self._hold, **where)
-        os.read(self._told, 1)
-        return future
-
-    def fill(self, executor):
-        """Have the one worker hold a call, and all that are sent to it ahead."""
-        futures = [self.shut(executor)]
-        while len(futures) < AHEAD:
-            futures.append(executor.submit(abs, 1))
-            wait_until(futures[-1].running)  # and has no room any more
-        return futures
-
-    def open(self, count=1):
-        os.write(self._open, b"x" * count)
-
-    def close(self):
-        for descriptor in (self._told, self._tell, self._hold, self._open):
-            os.close(descriptor)
 
 
 @pytest.fixture
@@ -62,20 +33,8 @@ def gate():
     made.close()
 
 
-def hold(tell, held):
-    os.write(tell, b"x")
-    return os.read(held, 1)
-
-
 def same(item):
     return item
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 def assert_counts_add_up(executor):
@@ -103,7 +62,7 @@ def test_who_submits_one_more_is_refused(gate):
         gate.open()
         assert [future.result(WAIT_SECONDS) for future in waiting] == [1, 2, 5]
     counts = assert_counts_add_up(executor)
-    assert (counts.submitted, counts.refused, counts.cancelled) == (AHEAD + 4, 3, 1)
+    assert (counts.submitted, counts.refused, counts.cancelled) == (CALLS_AT_WORKER + 4, 3, 1)
 
 
 def test_who_submits_one_more_waits_for_room_in_line(gate):
@@ -130,32 +89,8 @@ def test_who_submits_one_more_waits_for_room_in_line(gate):
     assert_counts_add_up(executor)
 
 
-def test_waiting_for_room_ends_with_the_executor(gate):
-    executor = ProcessExecutor(1, "fork", max_pending=1)
-    gate.fill(executor)
-    futures, raised = [executor.submit(same, 1)], []
-
-    def submit():
-        try:
-            executor.submit_many(same, range(5))
-        except errors.Closed as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=submit)
-    thread.start()
-    wait_until(lambda: len(executor._pool.backlog.room._line) == 1)
-    executor.shutdown(wait=False)
-    wait_until_gone(thread)
-    assert len(raised) == 1
-    gate.open()
-    executor.shutdown()
-    assert futures[0].result() == 1
-    assert assert_counts_add_up(executor).succeeded == AHEAD + 1
-
-
-def test_many_that_cannot_all_be_queued_are_cancelled(gate):
-    executor = ProcessExecutor(1, "fork", max_pending=2)
-    gate.fill(executor)
+def end_while_many_wait_for_room(executor, gate):
+    """Shut an executor down while a thread waits for room; that must be refused."""
     raised = []
 
     def submit():
@@ -172,8 +107,23 @@ def test_many_that_cannot_all_be_queued_are_cancelled(gate):
     assert len(raised) == 1
     gate.open()
     executor.shutdown()
+
+
+def test_waiting_for_room_ends_with_the_executor(gate):
+    executor = ProcessExecutor(1, "fork", max_pending=1)
+    gate.fill(executor)
+    future = executor.submit(same, 1)
+    end_while_many_wait_for_room(executor, gate)
+    assert future.result() == 1
+    assert assert_counts_add_up(executor).succeeded == CALLS_AT_WORKER + 1
+
+
+def test_many_that_cannot_all_be_queued_are_cancelled(gate):
+    executor = ProcessExecutor(1, "fork", max_pending=2)
+    gate.fill(executor)
+    end_while_many_wait_for_room(executor, gate)
     counts = assert_counts_add_up(executor)
-    assert (counts.submitted, counts.cancelled) == (AHEAD + 2, 2)
+    assert (counts.submitted, counts.cancelled) == (CALLS_AT_WORKER + 2, 2)
 
 
 variable = contextvars.ContextVar("variable", default="outside")
@@ -204,7 +154,9 @@ def test_submitter_runs_what_finds_no_room(gate):
         assert queued.result(WAIT_SECONDS) != os.getpid()
     counts = assert_counts_add_up(executor)
     assert counts.ran_by_submitter == 7
-    assert [(now.completed, now.total) for now in executor.progress()] == [(AHEAD + 10,) * 2]
+    assert [(now.completed, now.total) for now in executor.progress()] == [
+        (CALLS_AT_WORKER + 10,) * 2
+    ]
 
 
 def test_ctrl_c_ends_the_call_of_a_submitter(gate):
@@ -226,11 +178,11 @@ def test_callback_that_submits_does_not_wait_for_what_it_holds_up(when_full):
         found = queue.SimpleQueue()
 
         def submit_more(_):
-            for _ in range(AHEAD + 5):
+            for _ in range(CALLS_AT_WORKER + 5):
                 executor.submit(os.getpid).add_done_callback(lambda it: found.put(it.result()))
 
         executor.submit(abs, 1).add_done_callback(submit_more)
-        pids = {found.get(timeout=WAIT_SECONDS) for _ in range(AHEAD + 5)}
+        pids = {found.get(timeout=WAIT_SECONDS) for _ in range(CALLS_AT_WORKER + 5)}
         assert os.getpid() not in pids
 
 
@@ -419,15 +371,15 @@ def test_calls_for_a_node_are_run_by_its_worker_first(gate):
     with ProcessExecutor(2, "fork", topology=machine((0,), (1,)), affinity=None) as executor:
         pids = start(executor)
         held = [gate.shut(executor, node=node) for node in (0, 1)]
-        far = [executor.submit(os.getpid, node=1) for _ in range(AHEAD + 2)]
-        wait_until(far[AHEAD - 2].running)
+        far = [executor.submit(os.getpid, node=1) for _ in range(CALLS_AT_WORKER + 2)]
+        wait_until(far[CALLS_AT_WORKER - 2].running)
         # The worker of node 0 is not sent ahead what is for node 1.
-        assert not any(future.running() for future in far[AHEAD - 1 :])
+        assert not any(future.running() for future in far[CALLS_AT_WORKER - 1 :])
         assert [worker.place for worker in executor._pool.workers.values() if worker.tasks] == [
             0,
             1,
         ]
-        near = [executor.submit(os.getpid, node=0) for _ in range(AHEAD - 1)]
+        near = [executor.submit(os.getpid, node=0) for _ in range(CALLS_AT_WORKER - 1)]
         wait_until(near[-1].running)
         gate.open(2)
         assert [future.result(WAIT_SECONDS) for future in held] == [b"x"] * 2
