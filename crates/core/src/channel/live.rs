@@ -26,14 +26,7 @@ static LIVE: LazyLock<Arc<List>> = LazyLock::new(|| {
 
 /// Have a channel asked for as long as it lives.
 pub(crate) fn enter(channel: Weak<dyn KeepsMemory>) {
-    let mut live = LIVE.lock();
-    // Pruned only when it would grow, and then given room, so that many channels stay cheap.
-    if live.len() == live.capacity() {
-        live.retain(|entry| entry.strong_count() > 0);
-        let count = live.len();
-        live.reserve(count.max(16));
-    }
-    live.push(channel);
+    fork::push_live(&mut LIVE.lock(), channel);
 }
 
 fn all() -> Vec<Arc<dyn KeepsMemory>> {

@@ -49,14 +49,18 @@ pub(crate) fn generation() -> u64 {
 /// Have `locks` taken and released around every fork for as long as it lives.
 pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
     ONCE.call_once(|| os::at_fork(prepare, parent, child));
-    let mut registered = REGISTERED.lock();
-    // Pruned only when it would grow, and then given room, so that many registrations stay cheap.
-    if registered.len() == registered.capacity() {
-        registered.retain(|entry| entry.strong_count() > 0);
-        let live = registered.len();
-        registered.reserve(live.max(16));
+    push_live(&mut REGISTERED.lock(), locks);
+}
+
+/// Add to a list of what may go at any time. What is gone is dropped only when the list would grow,
+/// and then there is room for more, so that many additions stay cheap.
+pub(crate) fn push_live<T: ?Sized>(list: &mut Vec<Weak<T>>, entry: Weak<T>) {
+    if list.len() == list.capacity() {
+        list.retain(|entry| entry.strong_count() > 0);
+        let live = list.len();
+        list.reserve(live.max(16));
     }
-    registered.push(locks);
+    list.push(entry);
 }
 
 extern "C" fn prepare() {
