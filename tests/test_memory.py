@@ -381,14 +381,18 @@ def test_of_groups_that_do_not_all_fit_one_gets_its_memory(
     resource = make()
     rounds = 30
     start, end = threading.Barrier(3), threading.Barrier(3)
-    granted: list[list[memory.Buffer]] = []
+    granted: list[int] = []
 
     def ask() -> None:
         for _ in range(rounds):
             start.wait()
+            group = None
             with suppress(OutOfMemory):
-                granted.append(resource.allocate_group([24 * KIB] * 25))
+                group = resource.allocate_group([24 * KIB] * 25)
+                granted.append(len(group))
             end.wait()
+            # By the thread that made them: without a GIL, another one's drop may take effect later.
+            del group
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
