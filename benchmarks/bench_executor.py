@@ -7,9 +7,9 @@ each workload once, subjects in turn. Garbage collection is off within a workloa
 - map: the results of many trivial calls, in order;
 - fork-join: calls that submit two calls and wait for them; only where that does not hang;
 - latency: one call, and waiting for its result, for many in turn; with other threads idle, and with
-  one that runs Python code. By `result()`, where who waits may run the call itself, and by
+  one or two that run Python code. By `result()`, where who waits may run the call itself, and by
   `result(timeout)`, which leaves it to a worker;
-- from asyncio: `run_in_executor`, gathered;
+- from asyncio: `run_in_executor`, gathered, and `asyncio.to_thread`, which has threads of its own;
 - two workers that compress, which releases the GIL;
 - urgent calls while many calls of low priority wait, all of which release the GIL.
 """
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask.threaded
 import joblib
 import tbb
 import threadlet
@@ -43,7 +44,7 @@ from moirai.executor import Executor, Priority
 QUESTION = __doc__.partition("\n")[0]
 NAME = "bench_executor"
 WORKERS = 2
-ASYNC_PEER = "hypertile"
+ASYNC_PEER, TO_THREAD = "hypertile", "to_thread"
 Samples = dict[str, list[float]]
 
 Submit = Callable[..., Callable[..., Any]]
@@ -102,6 +103,11 @@ def _gather_group(group: Any, count: int) -> None:
 
 def _gather_parallel(parallel: Any, count: int) -> None:
     parallel(joblib.delayed(nothing)() for _ in range(count))
+
+
+def _gather_graph(_: Any, count: int) -> None:
+    graph = dict.fromkeys(range(count), (nothing,))
+    dask.threaded.get(graph, list(graph), num_workers=WORKERS)
 
 
 def _submit_many(executor: Any, items: Sequence[Any]) -> Any:
@@ -164,6 +170,15 @@ SUBJECTS: dict[str, Subject] = {
         None,
         _nothing_to_end,
     ),
+    "tbb-pool": Subject(
+        "TBB pool",
+        lambda: tbb.Pool(WORKERS),
+        _gather_pool,
+        {"one by one": lambda pool, items: pool.map(same, items, chunksize=1)},
+        lambda pool, call: pool.apply_async(call).get(60),
+        _end_pool,
+    ),
+    "dask": Subject("Dask, threads", lambda: None, _gather_graph, {}, None, _nothing_to_end),
     MOIRAI: Subject(
         "Moirai",
         lambda: Executor(WORKERS),
@@ -279,9 +294,11 @@ def latencies(body: Callable[[], Any], count: int) -> list[float]:
 
 
 HELPING = "moirai-helping"
+# How many other threads run Python code.
+BUSY = {"one thread busy": 1, "two threads busy": 2}
 
 
-def waited(subjects: Mapping[str, Subject], rounds: int, count: int, busy: bool) -> Samples:
+def waited(subjects: Mapping[str, Subject], rounds: int, count: int, busy_count: int) -> Samples:
     """Microseconds from a call's submission to its result, one by one."""
     stop = threading.Event()
 
@@ -301,15 +318,15 @@ def waited(subjects: Mapping[str, Subject], rounds: int, count: int, busy: bool)
         if MOIRAI in executors:
             executor = executors[MOIRAI]
             bodies[HELPING] = lambda: executor.submit(nothing).result()
-        thread = threading.Thread(target=work)
-        if busy:
+        threads = [threading.Thread(target=work) for _ in range(busy_count)]
+        for thread in threads:
             thread.start()
         try:
             for _, name in harness.interleaved(bodies, rounds):
                 found[name].extend(latencies(bodies[name], count))
         finally:
             stop.set()
-            if busy:
+            for thread in threads:
                 thread.join()
     return dict(found)
 
@@ -321,6 +338,9 @@ def bridged(names: Sequence[str] | None, rounds: int, count: int) -> Samples:
     async def in_executor(executor: Any) -> None:
         run = asyncio.get_running_loop().run_in_executor
         await asyncio.gather(*(run(executor, nothing) for _ in range(count)))
+
+    async def to_thread() -> None:
+        await asyncio.gather(*(asyncio.to_thread(nothing) for _ in range(count)))
 
     async def in_batch() -> None:
         await hypertile.gather_to_thread(same, range(count))
@@ -334,6 +354,7 @@ def bridged(names: Sequence[str] | None, rounds: int, count: int) -> Samples:
     mains = {
         BASELINE: lambda: in_executor(peer),
         MOIRAI: lambda: in_executor(ours),
+        TO_THREAD: to_thread,
         ASYNC_PEER: in_batch,
         "moirai-batch": lambda: many_at_once(ours),
     }
@@ -424,6 +445,7 @@ def render(results: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
     labels = {name: subject.label for name, subject in SUBJECTS.items()}
     labels[HELPING] = "Moirai, who waits runs it"
+    labels[TO_THREAD] = "asyncio.to_thread"
     labels[ASYNC_PEER] = "hypertile, one batch"
     labels["moirai-batch"] = "Moirai, submit_many in a task"
     urgent_labels = {name: name for name in results["urgent"] if "left" not in name}
@@ -441,10 +463,10 @@ def render(results: Mapping[str, Any]) -> str:
             labels,
         ),
         _latency_table("**µs from submit to result**", results["waited"], labels),
-        _latency_table(
-            "**µs from submit to result, one thread busy with Python code**",
-            results["waited, busy"],
-            labels,
+        *(
+            _latency_table(f"**µs from submit to result, {name} with Python code**", it, labels)
+            for name, it in results.items()
+            if name in BUSY
         ),
         _table(
             f"**ms to compress blocks with two workers** {speed}",
@@ -483,8 +505,10 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     over("latency by a worker, over ThreadPoolExecutor", results["waited"], BASELINE, 1 / 2.5)
     helping = harness.median(results["waited"][HELPING])
     found.append(Goal("latency where who waits runs it, µs", helping, 2.0))
-    busy = results["waited, busy"]
+    busy = results["one thread busy"]
     over("the same under a busy thread, over ThreadPoolExecutor", busy, BASELINE, 1 / 100, HELPING)
+    two = results["two threads busy"]
+    over("the same under two, over ThreadPoolExecutor", two, BASELINE, 1 / 100, HELPING)
     over("by a worker under a busy thread, over ThreadPoolExecutor", busy, BASELINE, 1.1)
     over("from asyncio, over ThreadPoolExecutor", results["bridged"], BASELINE, 1 / 2)
     over("compressing, over ThreadPoolExecutor", results["compressed"], BASELINE, 1.0)
@@ -515,8 +539,10 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     harness.progress("fork-join")
     results["forked"] = fork_join(names, rounds, 5 if quick else 11)
     harness.progress("latency")
-    results["waited"] = waited(subjects, rounds, waits, busy=False)
-    results["waited, busy"] = waited(subjects, min(rounds, 5), max(2, waits // 10), busy=True)
+    results["waited"] = waited(subjects, rounds, waits, 0)
+    for name, busy_count in BUSY.items():
+        harness.progress(f"latency, {name}")
+        results[name] = waited(subjects, min(rounds, 5), max(2, waits // 10), busy_count)
     harness.progress("asyncio")
     results["bridged"] = bridged(names, rounds, tasks)
     harness.progress("compression")
