@@ -47,6 +47,7 @@ BINDINGS_WITH_UNSAFE = (
     "channel/mod",
     "channel/queue",
     "executor/call",
+    "executor/maker",
     "numpy",
     "pools/buffer",
     "pools/vector",

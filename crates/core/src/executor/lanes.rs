@@ -11,13 +11,14 @@ use crossbeam_deque::{Injector, Steal};
 pub const PRIORITY_COUNT: usize = 4;
 
 /// How urgent a task is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// Before everything else.
     Realtime,
     /// Before what is normal.
     High,
     /// Unless told.
+    #[default]
     Normal,
     /// When nothing else is to be done.
     Background,

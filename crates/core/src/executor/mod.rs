@@ -4,12 +4,15 @@
 //! `crossbeam-deque`). What comes from outside goes into lanes, by node and priority ([`lanes`]).
 //! Who sleeps and who is looking for work is one word ([`idle`]), after the scheduler of Go: whoever
 //! queues a task wakes a sleeper only if nobody is looking already. A task's own state is one word
-//! too ([`task`]), so that whoever takes it first has it: a worker, or the thread that waits for it.
+//! too ([`task`]), so that whoever takes it first has it: a worker, or the thread that waits for it; its
+//! memory is kept for the next one ([`handle`]).
 //! How many may wait ([`room`]) and what is due when ([`timer`]) is kept apart, for those who ask.
 //!
 //! Left out: preemption, and moving tasks that are queued between nodes before somebody has nothing
 //! to do.
 
+#[cfg(not(loom))]
+pub mod handle;
 pub mod idle;
 #[cfg(not(loom))]
 mod lanes;

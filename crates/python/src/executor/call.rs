@@ -16,10 +16,10 @@ thread_local! {
 
 /// How the arguments are given to the function.
 pub(super) enum Arguments {
-    /// All at once.
+    /// All at once: what follows the first item of a tuple, and those with names.
     Once(Py<PyTuple>, Option<Py<PyDict>>),
-    /// The same for one of many that were queued together.
-    OnceOfMany(Py<PyTuple>),
+    /// The same, a tuple, for one of many that were queued together.
+    OnceOfMany(Py<PyAny>),
     /// The same where there is only one.
     OneOfMany(Py<PyAny>),
     /// One call for each, which is its only argument.
@@ -115,14 +115,11 @@ impl Call {
         let function = self.request.function.bind(py);
         match &self.request.arguments {
             Arguments::Once(arguments, keywords) => {
-                let keywords = keywords.as_ref().map(|keywords| keywords.bind(py));
-                function
-                    .call(arguments.bind(py), keywords)
-                    .map(Bound::unbind)
+                call_with_rest(function, arguments.bind(py), keywords.as_ref())
             }
-            Arguments::OnceOfMany(arguments) => {
-                function.call1(arguments.bind(py)).map(Bound::unbind)
-            }
+            Arguments::OnceOfMany(arguments) => function
+                .call1(arguments.bind(py).cast::<PyTuple>()?)
+                .map(Bound::unbind),
             Arguments::OneOfMany(item) => function.call1((item,)).map(Bound::unbind),
             Arguments::Each(items) => each(py, items, |item| function.call1((item,))),
             Arguments::EachStar(items) => each(py, items, |item| {
@@ -130,6 +127,29 @@ impl Call {
             }),
         }
     }
+}
+
+/// Call a function with what follows the first item of a tuple, and with keywords.
+fn call_with_rest(
+    function: &Bound<'_, PyAny>,
+    arguments: &Bound<'_, PyTuple>,
+    keywords: Option<&Py<PyDict>>,
+) -> PyResult<Py<PyAny>> {
+    let py = function.py();
+    let rest = arguments.as_slice().get(1..).unwrap_or_default();
+    // SAFETY: a callable, so many arguments, which the tuple keeps alive, and a dictionary or null.
+    let outcome = unsafe {
+        ffi::PyObject_VectorcallDict(
+            function.as_ptr(),
+            // A bound reference is its pointer.
+            rest.as_ptr().cast(),
+            rest.len(),
+            keywords.map_or(std::ptr::null_mut(), Py::as_ptr),
+        )
+    };
+    // SAFETY: the answer is a new reference, or null with an exception set.
+    let outcome = unsafe { Bound::from_owned_ptr_or_err(py, outcome) };
+    outcome.map(Bound::unbind)
 }
 
 /// The future of the call that this thread is at, if any.

@@ -1,9 +1,9 @@
 //! `BareFuture`: what concurrent.futures needs of a future, with its locks made when asked for.
 
 use super::Shared;
-use super::Task;
 use super::limits::Limits;
 use super::wait::{self, help};
+use super::{Task, TaskHandle};
 use crate::errors::Timeout;
 use moirai_core::executor::task::{Audience, Cancel, Stage};
 use moirai_core::sync::parker::Parker;
@@ -11,8 +11,8 @@ use moirai_core::sync::{AtomicU64, Mutex};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyType};
-use pyo3::{PyTypeInfo, import_exception, intern};
+use pyo3::types::PyList;
+use pyo3::{import_exception, intern};
 use std::cell::RefCell;
 use std::sync::{Arc, MutexGuard, OnceLock};
 
@@ -45,13 +45,18 @@ struct Watch {
 
 thread_local! {
     /// What the next future that this thread makes is about: Python's call takes no such thing.
-    static NEXT: RefCell<Option<(Arc<Task>, Arc<Shared>)>> = const { RefCell::new(None) };
+    static NEXT: RefCell<Option<(TaskHandle, Arc<Shared>)>> = const { RefCell::new(None) };
+}
+
+/// What the next future that this thread makes is about; None: nothing, it is made by hand.
+pub(super) fn announce(about: Option<(TaskHandle, Arc<Shared>)>) {
+    NEXT.set(about);
 }
 
 /// The state of a call. Its Python class is a concurrent.futures.Future too.
 #[pyclass(frozen, subclass, module = "moirai.executor")]
 pub struct Future {
-    task: Arc<Task>,
+    task: TaskHandle,
     shared: Option<Arc<Shared>>,
     /// Locked for moments, in which no Python code runs.
     outcome: Mutex<Outcome>,
@@ -62,22 +67,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poison| poison.into_inner())
 }
 
-/// A future of the class `kind` for an empty task.
-pub(super) fn make(
-    kind: &Bound<'_, PyType>,
-    task: Arc<Task>,
-    shared: Arc<Shared>,
-) -> PyResult<Py<Future>> {
-    NEXT.set(Some((task, shared)));
-    let future = kind.call0();
-    if future.is_err() {
-        NEXT.take();
-    }
-    Ok(future?.cast_into::<Future>()?.unbind())
-}
-
 impl Future {
-    pub(super) fn task(&self) -> &Arc<Task> {
+    pub(super) fn task(&self) -> &TaskHandle {
         &self.task
     }
 
@@ -321,7 +312,7 @@ impl Future {
     fn new() -> Self {
         let (task, shared) = match NEXT.take() {
             Some((task, shared)) => (task, Some(shared)),
-            None => (Arc::new(Task::empty()), None),
+            None => (TaskHandle::new(Task::empty()), None),
         };
         Future {
             task,
@@ -498,9 +489,4 @@ impl Future {
             .map(|it| std::mem::take(&mut *lock(&it.watchers)));
         drop((outcome, watchers));
     }
-}
-
-/// Whether a class is the one that futures here are made of, or one below it.
-pub(super) fn is_kind(kind: &Bound<'_, PyType>) -> PyResult<bool> {
-    kind.is_subclass(&Future::type_object(kind.py()))
 }

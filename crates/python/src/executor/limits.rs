@@ -2,7 +2,7 @@
 
 use super::call::current_future;
 use super::future::{CancelledError, Future, Outcome};
-use super::{Shared, Task};
+use super::{Shared, TaskHandle};
 use crate::errors::Timeout;
 use moirai_core::executor::timer::{Key, NEVER};
 use moirai_core::os::now_nanoseconds;
@@ -142,7 +142,7 @@ impl TimerHandle {
 #[pyclass(frozen, module = "moirai.executor")]
 pub struct CancelToken {
     /// None: of code that is no task, which nobody cancels.
-    task: Option<Arc<Task>>,
+    task: Option<TaskHandle>,
     due_nanoseconds: Option<u64>,
 }
 
@@ -196,7 +196,7 @@ pub fn current_token(py: Python<'_>) -> CancelToken {
     };
     let future = future.get();
     CancelToken {
-        task: Some(Arc::clone(future.task())),
+        task: Some(future.task().clone()),
         due_nanoseconds: future.limits().and_then(Limits::due_nanoseconds),
     }
 }

@@ -8,6 +8,7 @@ mod admission;
 mod call;
 pub(crate) mod future;
 pub(crate) mod limits;
+mod maker;
 pub(crate) mod pool;
 mod queueing;
 pub(crate) mod rehearsal;
@@ -18,6 +19,7 @@ pub(crate) mod worker;
 use admission::Bound as Admission;
 use call::Call;
 use future::{CancelledError, Future, Outcome};
+use moirai_core::executor::handle::Handle;
 use moirai_core::executor::latency::Histogram;
 use moirai_core::executor::timer::Timer;
 use moirai_core::executor::{Scheduler, Worker, task};
@@ -30,7 +32,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 type Task = task::Task<Call>;
-type Queue = Scheduler<Arc<Task>>;
+/// What queues and futures have of a task.
+type TaskHandle = Handle<Call>;
+type Queue = Scheduler<TaskHandle>;
 
 /// What an executor, its workers and its futures share.
 pub(crate) struct Shared {
@@ -151,13 +155,13 @@ fn let_leave(nanoseconds: u64) {
 
 thread_local! {
     /// The worker that this thread is.
-    static WORKER: RefCell<Option<Rc<Worker<Arc<Task>>>>> = const { RefCell::new(None) };
+    static WORKER: RefCell<Option<Rc<Worker<TaskHandle>>>> = const { RefCell::new(None) };
     /// Whose task this thread is running, if any, and how many it runs within each other.
     static RUNNING: Cell<(*const Shared, u32)> = const { Cell::new((std::ptr::null(), 0)) };
 }
 
 /// The worker that this thread is, if it is one of `shared`.
-fn current_worker(shared: &Shared) -> Option<Rc<Worker<Arc<Task>>>> {
+fn current_worker(shared: &Shared) -> Option<Rc<Worker<TaskHandle>>> {
     WORKER.with_borrow(|worker| {
         let worker = worker.as_ref()?;
         std::ptr::eq(&**worker.scheduler(), &*shared.scheduler).then(|| Rc::clone(worker))

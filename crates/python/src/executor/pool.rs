@@ -2,8 +2,9 @@
 
 use super::admission::{Bound as Admission, WHEN_FULL, WhenFull};
 use super::call::{Arguments, Request, current_context, within};
-use super::future::{self, Future, Outcome};
+use super::future::{Future, Outcome};
 use super::limits::Terms;
+use super::maker::Maker;
 use super::{Shared, future_of};
 use crate::argument::{choice, count, timeout};
 use crate::errors::InvalidArgument;
@@ -13,6 +14,7 @@ use moirai_core::executor::latency::BUCKET_COUNT;
 use moirai_core::executor::{Counts, PRIORITY_COUNT, Priority, Scheduler};
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::{Mutex, Ordering};
+use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
@@ -26,7 +28,7 @@ const MOST_PENDING: usize = 1 << 40;
 pub struct BareExecutor {
     /// Another one in a forked child. Locked for a moment.
     shared: Mutex<Arc<Shared>>,
-    pub(super) kind: Py<PyType>,
+    pub(super) futures: Maker,
     node_of_worker: Vec<usize>,
     order: Vec<Vec<usize>>,
     node_of_cpu: Vec<u16>,
@@ -41,6 +43,7 @@ pub struct BareExecutor {
 }
 
 /// What `submit` takes besides the function's own arguments.
+#[derive(Default)]
 pub(super) struct Options {
     pub(super) priority: Priority,
     /// Where requests for memory go, if that was asked for.
@@ -209,11 +212,12 @@ impl BareExecutor {
                  run tasks then, got \"caller_runs\"",
             ));
         }
-        if !future::is_kind(&kind)? || node_of_worker.is_empty() {
+        let futures = Maker::of(kind)?.filter(|_| !node_of_worker.is_empty());
+        let Some(futures) = futures else {
             return Err(InvalidArgument::new_err(
                 "kind: must be a class of futures, and there must be a worker",
             ));
-        }
+        };
         let nodes = node_ids.len();
         let cpus = node_of_cpu.iter().map(|node| usize::from(*node));
         let mut named = node_of_worker.iter().chain(order.iter().flatten()).copied();
@@ -227,7 +231,7 @@ impl BareExecutor {
         let shared = Shared::new(scheduler, outsiders_help, admission, measure_latency);
         Ok(BareExecutor {
             shared: Mutex::new(Arc::new(shared)),
-            kind: kind.unbind(),
+            futures,
             node_of_worker,
             order,
             node_of_cpu,
@@ -240,21 +244,25 @@ impl BareExecutor {
     }
 
     /// Queue a call of a function; its future.
-    #[pyo3(signature = (function, /, *arguments, **keywords))]
+    #[pyo3(
+        signature = (*arguments, **keywords),
+        text_signature = "($self, function, /, *arguments, **keywords)"
+    )]
     fn submit(
         slf: &Bound<'_, Self>,
-        function: &Bound<'_, PyAny>,
         arguments: Bound<'_, PyTuple>,
         keywords: Option<Bound<'_, PyDict>>,
     ) -> PyResult<Py<Future>> {
         let this = slf.get();
         let py = slf.py();
-        let mut options = Options {
-            priority: Priority::Normal,
-            lane: None,
-            node: None,
-            terms: Terms::default(),
+        // The tuple is kept as it came: one without the function would be a copy.
+        let Some(function) = arguments.iter_borrowed().next() else {
+            return Err(PyTypeError::new_err(
+                "submit() missing 1 required positional argument: 'function'",
+            ));
         };
+        let function = this.wrapped(&function)?;
+        let mut options = Options::default();
         let mut rest = None;
         if let Some(keywords) = keywords {
             let take = |name| -> PyResult<Option<Bound<'_, PyAny>>> {
@@ -276,10 +284,9 @@ impl BareExecutor {
                 rest = Some(keywords.unbind());
             }
         }
-        let arguments = Arguments::Once(arguments.unbind(), rest);
         let request = Request {
-            function: this.wrapped(function)?,
-            arguments,
+            function,
+            arguments: Arguments::Once(arguments.unbind(), rest),
             context: this.context(py, options.lane)?,
         };
         this.queue(slf, &this.shared(), request, &options)
@@ -310,16 +317,14 @@ impl BareExecutor {
             deadline,
         })?;
         let wrapped = this.wrapped(function)?;
-        let items = items_of(items)?;
-        let mut calls = Vec::with_capacity(items.len());
-        for item in items {
+        let calls = items_of(items)?.into_iter().map(|item| {
             let arguments = if star {
-                Arguments::OnceOfMany(item.into_bound(py).cast_into::<PyTuple>()?.unbind())
+                Arguments::OnceOfMany(item)
             } else {
                 Arguments::OneOfMany(item)
             };
-            calls.push((wrapped.clone_ref(py), arguments));
-        }
+            (wrapped.clone_ref(py), arguments)
+        });
         this.queue_many(slf, calls, false, &options)
     }
 
@@ -355,10 +360,10 @@ impl BareExecutor {
                     call.repr()?
                 )));
             };
-            let arguments = tuple.get_slice(1, tuple.len()).unbind();
+            let arguments = tuple.get_slice(1, tuple.len()).into_any().unbind();
             found.push((this.wrapped(&function)?, Arguments::OnceOfMany(arguments)));
         }
-        this.queue_many(slf, found, true, &options)
+        this.queue_many(slf, found.into_iter(), true, &options)
     }
 
     /// Queue calls of a function, `size` of them to a task; the tasks' futures, in order. Each
@@ -393,7 +398,7 @@ impl BareExecutor {
             };
             chunks.push((wrapped.clone_ref(py), arguments));
         }
-        this.queue_many(slf, chunks, false, &options)
+        this.queue_many(slf, chunks.into_iter(), false, &options)
     }
 
     /// Take no more calls; workers end when nothing is queued.

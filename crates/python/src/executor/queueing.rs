@@ -2,11 +2,11 @@
 
 use super::admission::{Admitted, admit};
 use super::call::{Arguments, Call, Request};
-use super::future::{self, Future};
+use super::future::Future;
 use super::limits::{self, TimerHandle};
 use super::pool::{BareExecutor, Options};
 use super::worker::WorkerHandle;
-use super::{RUNNING, Ran, Shared, Task, add, current_worker, perform};
+use super::{RUNNING, Ran, Shared, Task, TaskHandle, add, current_worker, perform};
 use crate::errors::Closed;
 use moirai_core::executor::{Priority, Queued};
 use moirai_core::os::{is_first_thread, now_nanoseconds};
@@ -51,14 +51,15 @@ impl BareExecutor {
     }
 
     /// A call and its future, not for anybody to take yet.
+    #[inline]
     fn make(
         &self,
         py: Python<'_>,
         shared: &Arc<Shared>,
         request: Request,
-    ) -> PyResult<(Arc<Task>, Py<Future>, Call)> {
-        let task = Arc::new(Task::empty());
-        let future = future::make(self.kind.bind(py), Arc::clone(&task), Arc::clone(shared))?;
+    ) -> PyResult<(TaskHandle, Py<Future>, Call)> {
+        let task = TaskHandle::new(Task::empty());
+        let future = self.futures.make(py, task.clone(), Arc::clone(shared))?;
         let asked = shared.latencies.as_ref().map_or(0, |_| now_nanoseconds());
         let call = Call::new(request, future.clone_ref(py), asked);
         add(&shared.tally.submitted);
@@ -66,13 +67,14 @@ impl BareExecutor {
     }
 
     /// A task that is ready to be queued.
+    #[inline]
     fn prepare(
         &self,
         slf: &Bound<'_, Self>,
         shared: &Arc<Shared>,
         request: Request,
         options: &Options,
-    ) -> PyResult<(Arc<Task>, Py<Future>)> {
+    ) -> PyResult<(TaskHandle, Py<Future>)> {
         let (task, future, call) = self.make(slf.py(), shared, request)?;
         let refused = task.fill(call);
         debug_assert!(refused.is_ok());
@@ -117,7 +119,7 @@ impl BareExecutor {
     pub(super) fn queue_many(
         &self,
         slf: &Bound<'_, Self>,
-        calls: Vec<(Py<PyAny>, Arguments)>,
+        calls: impl ExactSizeIterator<Item = (Py<PyAny>, Arguments)>,
         whole: bool,
         options: &Options,
     ) -> PyResult<Vec<Py<Future>>> {
@@ -140,7 +142,7 @@ impl BareExecutor {
         &self,
         slf: &Bound<'_, Self>,
         shared: &Arc<Shared>,
-        calls: Vec<(Py<PyAny>, Arguments)>,
+        calls: impl ExactSizeIterator<Item = (Py<PyAny>, Arguments)>,
         whole: bool,
         options: &Options,
         futures: &mut Vec<Py<Future>>,
@@ -149,7 +151,7 @@ impl BareExecutor {
         let deadline = options.terms.deadline_nanoseconds;
         let node = options.node.unwrap_or_else(|| here(shared));
         let context = self.context(py, options.lane)?;
-        let mut calls = calls.into_iter().map(|(function, arguments)| Request {
+        let mut calls = calls.map(|(function, arguments)| Request {
             function,
             arguments,
             context: context.clone_ref(py),
@@ -235,7 +237,7 @@ fn here(shared: &Shared) -> usize {
     worker.map_or_else(|| shared.scheduler.node_here(), |worker| worker.node())
 }
 
-fn place(shared: &Shared, options: &Options, task: Arc<Task>) -> Queued {
+fn place(shared: &Shared, options: &Options, task: TaskHandle) -> Queued {
     let scheduler = &shared.scheduler;
     let inside = std::ptr::eq(RUNNING.get().0, shared);
     if !inside && scheduler.worker_count() == 1 {

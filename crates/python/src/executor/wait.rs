@@ -60,13 +60,13 @@ fn claim(
     py: Python<'_>,
     shared: &Shared,
     future: &Future,
-    worker: Option<&Worker<Arc<super::Task>>>,
+    worker: Option<&Worker<super::TaskHandle>>,
 ) {
     let task = future.task();
     if !task.is_pending() {
         return;
     }
-    let taken = worker.and_then(|it| it.take_back(|other| Arc::ptr_eq(other, task)));
+    let taken = worker.and_then(|it| it.take_back(|other| other.is(task)));
     if !matches!(run(py, shared, task, worker.map(Worker::index)), Ran::Late) {
         add(&shared.tally.helped);
         if taken.is_none() {
@@ -103,7 +103,7 @@ fn help_in_order(py: Python<'_>, shared: &Shared, future: &Future) -> PyResult<(
             Ran::Interrupted(stop) => {
                 add(&shared.tally.helped);
                 // Another task got what was meant for the program.
-                if is_first_thread() && !Arc::ptr_eq(&task, future.task()) {
+                if is_first_thread() && !task.is(future.task()) {
                     return Err(stop);
                 }
             }

@@ -2,7 +2,7 @@
 
 use super::future::Outcome;
 use super::queueing::{BROKEN, BrokenThreadPool};
-use super::{Ran, Shared, Task, WORKER, future_of, let_leave, run};
+use super::{Ran, Shared, TaskHandle, WORKER, future_of, let_leave, run};
 use moirai_core::executor::{Rest, Worker};
 use moirai_core::sync::Ordering;
 use pyo3::prelude::*;
@@ -62,7 +62,7 @@ impl WorkerHandle {
     }
 }
 
-fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) -> PyResult<()> {
+fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<TaskHandle>) -> PyResult<()> {
     loop {
         if worker.take_seat() {
             run_all(py, shared, worker);
@@ -85,7 +85,7 @@ fn work(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) -> PyR
 }
 
 /// Run what there is, letting others have the interpreter by clock.
-fn run_all(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<Arc<Task>>) {
+fn run_all(py: Python<'_>, shared: &Arc<Shared>, worker: &Worker<TaskHandle>) {
     let mut since = Instant::now();
     let mut turn = 0;
     while let Some(task) = worker.take() {
