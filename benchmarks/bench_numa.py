@@ -6,7 +6,7 @@ and who is woken is decided by the executor's own queues and workers, called ste
 one thread (`moirai.executor.rehearsal`); nothing of that is written again here. Which worker a
 task came from is known because each task is followed from the queue it was put in, and these
 counts have to agree with those of the executor's statistics. Lanes do not age here, so that two
-runs count the same.
+runs count the same. What a worker leaves to another node's for a while it waits for by that clock.
 
 Calls are trees: each splits its part in two and queues both halves, down to single calls that
 take exponentially distributed times. In each round the roots are queued from outside, at each
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import math
 import random
 import sys
 from collections import Counter, deque
@@ -93,6 +94,10 @@ class Task:
     node: int
 
 
+class Wait:
+    """The end of a sleep in which a worker leaves to others what it has seen."""
+
+
 @dataclass
 class Simulation:
     """One run: a machine, a subject, a load."""
@@ -117,8 +122,10 @@ class Simulation:
         # What is in each worker's deque, the oldest first, and in those of each node.
         self._deques: list[deque[int]] = [deque() for _ in self.machine.node_of_worker]
         self._held = [0] * self.machine.node_count
-        self._events: list[tuple[float, int, int, Task | None]] = []
+        self._events: list[tuple[float, int, int, Task | Wait | None]] = []
         self._order = itertools.count()
+        # What each waits for, or waited for last.
+        self._waits: list[Wait | None] = [None] * len(self.machine.node_of_worker)
 
     def run(self) -> dict[str, Any]:
         """All rounds; what was counted."""
@@ -126,7 +133,11 @@ class Simulation:
             self._queue_roots()
             while self._events:
                 self.seconds, _, worker, done = heapq.heappop(self._events)
-                if done is not None and done.leaves > 1:
+                if isinstance(done, Wait):
+                    is_over = self._waits[worker] is done and self._rehearsal.stop_waiting(worker)
+                    if not is_over:
+                        continue
+                elif done is not None and done.leaves > 1:
                     self._split(worker, done)
                 self._look(worker)
         self._check()
@@ -167,8 +178,15 @@ class Simulation:
                 self.busy_seconds += took
                 self._at(self.seconds + took, worker, task)
                 return
-            if self._rehearsal.rest(worker):
-                return
+            seconds, roused = self._rehearsal.rest(worker)
+            self._rouse(roused)
+            if seconds == 0:
+                continue
+            if seconds < math.inf:
+                self._waits[worker] = wait = Wait()
+                wake = self._random.expovariate(1 / WAKE_SECONDS)
+                self._at(self.seconds + seconds + wake, worker, wait)
+            return
 
     def _task(self, leaves: int, worker: int, node: int) -> int:
         number = next(self._ids)
@@ -180,7 +198,7 @@ class Simulation:
             wake = self._random.expovariate(1 / WAKE_SECONDS)
             self._at(self.seconds + wake, worker, None)
 
-    def _at(self, when: float, worker: int, done: Task | None) -> None:
+    def _at(self, when: float, worker: int, done: Task | Wait | None) -> None:
         heapq.heappush(self._events, (when, next(self._order), worker, done))
 
     def _note(self, thief: int, number: int, task: Task, brought: int) -> None:
@@ -204,8 +222,10 @@ class Simulation:
             else:
                 counts["tasks that changed node"] += 1 + brought
                 counts["steals that passed own node"] += own_node_has
+                # No more than a node's workers take at once, and one, is left to them for a while.
+                workers = Counter(machine.node_of_worker)
                 counts["steals that passed a nearer node"] += any(
-                    held and far[node] < far[task.node]
+                    held > workers[node] + 1 and far[node] < far[task.node]
                     for node, held in enumerate(self._held)
                     if node != here
                 )
@@ -219,8 +239,17 @@ class Simulation:
             assert (held.pop(), brought) == (number, 0)
             return
         here = self.machine.node_of_worker[thief]
-        moved = [held.popleft() for _ in range(brought)]
+        depths = [worker["queued"] for worker in self._rehearsal.counts()] if brought else []
+        # First of the deque that the task was in, its last one; then of its neighbours.
+        moved = (
+            [held.popleft() for _ in range(len(held) - 1 - depths[task.worker])] if brought else []
+        )
         assert held.popleft() == number
+        for who, depth in enumerate(depths):
+            if who != thief and self.machine.node_of_worker[who] == task.node:
+                theirs = self._deques[who]
+                moved += [theirs.popleft() for _ in range(len(theirs) - depth)]
+        assert len(moved) == brought
         for each in moved:
             other = self._tasks[each]
             other.worker, other.node = thief, here
@@ -328,7 +357,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         ),
         Goal("steals from another node while the own one had tasks",
              total(ours, "steals that passed own node"), 0),
-        Goal("steals from a node while a nearer one had tasks",
+        Goal("steals from a node while a nearer one had more than is left to its workers",
              total(ours, "steals that passed a nearer node"), 0),
         Goal("tasks from another node's lanes while workers of the own one had some to steal",
              total(ours, "lane of another node passed own"), 0),

@@ -1811,8 +1811,17 @@ class Rehearsal:
         Raises:
             InvalidArgument: The worker was not started.
         """
-    def rest(self, worker: int) -> bool:
-        """A worker found nothing: whether it sleeps until it is woken; else it is to look again.
+    def rest(self, worker: int) -> tuple[float, list[int]]:
+        """A worker found nothing: for how many seconds it sleeps at most, and who is woken then.
+
+        0 means that it is to look again, infinity that it sleeps until it is woken. A worker that
+        sleeps for a time leaves what it has seen to others until then.
+
+        Raises:
+            InvalidArgument: The worker was not started.
+        """
+    def stop_waiting(self, worker: int) -> bool:
+        """A worker slept for as long as it would; whether nobody woke it, so that it looks now.
 
         Raises:
             InvalidArgument: The worker was not started.

@@ -4,7 +4,7 @@
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
-use moirai_core::executor::idle::Idle;
+use moirai_core::executor::idle::{Idle, Outlook, Sleeper};
 use moirai_core::executor::task::{Cancel, Task};
 
 /// As the core's, which sleeps in the kernel.
@@ -23,10 +23,20 @@ impl Parker {
         *called = false;
     }
 
+    /// As `park`, but the time is over at once: a model tries what comes before that, and after.
+    fn is_called_in_time(&self) -> bool {
+        std::mem::take(&mut *self.called.lock().unwrap())
+    }
+
     fn call(&self) {
         *self.called.lock().unwrap() = true;
         self.condition.notify_one();
     }
+}
+
+/// Whoever sleeps.
+fn last(sleepers: &[Sleeper]) -> Option<usize> {
+    Some(sleepers.len() - 1)
 }
 
 /// A queue and workers that take from it as an executor's do; the queue itself is not modelled.
@@ -60,6 +70,13 @@ impl Pool {
         self.count.load(Ordering::SeqCst) > 0
     }
 
+    fn outlook(&self) -> Outlook {
+        match self.has_work() {
+            true => Outlook::Work,
+            false => Outlook::Nothing,
+        }
+    }
+
     fn is_done(&self) -> bool {
         let closed = self.closed.load(Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -73,7 +90,7 @@ impl Pool {
             queue.push(task);
             self.count.store(queue.len(), Ordering::SeqCst);
         }
-        if let Some(who) = self.idle.seek() {
+        if let Some(who) = self.idle.seek(last) {
             self.parkers[who].call();
         }
         !self.closed.load(Ordering::SeqCst)
@@ -97,7 +114,7 @@ impl Pool {
         queue.extend(moved.iter().skip(1));
         self.count.store(queue.len(), Ordering::SeqCst);
         drop(queue);
-        if let Some(who) = self.idle.seek() {
+        if let Some(who) = self.idle.seek(last) {
             self.parkers[who].call();
         }
     }
@@ -110,7 +127,7 @@ impl Pool {
     }
 
     fn found(&self) {
-        if let Some(who) = self.idle.found(|| self.has_work()) {
+        if let Some(who) = self.idle.found(|| self.has_work(), last) {
             self.parkers[who].call();
         }
     }
@@ -118,7 +135,7 @@ impl Pool {
     /// As `work`, for one task.
     fn work_once(&self, who: usize) {
         while self.take().is_none() {
-            if self.idle.sleep(who, || self.has_work()) {
+            if self.idle.sleep(who, || self.outlook()) != Outlook::Work {
                 self.parkers[who].park();
             }
         }
@@ -138,7 +155,11 @@ impl Pool {
             if !std::mem::replace(&mut searching, true) {
                 self.idle.search();
             }
-            if self.idle.sleep(who, || self.has_work() || self.is_done()) {
+            let outlook = || match self.is_done() {
+                true => Outlook::Work,
+                false => self.outlook(),
+            };
+            if self.idle.sleep(who, outlook) != Outlook::Work {
                 self.parkers[who].park();
             }
             if !self.has_work() && self.is_done() {
@@ -230,6 +251,126 @@ fn a_task_is_run_or_known_to_be_too_late() {
         worker.join().unwrap();
         let taken = pool.taken.load(Ordering::Relaxed);
         assert!(taken == 1 || !queued, "queued in time and left behind");
+    });
+}
+
+/// Workers of another node than the tasks, which they leave to others for a while.
+impl Pool {
+    /// As `push`; nobody is woken while somebody waits.
+    fn push_far(&self, task: usize) {
+        {
+            let mut queue = self.queue.lock().unwrap();
+            queue.push(task);
+            self.count.store(queue.len(), Ordering::SeqCst);
+        }
+        self.seek_far();
+    }
+
+    fn seek_far(&self) {
+        if let Some(who) = self.idle.seek(Self::unless_one_waits) {
+            self.parkers[who].call();
+        }
+    }
+
+    fn unless_one_waits(sleepers: &[Sleeper]) -> Option<usize> {
+        let waits = sleepers.iter().any(|sleeper| sleeper.waits);
+        (!waits).then(|| sleepers.len() - 1)
+    }
+
+    fn far_outlook(&self) -> Outlook {
+        match (self.is_done(), self.has_work()) {
+            (true, _) => Outlook::Work,
+            (false, true) if self.closed.load(Ordering::SeqCst) => Outlook::Work,
+            (false, true) => Outlook::Later,
+            (false, false) => Outlook::Nothing,
+        }
+    }
+
+    /// As `work`, for a worker that takes a task only when it has waited, or all is closed.
+    fn work_from_afar(&self, who: usize) {
+        loop {
+            let is_late = match self.idle.sleep(who, || self.far_outlook()) {
+                Outlook::Work => false,
+                Outlook::Nothing => {
+                    self.parkers[who].park();
+                    false
+                }
+                Outlook::Later => {
+                    self.seek_far();
+                    // Called, or about to be: that call is not to be left over.
+                    let called = self.parkers[who].is_called_in_time();
+                    let is_late = !called && self.idle.stop_waiting(who);
+                    if !called && !is_late {
+                        self.parkers[who].park();
+                    }
+                    is_late
+                }
+            };
+            if is_late || self.closed.load(Ordering::SeqCst) {
+                if self.take().is_some() {
+                    self.taken.fetch_add(1, Ordering::Relaxed);
+                    let found = self.idle.found(|| self.has_work(), Self::unless_one_waits);
+                    if let Some(who) = found {
+                        self.parkers[who].call();
+                    }
+                    self.idle.search();
+                }
+            }
+            if self.is_done() {
+                self.idle.found(|| false, last);
+                return;
+            }
+        }
+    }
+}
+
+/// A task that is left to others is taken in the end, and a call that meets the end of a wait counts
+/// once.
+#[test]
+fn a_task_that_is_left_to_others_is_taken_after_a_while() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let pool = Pool::new(1);
+        let worker = {
+            let pool = Arc::clone(&pool);
+            thread::spawn(move || pool.work_from_afar(0))
+        };
+        pool.push_far(1);
+        // Without the end of its wait it would sleep for ever: nobody else comes for the task.
+        while pool.has_work() {
+            thread::yield_now();
+        }
+        pool.close();
+        worker.join().unwrap();
+        assert_eq!(pool.taken.load(Ordering::Relaxed), 1);
+        assert_eq!(pool.idle.counts(), (0, 0));
+    });
+}
+
+#[test]
+fn while_one_waits_the_others_sleep_and_nothing_is_left_behind() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(2);
+    model.check(|| {
+        let pool = Pool::new(2);
+        let workers: Vec<_> = (0..2)
+            .map(|who| {
+                let pool = Arc::clone(&pool);
+                thread::spawn(move || pool.work_from_afar(who))
+            })
+            .collect();
+        pool.push_far(1);
+        pool.push_far(2);
+        while pool.has_work() {
+            thread::yield_now();
+        }
+        pool.close();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        assert_eq!(pool.taken.load(Ordering::Relaxed), 2);
+        assert_eq!(pool.idle.counts(), (0, 0));
     });
 }
 

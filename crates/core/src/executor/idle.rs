@@ -3,6 +3,9 @@
 //! A worker works, looks for work, or sleeps. Whoever queues a task wakes a sleeper only if nobody
 //! is looking: whoever looks will find it, or look once more after it has said that it goes to
 //! sleep. The last one who looks and finds something wakes the next, if there is more.
+//!
+//! A sleeper may also wait: it has seen work that it leaves to others, and looks by itself after a
+//! while. Which sleeper is woken, if any, is for the caller to say; with one that waits it may be none.
 
 use crate::sync::{AtomicU64, Mutex, Ordering, fence};
 
@@ -17,6 +20,26 @@ fn sleeping(counts: u64) -> u64 {
     counts & (SEARCHING - 1)
 }
 
+/// What there is for one who is about to sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outlook {
+    /// Nothing.
+    Nothing,
+    /// Work that it leaves to others for a while.
+    Later,
+    /// Work for it.
+    Work,
+}
+
+/// One who sleeps.
+#[derive(Clone, Copy, Debug)]
+pub struct Sleeper {
+    /// Its number.
+    pub who: usize,
+    /// Whether it looks again by itself after a while.
+    pub waits: bool,
+}
+
 /// The sleepers and the seekers of one scheduler. Any thread may call any method at any time.
 #[derive(Default)]
 pub struct Idle {
@@ -25,7 +48,7 @@ pub struct Idle {
     /// the one sees that nobody looks any more, or the other sees the task.
     counts: AtomicU64,
     /// Who sleeps; its length is the low half of `counts` whenever the lock is free.
-    sleepers: Mutex<Vec<usize>>,
+    sleepers: Mutex<Vec<Sleeper>>,
 }
 
 impl Idle {
@@ -37,7 +60,7 @@ impl Idle {
         }
     }
 
-    fn sleepers(&self) -> impl std::ops::DerefMut<Target = Vec<usize>> + '_ {
+    fn sleepers(&self) -> impl std::ops::DerefMut<Target = Vec<Sleeper>> + '_ {
         self.sleepers
             .lock()
             .unwrap_or_else(|poison| poison.into_inner())
@@ -45,26 +68,30 @@ impl Idle {
 
     /// After a task was queued: who is to be woken for it, if anybody. The one who is named counts
     /// as looking from now on, so that the next task wakes nobody.
+    ///
+    /// `choose` gives the place of the one to wake among the sleepers, or that of nobody; that only if
+    /// there is one who waits.
     #[inline]
-    pub fn seek(&self) -> Option<usize> {
+    pub fn seek(&self, choose: impl FnOnce(&[Sleeper]) -> Option<usize>) -> Option<usize> {
         fence(Ordering::SeqCst);
         let counts = self.counts.load(Ordering::Relaxed);
         if searching(counts) == 0 && sleeping(counts) > 0 {
-            return self.wake();
+            return self.wake(choose);
         }
         None
     }
 
     #[cold]
-    fn wake(&self) -> Option<usize> {
+    fn wake(&self, choose: impl FnOnce(&[Sleeper]) -> Option<usize>) -> Option<usize> {
         let mut sleepers = self.sleepers();
-        if searching(self.counts.load(Ordering::Relaxed)) > 0 {
+        if sleepers.is_empty() || searching(self.counts.load(Ordering::Relaxed)) > 0 {
             return None;
         }
-        let woken = sleepers.pop()?;
+        let place = choose(&sleepers)?;
+        let woken = sleepers.remove(place);
         self.counts
             .fetch_add(SEARCHING - SLEEPING, Ordering::SeqCst);
-        Some(woken)
+        Some(woken.who)
     }
 
     /// A worker has nothing to do any more, or begins.
@@ -73,37 +100,62 @@ impl Idle {
     }
 
     /// Who looked has found something, or ends. If it was the last and there is more, the answer is
-    /// whom to wake.
-    pub fn found(&self, has_more: impl Fn() -> bool) -> Option<usize> {
+    /// whom to wake, as in [`Idle::seek`].
+    pub fn found(
+        &self,
+        has_more: impl Fn() -> bool,
+        choose: impl FnOnce(&[Sleeper]) -> Option<usize>,
+    ) -> Option<usize> {
         let before = self.counts.fetch_sub(SEARCHING, Ordering::SeqCst);
         if searching(before) > 1 {
             return None;
         }
         fence(Ordering::SeqCst);
-        if has_more() { self.seek() } else { None }
+        if has_more() { self.seek(choose) } else { None }
     }
 
-    /// The worker `who`, who looked and found nothing, is about to sleep. False: it looks on, for
-    /// there is work. True: it is to park until called; whoever calls it has it look again.
-    pub fn sleep(&self, who: usize, has_work: impl Fn() -> bool) -> bool {
+    /// The worker `who`, who looked and found nothing, is about to sleep. `Work`: it looks on. `Later`:
+    /// it is to park for a while, then to [`stop waiting`](Idle::stop_waiting). `Nothing`: it is to park
+    /// until called. Whoever calls it has it look again.
+    pub fn sleep(&self, who: usize, outlook: impl Fn() -> Outlook) -> Outlook {
         {
             let mut sleepers = self.sleepers();
-            sleepers.push(who);
+            sleepers.push(Sleeper { who, waits: false });
             self.counts
                 .fetch_add(SLEEPING.wrapping_sub(SEARCHING), Ordering::SeqCst);
         }
         fence(Ordering::SeqCst);
-        if !has_work() {
-            return true;
+        let outlook = outlook();
+        if outlook == Outlook::Nothing {
+            return outlook;
         }
         let mut sleepers = self.sleepers();
-        let Some(place) = sleepers.iter().position(|sleeper| *sleeper == who) else {
-            return true; // called meanwhile: it does not park for long
+        let Some(place) = sleepers.iter().position(|sleeper| sleeper.who == who) else {
+            return Outlook::Nothing; // called meanwhile: it does not park for long
         };
+        if outlook == Outlook::Later {
+            sleepers[place].waits = true;
+            return outlook;
+        }
+        self.rouse(&mut sleepers, place);
+        outlook
+    }
+
+    /// The worker `who` has waited for a while. True: it looks for work now. False: it was called
+    /// meanwhile, or will be in a moment.
+    pub fn stop_waiting(&self, who: usize) -> bool {
+        let mut sleepers = self.sleepers();
+        let Some(place) = sleepers.iter().position(|sleeper| sleeper.who == who) else {
+            return false;
+        };
+        self.rouse(&mut sleepers, place);
+        true
+    }
+
+    fn rouse(&self, sleepers: &mut Vec<Sleeper>, place: usize) {
         sleepers.remove(place);
         self.counts
             .fetch_add(SEARCHING.wrapping_sub(SLEEPING), Ordering::SeqCst);
-        false
     }
 
     /// Everybody who sleeps, to be woken: something ended.
@@ -112,7 +164,7 @@ impl Idle {
         let woken = std::mem::take(&mut *sleepers);
         let change = (SEARCHING - SLEEPING).wrapping_mul(woken.len() as u64);
         self.counts.fetch_add(change, Ordering::SeqCst);
-        woken
+        woken.into_iter().map(|sleeper| sleeper.who).collect()
     }
 
     /// How many look for work, and how many sleep.

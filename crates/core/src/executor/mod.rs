@@ -19,6 +19,8 @@ mod lanes;
 #[cfg(not(loom))]
 pub mod latency;
 #[cfg(not(loom))]
+mod patience;
+#[cfg(not(loom))]
 mod rehearsal;
 #[cfg(not(loom))]
 pub mod room;
@@ -33,7 +35,9 @@ mod worker;
 #[cfg(not(loom))]
 pub use lanes::{PRIORITY_COUNT, Priority};
 #[cfg(not(loom))]
-pub use rehearsal::{Rehearsal, Taken};
+pub use patience::PATIENCE;
+#[cfg(not(loom))]
+pub use rehearsal::{Rehearsal, Rested, Taken};
 #[cfg(not(loom))]
 pub use scheduler::{Counts, Queued, Scheduler};
 #[cfg(not(loom))]

@@ -4,9 +4,10 @@
 //! with them the clock by which lanes age, the looks before a sleep, the seats of threads that wait, and
 //! what a thread that waits takes from the worker that it waits for.
 
+use super::idle::Outlook;
 use super::lanes::Priority;
 use super::scheduler::{Counts, Queued, Scheduler};
-use super::worker::Worker;
+use super::worker::{Rest, Worker};
 use std::sync::Arc;
 
 /// The workers are started as tasks are queued, as in an executor.
@@ -14,6 +15,16 @@ pub struct Rehearsal<T: 'static> {
     scheduler: Arc<Scheduler<T>>,
     workers: Vec<Option<Worker<T>>>,
     asleep: Vec<bool>,
+}
+
+/// What became of a worker that found nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rested {
+    /// `Work`: it is to look again; `Later`: it sleeps for [`PATIENCE`](super::PATIENCE) at most;
+    /// `Nothing`: it sleeps until it is woken.
+    pub outlook: Outlook,
+    /// The workers that were woken then.
+    pub roused: Vec<usize>,
 }
 
 /// What a worker took.
@@ -63,17 +74,30 @@ impl<T: 'static> Rehearsal<T> {
         })
     }
 
-    /// A worker that was started found nothing. True: it sleeps until it is woken; false: it is to
-    /// look again.
-    pub fn rest(&mut self, who: usize) -> Option<bool> {
+    /// A worker that was started found nothing. One that sleeps already sleeps on.
+    pub fn rest(&mut self, who: usize) -> Option<Rested> {
         self.workers.get(who)?.as_ref()?.begin_rest();
         let scheduler = &self.scheduler;
-        if !self.asleep[who] && scheduler.idle.sleep(who, || scheduler.has_work()) {
-            let tally = &scheduler.members[who].tally;
-            tally.add(&tally.parks);
-            self.asleep[who] = true;
+        if self.asleep[who] {
+            let (outlook, roused) = (Outlook::Nothing, Vec::new());
+            return Some(Rested { outlook, roused });
         }
-        Some(self.asleep[who])
+        let outlook = scheduler.sleep(who, || scheduler.outlook(who));
+        self.asleep[who] = outlook != Outlook::Work;
+        let roused = self.roused(Queued::Done);
+        Some(Rested { outlook, roused })
+    }
+
+    /// A worker has slept for as long as it would wait; whether it is awake now, and to take what it
+    /// has left to others.
+    pub fn stop_waiting(&mut self, who: usize) -> Option<bool> {
+        let worker = self.workers.get(who)?.as_ref()?;
+        let is_late = self.asleep[who] && self.scheduler.idle.stop_waiting(who);
+        if is_late {
+            self.asleep[who] = false;
+            worker.end_rest(Rest::Late, worker.begin_rest());
+        }
+        Some(is_late)
     }
 
     /// What each worker has done.

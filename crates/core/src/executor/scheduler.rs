@@ -1,6 +1,6 @@
 //! The queues, the workers that there may be, and who may work now.
 
-use super::idle::Idle;
+use super::idle::{Idle, Sleeper};
 use super::lanes::{Lanes, PRIORITY_COUNT, Priority};
 use super::worker::{Member, Worker};
 use crate::os::now_milliseconds;
@@ -16,7 +16,7 @@ const SWEEP_COUNT: usize = 1024;
 /// A forked child has none of the workers: it makes a scheduler of its own, and touches no queue of
 /// this one but to drop it.
 pub struct Scheduler<T: 'static> {
-    nodes: Vec<Lanes<T>>,
+    pub(super) nodes: Vec<Lanes<T>>,
     pub(super) members: Vec<Member<T>>,
     pub(super) idle: Idle,
     /// Workers that are not started yet.
@@ -127,7 +127,7 @@ impl<T: 'static> Scheduler<T> {
     #[inline]
     pub fn push(&self, node: usize, priority: Priority, task: T) -> Queued {
         self.nodes[node].push(priority, task);
-        self.queued()
+        self.queued(node)
     }
 
     /// Queue tasks at a node, in order, and wake whom they need.
@@ -140,12 +140,12 @@ impl<T: 'static> Scheduler<T> {
         for task in tasks {
             self.nodes[node].push(priority, task);
         }
-        self.queued()
+        self.queued(node)
     }
 
     #[inline]
-    pub(super) fn queued(&self) -> Queued {
-        self.seek();
+    pub(super) fn queued(&self, node: usize) -> Queued {
+        self.seek_at(node);
         // After the fence in `seek`: a worker that ends has seen the task, or this sees the end.
         if self.closed.load(Ordering::SeqCst) {
             return Queued::TooLate;
@@ -156,10 +156,18 @@ impl<T: 'static> Scheduler<T> {
         Queued::Done
     }
 
-    /// Wake a sleeper for what is in a queue now, if nobody looks for work.
+    /// Wake a sleeper for what is in a queue of a node now, if nobody looks for work.
     #[inline]
+    pub(super) fn seek_at(&self, node: usize) {
+        let choose = |sleepers: &[Sleeper]| self.choose(Some(node), sleepers);
+        if let Some(who) = self.idle.seek(choose) {
+            self.call(who);
+        }
+    }
+
+    /// The same for what is in any queue.
     pub(super) fn seek(&self) {
-        if let Some(who) = self.idle.seek() {
+        if let Some(who) = self.idle.seek(|sleepers| self.choose(None, sleepers)) {
             self.call(who);
         }
     }
@@ -213,7 +221,8 @@ impl<T: 'static> Scheduler<T> {
     }
 
     pub(super) fn found(&self) {
-        if let Some(who) = self.idle.found(|| self.has_work()) {
+        let choose = |sleepers: &[Sleeper]| self.choose(None, sleepers);
+        if let Some(who) = self.idle.found(|| self.has_work(), choose) {
             self.call(who);
         }
     }
@@ -312,7 +321,7 @@ impl<T: 'static> Scheduler<T> {
     }
 
     #[inline]
-    fn free_seats(&self) -> isize {
+    pub(super) fn free_seats(&self) -> isize {
         self.seats.load(Ordering::SeqCst) as isize
     }
 
@@ -415,7 +424,7 @@ impl<T: 'static> Scheduler<T> {
         closed && !self.has_tasks()
     }
 
-    fn wake_all(&self) {
+    pub(super) fn wake_all(&self) {
         for who in self.idle.wake_all() {
             self.call(who);
         }

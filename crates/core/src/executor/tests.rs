@@ -46,36 +46,86 @@ fn a_task_of_the_own_node_is_stolen_before_one_of_a_farther_node() {
     let order = [vec![0, 1, 2], vec![1, 0, 2], vec![2, 1, 0]];
     let scheduler = Scheduler::new(&[0, 0, 1, 2], &order, Box::default());
     let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
-    workers[3].push(3);
-    workers[2].push(2);
+    for task in 0..3 {
+        workers[3].push(30 + task);
+        workers[2].push(20 + task);
+    }
     workers[1].push(1);
     let order: Vec<_> = std::iter::from_fn(|| workers[0].take()).collect();
-    assert_eq!(order, [1, 2, 3]);
+    assert_eq!(order, [1, 21, 20, 31, 30]);
     let counts = scheduler.counts()[0];
     assert_eq!(counts.stolen_same_node, 1);
     assert_eq!(counts.stolen_cross_node, 2);
 }
 
 #[test]
-fn a_steal_from_afar_brings_half_of_the_fullest_deque() {
+fn a_steal_from_afar_brings_half_of_each_deque_there() {
     let order = [vec![0, 1], vec![1, 0]];
     let scheduler = Scheduler::new(&[0, 0, 1, 1], &order, Box::default());
     let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
     workers[2].push(100);
+    workers[2].push(101);
     for task in 0..7 {
         workers[3].push(task);
     }
     assert_eq!(workers[0].take(), Some(3));
-    assert_eq!(scheduler.deque_counts(), [3, 0, 1, 3]);
+    assert_eq!(scheduler.deque_counts(), [4, 0, 1, 3]);
     // The neighbour finds the rest at home, the oldest first.
     assert_eq!(workers[1].take(), Some(0));
     assert_eq!(workers[1].take(), Some(1));
+    assert_eq!(workers[0].take(), Some(100));
     assert_eq!(workers[0].take(), Some(2));
     assert_eq!(workers[3].take(), Some(6));
     let counts = scheduler.counts();
     let steals = |who: usize| (counts[who].stolen_same_node, counts[who].stolen_cross_node);
     assert_eq!((steals(0), steals(1)), ((0, 1), (2, 0)));
-    assert_eq!(counts[0].from_own, 1);
+    assert_eq!(counts[0].from_own, 2);
+}
+
+fn two_nodes() -> Arc<Scheduler<usize>> {
+    Scheduler::new(&[0, 0, 1, 1], &[vec![0, 1], vec![1, 0]], Box::default())
+}
+
+#[test]
+fn the_last_tasks_of_a_node_are_left_to_its_workers_for_a_while() {
+    let scheduler = two_nodes();
+    let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
+    for task in 0..3 {
+        workers[2].push(task);
+    }
+    assert_eq!(workers[0].take(), None);
+    assert_eq!(workers[3].take(), Some(0), "they are at home there");
+    workers[2].push(3);
+    assert_eq!(workers[0].rest(), Rest::Late);
+    assert_eq!(workers[0].take(), Some(2), "it has waited");
+    assert_eq!(workers[0].take(), Some(1), "what came along is its own");
+    assert_eq!(workers[1].take(), None, "the next one waits for itself");
+    // It takes what is not few at once, what is in lanes, and what is at its own node.
+    for task in 10..13 {
+        workers[3].push(task);
+    }
+    assert_eq!(workers[1].rest(), Rest::Work);
+    assert_eq!(workers[1].take(), Some(11));
+    let left = std::iter::from_fn(|| workers[1].take()).count();
+    assert_eq!((left, scheduler.queued_count()), (1, 2));
+    workers[0].push(20);
+    assert_eq!(workers[1].rest(), Rest::Work);
+    assert_eq!(workers[1].take(), Some(20));
+    scheduler.push(1, Priority::Background, 30);
+    assert_eq!(workers[1].rest(), Rest::Work);
+    assert_eq!(workers[1].take(), Some(12), "before one of the lowest lane");
+}
+
+#[test]
+fn nothing_is_left_to_others_once_the_scheduler_is_closed() {
+    let scheduler = two_nodes();
+    let workers: Vec<_> = (0..4).map(|who| scheduler.enter(who, 0).unwrap()).collect();
+    workers[2].push(1);
+    assert_eq!(workers[0].take(), None);
+    scheduler.close();
+    assert_eq!(workers[0].rest(), Rest::Work);
+    assert_eq!(workers[0].take(), Some(1));
+    assert_eq!(workers[0].rest(), Rest::Closed);
 }
 
 #[test]
@@ -164,6 +214,35 @@ fn fewer_may_run_than_there_are_workers_and_one_always() {
 }
 
 #[test]
+fn who_sleeps_for_the_want_of_a_seat_ends_with_the_others() {
+    let scheduler = one_node(2);
+    scheduler.allow(1);
+    let worker = scheduler.enter(0, 0).unwrap();
+    assert!(worker.take_seat());
+    scheduler.push(0, Priority::Normal, 1);
+    let (tell, told) = std::sync::mpsc::channel();
+    let other = Arc::clone(&scheduler);
+    let thread = std::thread::spawn(move || {
+        let worker = other.enter(1, 0).unwrap();
+        tell.send(worker.rest()).unwrap();
+    });
+    let parks = |count| {
+        while scheduler.counts()[1].parks < count {
+            std::thread::yield_now();
+        }
+    };
+    parks(1);
+    scheduler.close(); // wakes it, and it sleeps again: there is a task, and no seat
+    parks(2);
+    assert_eq!(worker.take(), Some(1));
+    worker.leave_seat();
+    assert_eq!(worker.rest(), Rest::Closed);
+    let end = told.recv_timeout(std::time::Duration::from_secs(30));
+    assert_eq!(end, Ok(Rest::Closed));
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_task_is_taken_once_or_cancelled() {
     let task = Task::new("call");
     assert_eq!(task.stage(), Stage::Pending);
@@ -206,8 +285,7 @@ fn an_empty_task_is_taken_once_it_is_filled() {
 #[test]
 fn every_task_is_run_once() {
     const EACH: usize = 20_000;
-    for workers in [1, 2, 4] {
-        let scheduler = one_node(workers);
+    for scheduler in [one_node(1), one_node(2), one_node(4), two_nodes()] {
         let ran = Arc::new(AtomicUsize::new(0));
         let run = |who: usize| {
             let scheduler = Arc::clone(&scheduler);

@@ -1,6 +1,8 @@
 //! One worker: its deque, where it looks for tasks, and how it rests.
 
+use super::idle::Outlook;
 use super::lanes::Priority;
+use super::patience::PATIENCE;
 use super::scheduler::{Counts, Queued, Scheduler};
 use crate::os::now_nanoseconds;
 use crate::sync::parker::{Parked, Parker};
@@ -8,6 +10,7 @@ use crate::sync::{AtomicU64, Lock, Ordering, spin};
 use crossbeam_deque::{Steal, Stealer, Worker as Deque};
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One look in so many goes to the own node's lanes before the own deque, so that a task that queues
 /// its own successor does not keep others out.
@@ -16,16 +19,16 @@ const FAIR_TURNS: u32 = 61;
 /// sleep and being woken cost, so that looking in vain never costs more than twice what it may save.
 const SHORTEST_LOOK_NANOSECONDS: u64 = 2_000;
 const LONGEST_LOOK_NANOSECONDS: u64 = 50_000;
-/// Tasks that one steal from another node brings, at most.
+/// Tasks that one steal from another node brings besides the one that is run, at most.
 const MOST_BROUGHT: usize = 32;
 /// A sleep that a look of the longest kind might have spared, its end included.
 const SHORT_SLEEP_NANOSECONDS: u64 = 100_000;
 
 /// What others see of a worker.
 pub(super) struct Member<T: 'static> {
-    node: usize,
+    pub(super) node: usize,
     /// All nodes by distance from its own, itself first.
-    order: Vec<usize>,
+    pub(super) order: Vec<usize>,
     /// The workers of each of these nodes, itself too.
     neighbours: Vec<Vec<usize>>,
     /// Until its thread enters. The number changes when a start is taken back, so that a thread
@@ -117,6 +120,8 @@ impl Tally {
 pub enum Rest {
     /// There is something to look for.
     Work,
+    /// There is something that it has left to another node's workers for long enough.
+    Late,
     /// The scheduler is closed and nothing is queued: the worker is to end.
     Closed,
 }
@@ -130,6 +135,8 @@ pub struct Worker<T: 'static> {
     /// How long to look before sleeping: longer while sleeps are short.
     look_nanoseconds: Cell<u64>,
     searching: Cell<bool>,
+    /// Whether it has left what is on other nodes to their workers for long enough.
+    is_late: Cell<bool>,
 }
 
 impl<T: 'static> Worker<T> {
@@ -148,6 +155,7 @@ impl<T: 'static> Worker<T> {
             turn: Cell::new(0),
             look_nanoseconds: Cell::new(SHORTEST_LOOK_NANOSECONDS),
             searching: Cell::new(true),
+            is_late: Cell::new(false),
         })
     }
 
@@ -175,7 +183,7 @@ impl<T: 'static> Worker<T> {
     #[inline]
     pub fn push(&self, task: T) -> Queued {
         self.deque.push(task);
-        self.scheduler.queued()
+        self.scheduler.queued(self.node())
     }
 
     /// Take the task that was pushed last out of the deque, if it is the one that `is_it`.
@@ -188,7 +196,7 @@ impl<T: 'static> Worker<T> {
         self.deque.push(task);
         // Whoever looked while it was nowhere to be seen may sleep now.
         if self.deque.len() == 1 {
-            self.scheduler.seek();
+            self.scheduler.seek_at(self.node());
         }
         None
     }
@@ -197,6 +205,7 @@ impl<T: 'static> Worker<T> {
     #[inline]
     pub fn take(&self) -> Option<T> {
         let task = self.look();
+        self.is_late.set(false);
         if task.is_some() && self.searching.replace(false) {
             self.scheduler.found();
         }
@@ -237,6 +246,7 @@ impl<T: 'static> Worker<T> {
             }
             let stolen = match distance {
                 0 => self.steal_at_home(),
+                _ if self.leaves(*node) => None,
                 _ => self.steal_from_afar(distance),
             };
             if stolen.is_some() {
@@ -251,6 +261,11 @@ impl<T: 'static> Worker<T> {
             tally.step(&tally.from_lanes);
         }
         last
+    }
+
+    /// Whether it leaves what is queued at another node to the workers there.
+    fn leaves(&self, node: usize) -> bool {
+        !self.is_late.get() && self.scheduler.is_left(node) && !self.scheduler.has_lane_tasks()
     }
 
     /// The workers of a node, by its place in the order. Where they begin changes each time.
@@ -271,29 +286,36 @@ impl<T: 'static> Worker<T> {
         Some(task)
     }
 
-    /// The older half of what the worker with most has on another node: one task to run, the rest
-    /// in the own deque, where the neighbours find it.
+    /// The older half of what each worker of another node has, first of the one with most: one task
+    /// to run, the rest in the own deque, where the neighbours find it.
     fn steal_from_afar(&self, distance: usize) -> Option<T> {
-        let task = loop {
+        let stealer = |who: usize| &self.scheduler.members[who].stealer;
+        let (task, victim) = loop {
             let (count, from) = self
                 .neighbours(distance)
-                .map(|who| &self.scheduler.members[who].stealer)
-                .map(|stealer| (stealer.len(), stealer))
+                .map(|who| (stealer(who).len(), who))
                 .max_by_key(|(count, _)| *count)?;
             if count == 0 {
                 return None;
             }
-            match from.steal_batch_with_limit_and_pop(&self.deque, MOST_BROUGHT) {
-                Steal::Success(task) => break task,
+            match stealer(from).steal_batch_with_limit_and_pop(&self.deque, MOST_BROUGHT) {
+                Steal::Success(task) => break (task, from),
                 Steal::Empty | Steal::Retry => std::hint::spin_loop(),
             }
         };
+        for who in self.member().neighbours[distance].iter().copied() {
+            let room = MOST_BROUGHT.saturating_sub(self.deque.len());
+            // The last one of a deque stays where it is; what another thief is quicker at, too.
+            if who != victim && room > 0 && stealer(who).len() > 1 {
+                let _ = stealer(who).steal_batch_with_limit(&self.deque, room);
+            }
+        }
         let tally = &self.member().tally;
         tally.step(&tally.stolen_cross_node);
         // For a moment the rest was nowhere to be seen, and whoever looked may sleep now. One who
         // counts as looking wakes the next by that.
         if !self.searching.get() && !self.deque.is_empty() {
-            self.scheduler.seek();
+            self.scheduler.seek_at(self.node());
         }
         Some(task)
     }
@@ -336,6 +358,7 @@ impl<T: 'static> Worker<T> {
     /// What came of [`Scheduler::rest`].
     pub fn end_rest(&self, rest: Rest, look_nanoseconds: u64) {
         self.look_nanoseconds.set(look_nanoseconds);
+        self.is_late.set(rest == Rest::Late);
         if rest == Rest::Closed {
             self.searching.set(false);
         }
@@ -374,30 +397,73 @@ impl<T: 'static> Scheduler<T> {
     ///
     /// Source: Karlin, Li, Manasse and Owicki, Empirical studies of competitive spinning, SOSP 1991.
     pub fn rest(&self, who: usize, look_nanoseconds: &mut u64) -> Rest {
-        let is_due = || self.has_work() || self.is_done();
+        let outlook = || match self.outlook(who) {
+            Outlook::Work => Outlook::Work,
+            _ if self.is_done() => Outlook::Work,
+            other => other,
+        };
         loop {
-            let found = look_for(*look_nanoseconds, is_due);
-            if !found && self.idle.sleep(who, is_due) {
-                let member = &self.members[who];
-                member.tally.step(&member.tally.parks);
-                let since = now_nanoseconds();
-                while member.parker.park(None) != Parked::Called {}
-                member.parker.rearm();
-                // A look more would have spared a short sleep, and none a long one.
-                *look_nanoseconds = if now_nanoseconds() - since < SHORT_SLEEP_NANOSECONDS {
-                    (*look_nanoseconds * 2).min(LONGEST_LOOK_NANOSECONDS)
-                } else {
-                    (*look_nanoseconds / 2).max(SHORTEST_LOOK_NANOSECONDS)
-                };
+            if !look_for(*look_nanoseconds, || outlook() == Outlook::Work) {
+                let kind = self.sleep(who, outlook);
+                if kind != Outlook::Work {
+                    let since = now_nanoseconds();
+                    let is_late = self.park(who, kind);
+                    // A look more would have spared a short sleep, and none a long one.
+                    *look_nanoseconds = if now_nanoseconds() - since < SHORT_SLEEP_NANOSECONDS {
+                        (*look_nanoseconds * 2).min(LONGEST_LOOK_NANOSECONDS)
+                    } else {
+                        (*look_nanoseconds / 2).max(SHORTEST_LOOK_NANOSECONDS)
+                    };
+                    if is_late && self.has_work() {
+                        return Rest::Late;
+                    }
+                }
             }
-            if self.has_work() {
+            if self.outlook(who) == Outlook::Work {
                 return Rest::Work;
             }
             if self.is_done() {
                 self.found();
+                // Who slept for the want of a seat has nothing left to wait for.
+                self.wake_all();
                 return Rest::Closed;
             }
         }
+    }
+
+    /// As [`Idle::sleep`]; counted, if it sleeps.
+    pub(super) fn sleep(&self, who: usize, outlook: impl Fn() -> Outlook) -> Outlook {
+        let outlook = self.idle.sleep(who, outlook);
+        if outlook != Outlook::Work {
+            let tally = &self.members[who].tally;
+            tally.step(&tally.parks);
+        }
+        if outlook == Outlook::Later {
+            // Those whom it is left to may sleep: they were not woken while this one looked.
+            self.seek();
+        }
+        outlook
+    }
+
+    /// Park until called, or for a while; whether that is over.
+    fn park(&self, who: usize, outlook: Outlook) -> bool {
+        let parker = &self.members[who].parker;
+        let mut patience = (outlook == Outlook::Later).then_some(PATIENCE);
+        let until = now_nanoseconds() + PATIENCE.as_nanos() as u64;
+        loop {
+            match parker.park(patience) {
+                Parked::Called => break,
+                Parked::TimedOut if self.idle.stop_waiting(who) => return true,
+                Parked::TimedOut => patience = None, // it is being called
+                Parked::Interrupted if patience.is_some() => {
+                    let left = until.saturating_sub(now_nanoseconds());
+                    patience = Some(Duration::from_nanos(left));
+                }
+                Parked::Interrupted => {}
+            }
+        }
+        parker.rearm();
+        false
     }
 }
 

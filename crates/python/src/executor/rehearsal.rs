@@ -2,7 +2,8 @@
 
 use super::pool::counts_by_worker;
 use crate::errors::InvalidArgument;
-use moirai_core::executor;
+use moirai_core::executor::idle::Outlook;
+use moirai_core::executor::{self, PATIENCE};
 use moirai_core::sync::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -74,10 +75,22 @@ impl Rehearsal {
         Ok((taken.task, taken.brought, taken.roused))
     }
 
-    /// A worker found nothing: whether it sleeps until it is woken; else it is to look again.
-    fn rest(&self, worker: usize) -> PyResult<bool> {
-        let sleeps = self.steps().rest(worker);
-        sleeps.ok_or_else(|| not_started(worker))
+    /// A worker found nothing: for how many seconds it sleeps at most, and who is woken then.
+    fn rest(&self, worker: usize) -> PyResult<(f64, Vec<usize>)> {
+        let rested = self.steps().rest(worker);
+        let rested = rested.ok_or_else(|| not_started(worker))?;
+        let seconds = match rested.outlook {
+            Outlook::Work => 0.0,
+            Outlook::Later => PATIENCE.as_secs_f64(),
+            Outlook::Nothing => f64::INFINITY,
+        };
+        Ok((seconds, rested.roused))
+    }
+
+    /// A worker slept for as long as it would; whether nobody woke it, so that it looks now.
+    fn stop_waiting(&self, worker: usize) -> PyResult<bool> {
+        let is_late = self.steps().stop_waiting(worker);
+        is_late.ok_or_else(|| not_started(worker))
     }
 
     /// What each worker has done.
