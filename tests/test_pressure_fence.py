@@ -104,6 +104,52 @@ assert resource.getrlimit(resource.RLIMIT_DATA) == own
     )
 
 
+def test_a_limit_that_is_set_between_two_runs_stays_too(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+sampler = fenced(4096)
+with sampler:
+    pass
+own = (900 * MIB, before[1])
+resource.setrlimit(resource.RLIMIT_DATA, own)
+with sampler:
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= own[0]
+assert resource.getrlimit(resource.RLIMIT_DATA) == own
+"""
+    )
+
+
+def test_a_process_has_one_fence_at_most(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+import os
+from moirai.errors import Unsupported
+
+first, second = fenced(256), fenced(256)
+with first:
+    try:
+        second.start()
+    except Unsupported as refusal:
+        assert str(refusal).startswith("fence: this process has one already"), refusal
+    else:
+        raise AssertionError("there are two")
+    child = os.fork()
+    if child == 0:  # where the first stands too, until it is stopped
+        first.stop()
+        with second:
+            good = resource.getrlimit(resource.RLIMIT_DATA) != before
+        good = good and resource.getrlimit(resource.RLIMIT_DATA) == before
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+with second:
+    assert resource.getrlimit(resource.RLIMIT_DATA) != before
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+"""
+    )
+
+
 def test_a_forked_child_has_a_fence_of_its_own(run_python: Runner) -> None:
     run_python(
         HEAD
@@ -198,6 +244,7 @@ def test_a_fence_is_checked_and_says_what_it_is() -> None:
     assert repr(Fence(margin_bytes="1 KiB")) == "Fence(margin_bytes=1024, ledger=None)"
     with pytest.raises(InvalidArgument, match="margin_bytes: must be at least 0, got -1"):
         Fence(margin_bytes=-1)
+    assert Fence(ledger=b"/tmp/x").ledger == "/tmp/x"  # type: ignore[arg-type]
     assert Fence.default_ledger("a") != Fence.default_ledger("b")
 
 

@@ -5,7 +5,7 @@
 //! short lock, or sleep until the next sample. A forked child has no such thread: its sampler is
 //! stopped until `start` makes another, with files of the child's own.
 
-use super::fence::{self, Fence, FenceSettings};
+use super::fence::{Fence, FenceSettings};
 use super::source::{Sample, Source};
 use crate::error::{Error, Result};
 use crate::os::{self, WaitEnd};
@@ -13,7 +13,7 @@ use crate::resource::fork::{self, ForkLocks};
 use crate::sync::{AtomicU32, Lock, Ordering};
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Share of the time to the limit after which to look again.
@@ -97,8 +97,6 @@ struct Run {
 /// Samples on a thread of its own; any number of threads may ask it at once.
 pub struct Sampler {
     settings: SamplerSettings,
-    /// The soft `RLIMIT_DATA` before the first fence.
-    data_limit_before: OnceLock<Option<u64>>,
     run: Arc<Lock<Option<Arc<Run>>>>,
 }
 
@@ -108,11 +106,7 @@ impl Sampler {
         let run = Arc::new(Lock::new(None));
         let locks: Weak<dyn ForkLocks> = Arc::downgrade(&run) as Weak<dyn ForkLocks>;
         fork::register(locks);
-        Sampler {
-            settings,
-            data_limit_before: OnceLock::new(),
-            run,
-        }
+        Sampler { settings, run }
     }
 
     fn current(&self) -> Option<Arc<Run>> {
@@ -145,10 +139,13 @@ impl Sampler {
         );
         let mut fence = None;
         if let Some(asked) = &settings.fence {
-            // In a child the soft limit is where its parent's fence stood.
-            let before = *self.data_limit_before.get_or_init(fence::soft_limit);
-            source.set_fenced(before);
-            fence = Some(Fence::new(asked.clone(), before));
+            let Some(made) = Fence::new(asked.clone()) else {
+                return Err(Error::unsupported(
+                    "fence: this process has one already: stop the sampler that keeps it",
+                ));
+            };
+            source.set_fenced(made.before());
+            fence = Some(made);
         }
         let Some(first) = source.read() else {
             return Err(Error::unsupported(format!(
