@@ -60,6 +60,8 @@ def test_replay_draws_to_a_file_with_matplotlib(capsys, tmp_path):
         ("a,b\n1,2\n", "expected the columns t_seconds and used_bytes"),
         ("t_seconds,used_bytes,limit_bytes\n", "expected at least one line"),
         ("t_seconds,used_bytes\n1,two\n", r"trace.csv:2: could not convert"),
+        ("t_seconds,used_bytes\n1,nan\n", "expected finite numbers of at least 0, got [1.0, nan"),
+        ("t_seconds,used_bytes,limit_bytes\n1,2,-3\n", "expected finite numbers of at least 0"),
         ("", "got none"),
     ],
 )
@@ -80,7 +82,7 @@ def test_a_missing_file_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize("text", ["0,1000,\n", "0,1000,0\n1,1000,0\n", "5,0,0\n"])
 def test_short_recordings_without_a_limit_are_drawn(text, capsys, tmp_path):
     path = tmp_path / "trace.csv"
-    path.write_text("t_seconds,used_bytes,limit_bytes\n" + text)
+    path.write_text("\ufefft_seconds,used_bytes,limit_bytes\n" + text, encoding="utf-8")
 
     assert cli.main(["pressure", "replay", str(path)]) == 0
 

@@ -241,7 +241,7 @@ def test_a_process_that_is_gone_is_said_to_be(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"process_id": 0}, "process_id: must be at least 1, got 0"),
+        ({"process_id": 0}, "process_id: must be from 1 to 2147483647, got 0"),
         ({"budget_bytes": -1}, "budget_bytes: must be at least 0, got -1"),
         ({"budget_bytes": "much"}, "budget_bytes: must be a number of bytes"),
     ],
@@ -267,6 +267,9 @@ def test_a_recording_is_read_sample_by_sample(tmp_path: Path) -> None:
 
 def test_a_recording_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
+    path.write_text("t_seconds,rss_bytes,limit_bytes\n0.0,inf,10\n")
+    with pytest.raises(InvalidArgument, match=r"line 2 of .* must have numbers"):
+        TraceSource(path)
     path.write_text("t_seconds,rss_bytes\n0.0,10\n")
     with pytest.raises(InvalidArgument, match=r"line 2 of .* must have numbers"):
         TraceSource(path)

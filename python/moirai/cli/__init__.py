@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; what is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except KeyboardInterrupt:  # Before the command could say what it does then.
+        return 130
 
 
 def _help() -> str:
