@@ -87,6 +87,8 @@ class ConcurrencyCap:
 
     def __init__(self, maximum: int) -> None:
         """Allow `maximum` pieces of work until there is pressure; at least 1."""
+        if not isinstance(maximum, int) or isinstance(maximum, bool):
+            raise TypeError(f"maximum: must be an int, got {type(maximum).__name__}")
         if maximum < 1:
             raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
         self._rhythm = Rhythm(maximum)
