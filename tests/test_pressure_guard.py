@@ -539,6 +539,27 @@ def test_who_waits_for_the_cap_is_let_in_when_it_rises() -> None:
     assert cap.in_flight == 2
 
 
+def test_a_forked_child_has_nothing_in_flight(run_python: Callable[..., str]) -> None:
+    run_python(
+        """
+import os
+from moirai.pressure import ConcurrencyCap
+
+cap = ConcurrencyCap(1)
+with cap.slot():
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        assert cap.in_flight == 1
+    else:
+        assert cap.in_flight == 0
+        assert cap.try_acquire()
+if child == 0:
+    os._exit(0 if cap.in_flight == 1 else 1)
+"""
+    )
+
+
 def test_a_guard_moves_its_caps() -> None:
     program = Program(used_mib=850)
     guard = program.guard()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -92,10 +94,11 @@ class ConcurrencyCap:
         if maximum < 1:
             raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
         self._rhythm = Rhythm(maximum)
-        self.after_fork()
+        self._renew()
+        _caps.add(self)
 
-    def after_fork(self) -> None:
-        """Forget the work and the waiters of the process that this one was forked from."""
+    def _renew(self) -> None:
+        """Forget the work and the waiters, in a child those of its parent."""
         self._in_flight = 0
         self._condition = threading.Condition()
 
@@ -157,10 +160,12 @@ class ConcurrencyCap:
     def slot(self, *, timeout_seconds: float | None = None) -> Iterator[None]:
         """Hold a piece of work's place for the `with` block."""
         self.acquire(timeout_seconds=timeout_seconds)
+        condition = self._condition
         try:
             yield
         finally:
-            self.release()
+            if condition is self._condition:  # Else this is a child, and the place its parent's.
+                self.release()
 
     def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
         """Take the state of the memory into account; a guard calls this at each sample."""
@@ -169,3 +174,14 @@ class ConcurrencyCap:
             self._rhythm.adapt(time_seconds, self._in_flight, under_pressure=under_pressure)
             if self.limit > before:
                 self._condition.notify()
+
+
+_caps: weakref.WeakSet[ConcurrencyCap] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cap in list(_caps):
+        cap._renew()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

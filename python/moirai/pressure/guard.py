@@ -618,8 +618,6 @@ class Guard:
     def _after_fork(self) -> None:
         self._renew_threads()
         self._busy.clear()
-        for cap in self._caps:
-            cap.after_fork()
         self._executors.after_fork()
         if isinstance(self._forecaster, LateForecaster):
             self._forecaster.after_fork()
