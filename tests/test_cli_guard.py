@@ -61,6 +61,23 @@ def test_the_summary_says_what_the_guard_did(tmp_path: Path) -> None:
     assert content["guarded"]["alarms"] is None  # no room for NumPy, so no forecasts
 
 
+def test_the_summary_of_a_short_program_says_its_limit(tmp_path: Path) -> None:
+    options = ["--limit", "300MiB", "--guard", "--summary", "json"]
+    done = execute("run", *options, "-c", "pass", cwd=tmp_path)
+
+    guarded = json.loads(done.stderr.splitlines()[-1])["guarded"]
+    assert (guarded["limit_bytes"], guarded["bound"]) == (300 * MIB, "budget")
+    assert guarded["used_bytes"] > 0
+
+
+def test_a_limit_without_room_is_named(tmp_path: Path) -> None:
+    done = execute("run", "--limit", "9MiB", "--guard", "-c", "print('ran')", cwd=tmp_path)
+
+    assert done.stdout == "ran\n"
+    assert "nothing guards the limit: InvalidArgument: limit: must leave room" in done.stderr
+    assert "got 9437184 bytes, of which" in done.stderr
+
+
 def test_the_summary_says_what_became_of_forecasts(tmp_path: Path) -> None:
     code = """
 import numpy

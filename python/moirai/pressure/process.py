@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from moirai import _native
-from moirai.errors import Closed, InvalidArgument
+from moirai.errors import Closed, InvalidArgument, OutOfMemory
 from moirai.pressure.fence import Fence, sweep_ledgers
 from moirai.pressure.guard import Guard
 from moirai.pressure.leader import Leader, sweep_leaders
@@ -83,7 +83,16 @@ def _start(
     guard = Guard(sampler, **options)
     sweep_ledgers()
     sweep_leaders()
-    guard.start()
+    try:
+        guard.start()
+    except OutOfMemory:
+        if standing is None:
+            raise
+        sample = Source(root=root, budget_bytes=budget, budget_process_id=main_process_id).read()
+        raise InvalidArgument(
+            f"limit: must leave room behind the fence, got {sample.limit_bytes} bytes, of which "
+            f"{sample.without_cache_bytes} are in use, and {standing.margin_bytes} to stay free"
+        ) from None
     _current = guard
     _notices = _listen(guard)
     _leader = leader
