@@ -201,6 +201,45 @@ with fenced(512, ledger=ledger) as sampler:
     )
 
 
+def test_processes_that_grow_at_once_keep_to_their_budget_together(
+    run_python: Runner, tmp_path: Path
+) -> None:
+    run_python(
+        HEAD
+        + f"""
+import os
+
+ledger = {str(tmp_path / "ledger")!r}
+with fenced(256, ledger=ledger) as sampler:
+    (go, begin), (full, said) = os.pipe(), os.pipe()
+    for _ in range(3):
+        if os.fork() == 0:
+            os.write(said, b"x")
+            os.read(go, 1)
+            kept = []
+            try:
+                while len(kept) < 1024:
+                    kept.append(bytearray(b"x" * MIB))
+            except MemoryError:
+                os.write(said, b"x")
+            os.read(go, 1)
+            os._exit(0)
+    for _ in range(3): os.read(full, 1)  # they are there
+    os.write(begin, b"xxx")
+    for _ in range(3): os.read(full, 1)  # each had all that it could
+    pss = [
+        int(line.split()[1])
+        for name in [os.getpid(), *open("/proc/self/task/%d/children" % os.getpid()).read().split()]
+        for line in open(f"/proc/{{name}}/smaps_rollup") if line.startswith("Pss:")
+    ]
+    os.write(begin, b"xxx")
+    assert len(pss) == 4
+    assert 128 * MIB <= 1024 * sum(pss) - used <= 400 * MIB, pss
+    for _ in range(3): os.wait()
+"""
+    )
+
+
 def test_threads_start_and_work_behind_the_fence(run_python: Runner) -> None:
     run_python(
         HEAD

@@ -105,6 +105,20 @@ def test_where_the_kernel_slows_down_is_a_limit_too(tree: Tree) -> None:
     assert (sample.bound, sample.limit_bytes) == ("cgroup high", 512 * MIB)
 
 
+def test_where_the_kernel_kills_is_a_limit_besides_where_it_slows_down(tree: Tree) -> None:
+    tree.join_v2("/a")
+    tree.v2("a", current_mib=100, maximum_mib=1024, high_mib=512)
+    source = Source(root=tree.root)
+    source.read()
+
+    limits = [(bound.kind, bound.limit_bytes) for bound in source.bounds()]
+    assert limits[:2] == [("cgroup high", 512 * MIB), ("cgroup", 1024 * MIB)]
+    # A fence stands before the one that kills, whatever the machine has.
+    tree.v2("a", current_mib=100, maximum_mib=512, high_mib=1024)
+    source.read()
+    assert [bound.kind for bound in source.bounds()] == ["cgroup", "host"]
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_without_a_limit_of_its_group_the_machine_is_the_limit(tree: Tree, version: int) -> None:
     if version == 1:

@@ -212,6 +212,11 @@ impl Source {
         self.read_fully(os::now_nanoseconds(), true)
     }
 
+    /// Have the next glance read everything: others have come or gone.
+    pub(super) fn look_again(&mut self) {
+        self.full_at = None;
+    }
+
     /// Read what is near; more once a second. `None` if the process is gone.
     pub fn glance(&mut self) -> Option<Sample> {
         let now = os::now_nanoseconds();
@@ -297,13 +302,20 @@ impl Source {
             } else {
                 Kind::Group
             };
-            self.bounds.push(Bound {
-                kind,
-                folder: Some(Arc::clone(&group.folder)),
-                used: group.used,
-                without_cache: group.without_cache,
-                limit,
-            });
+            let mut push = |kind, limit| {
+                self.bounds.push(Bound {
+                    kind,
+                    folder: Some(Arc::clone(&group.folder)),
+                    used: group.used,
+                    without_cache: group.without_cache,
+                    limit,
+                });
+            };
+            push(kind, limit);
+            // A fence stands where the kernel kills, not where it slows down.
+            if let Some(deadly) = group.deadly {
+                push(Kind::Group, deadly);
+            }
         }
     }
 
@@ -358,6 +370,9 @@ impl Source {
             });
             self.bounds.extend(bound);
         };
+        if depth == Depth::Near && self.budget.is_some() {
+            self.family.follow(&self.process, now);
+        }
         let (own, children) = match self.budget {
             Some(_) => self.family.bytes(resident),
             None => (resident, 0),
