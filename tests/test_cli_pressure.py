@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,17 @@ def test_short_recordings_without_a_limit_are_drawn(text, capsys, tmp_path):
     assert cli.main(["pressure", "replay", str(path)]) == 0
 
     assert "alarms: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pressure", "--help"], ["pressure", "watch", "--count", "1"]]
+)
+def test_a_terminal_without_the_signs_is_written_to(arguments):
+    command = [sys.executable, "-m", "moirai", *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
 
 
 def test_an_unknown_subcommand_is_refused(capsys):
