@@ -685,6 +685,15 @@ def test_numbers_are_checked() -> None:
         Sampler(budget_process_id=-1)
     with pytest.raises(TypeError, match="maximum: must be an int, got float"):
         ConcurrencyCap(1.5)  # type: ignore[arg-type]
+    for seconds in (-1, float("nan"), 1e300):
+        with pytest.raises(InvalidArgument, match="timeout_seconds: must be None or a number from"):
+            ConcurrencyCap(1).acquire(timeout_seconds=seconds)
+    with pytest.raises(TypeError, match="thresholds: must be Thresholds, got int"):
+        Guard(Program(), thresholds=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="registry: must be Registry, got list"):
+        Guard(Program(), registry=[])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match='forecaster: must be "default", a forecaster'):
+        Guard(Program(), forecaster=5)  # type: ignore[arg-type]
 
 
 def watched(registry: Registry, tree_root: object, **options: object) -> Guard:

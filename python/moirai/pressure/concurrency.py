@@ -134,8 +134,13 @@ class ConcurrencyCap:
         """Begin a piece of work as soon as one more is allowed.
 
         Raises:
+            InvalidArgument: The time is no number from 0 to 1e9.
             Timeout: The time has passed; nothing was begun.
         """
+        if timeout_seconds is not None and not 0 <= timeout_seconds <= 1e9:
+            raise InvalidArgument(
+                f"timeout_seconds: must be None or a number from 0 to 1e9, got {timeout_seconds}"
+            )
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._condition:
             while self._in_flight >= self._rhythm.limit:

@@ -124,7 +124,7 @@ class Guard:
 
         Raises:
             InvalidArgument: A number is outside its range.
-            TypeError: What is to be called cannot be.
+            TypeError: What is to be called cannot be, or an argument is of another kind.
         """
         listeners = {
             "on_stage": on_stage, "on_action": on_action, "on_stall": on_stall, "leads": leads
@@ -132,6 +132,13 @@ class Guard:
         for name, listener in listeners.items():
             if listener is not None and not callable(listener):
                 raise TypeError(f"{name}: must be callable or None, got {type(listener).__name__}")
+        kinds = (
+            ("thresholds", thresholds or Thresholds(), Thresholds),
+            ("registry", registry, Registry),
+        )
+        for name, given, kind in kinds:
+            if not isinstance(given, kind):
+                raise TypeError(f"{name}: must be {kind.__name__}, got {type(given).__name__}")
         if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
             raise InvalidArgument(
                 "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
@@ -144,7 +151,7 @@ class Guard:
         self._forecaster: Forecasts | None = None
         if forecaster == "default":
             self._forecaster = LateForecaster(in_background=isinstance(self.source, Sampler))
-        elif not isinstance(forecaster, str):
+        elif forecaster is None or hasattr(forecaster, "observe"):
             self._forecaster = forecaster
         else:
             raise InvalidArgument(
