@@ -93,6 +93,17 @@ while guard.forecaster is None:
     assert "alarms 0: 0 true, 0 false" in done.stderr
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "0"), ("64MiB", "64MiB")])
+def test_no_memory_is_mapped_ahead_of_the_fence(
+    given: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("MIMALLOC_ARENA_RESERVE", given)
+    show = "import os; print(os.environ['MIMALLOC_ARENA_RESERVE'])"
+    done = execute("run", "--guard", "--summary", "none", "-c", show, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{found}\n")
+
+
 def test_without_the_option_nothing_is_guarded(tmp_path: Path) -> None:
     done = execute("run", "--summary", "json", "-c", "import sys; print(sys.modules)", cwd=tmp_path)
     assert "moirai.pressure" not in done.stdout

@@ -234,7 +234,7 @@ with fenced(256, ledger=ledger) as sampler:
     ]
     os.write(begin, b"xxx")
     assert len(pss) == 4
-    assert 128 * MIB <= 1024 * sum(pss) - used <= 400 * MIB, pss
+    assert 64 * MIB <= 1024 * sum(pss) - used <= 400 * MIB, pss
     for _ in range(3): os.wait()
 """
     )
