@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,36 @@ def test_where_the_kernel_slows_down_is_a_limit_too(tree: Tree) -> None:
     sample = read(tree)
 
     assert (sample.bound, sample.limit_bytes) == ("cgroup high", 512 * MIB)
+
+
+def test_a_fork_waits_for_a_reading_that_is_under_way(run_python: Callable[..., str]) -> None:
+    run_python(
+        """
+import os, signal, threading
+from moirai.pressure import Source
+
+source, stopping = Source(), []
+
+def read():
+    while not stopping:
+        source.read()
+
+threads = [threading.Thread(target=read) for _ in range(2)]
+for thread in threads: thread.start()
+ends = []
+for _ in range(30):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        source.read()
+        os._exit(0)
+    ends.append(os.waitpid(child, 0)[1])
+    if ends[-1]: break
+stopping.append(1)
+for thread in threads: thread.join()
+assert set(ends) == {0}, ends
+"""
+    )
 
 
 def test_where_the_kernel_kills_is_a_limit_besides_where_it_slows_down(tree: Tree) -> None:

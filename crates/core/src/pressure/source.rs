@@ -10,8 +10,10 @@ use super::cgroup::{self, Group, Shortage};
 use super::family::Family;
 use super::kept::{Kept, Page, fields, number, words};
 use crate::os;
+use crate::resource::fork::{self, ForkLocks};
+use crate::sync::Lock;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Time after which a glance becomes a full reading.
 const FULL_NANOSECONDS: u64 = 1_000_000_000;
@@ -153,6 +155,30 @@ pub struct Source {
     is_calm: bool,
     least_room: u64,
     bounds: Vec<Bound>,
+}
+
+/// A source that any number of threads read in turn. A fork waits for a reading that is under way: a
+/// child would else wait for its end for ever.
+pub struct SharedSource(Arc<Lock<Source>>);
+
+impl SharedSource {
+    /// Share a source.
+    pub fn new(source: Source) -> Self {
+        let lock = Arc::new(Lock::new(source));
+        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&lock) as Weak<dyn ForkLocks>;
+        fork::register(locks);
+        SharedSource(lock)
+    }
+
+    /// See [`Source::read`].
+    pub fn read(&self) -> Option<Sample> {
+        self.0.lock().read()
+    }
+
+    /// See [`Source::bounds`].
+    pub fn bounds(&self) -> Vec<Bound> {
+        self.0.lock().bounds().to_vec()
+    }
 }
 
 impl Source {
