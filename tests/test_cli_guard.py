@@ -61,6 +61,23 @@ def test_the_summary_says_what_the_guard_did(tmp_path: Path) -> None:
     assert content["guarded"]["alarms"] is None  # no room for NumPy, so no forecasts
 
 
+def test_the_summary_of_a_short_program_says_its_limit(tmp_path: Path) -> None:
+    options = ["--limit", "300MiB", "--guard", "--summary", "json"]
+    done = execute("run", *options, "-c", "pass", cwd=tmp_path)
+
+    guarded = json.loads(done.stderr.splitlines()[-1])["guarded"]
+    assert (guarded["limit_bytes"], guarded["bound"]) == (300 * MIB, "budget")
+    assert guarded["used_bytes"] > 0
+
+
+def test_a_limit_without_room_is_named(tmp_path: Path) -> None:
+    done = execute("run", "--limit", "9MiB", "--guard", "-c", "print('ran')", cwd=tmp_path)
+
+    assert done.stdout == "ran\n"
+    assert "nothing guards the limit: InvalidArgument: limit: must leave room" in done.stderr
+    assert "got 9437184 bytes, of which" in done.stderr
+
+
 def test_the_summary_says_what_became_of_forecasts(tmp_path: Path) -> None:
     code = """
 import numpy
@@ -74,6 +91,17 @@ while guard.forecaster is None:
     done = execute("run", "--limit", "1GiB", "--guard", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "alarms 0: 0 true, 0 false" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "0"), ("64MiB", "64MiB")])
+def test_no_memory_is_mapped_ahead_of_the_fence(
+    given: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("MIMALLOC_ARENA_RESERVE", given)
+    show = "import os; print(os.environ['MIMALLOC_ARENA_RESERVE'])"
+    done = execute("run", "--guard", "--summary", "none", "-c", show, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{found}\n")
 
 
 def test_without_the_option_nothing_is_guarded(tmp_path: Path) -> None:

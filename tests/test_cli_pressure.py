@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,8 @@ def test_replay_draws_to_a_file_with_matplotlib(capsys, tmp_path):
         ("a,b\n1,2\n", "expected the columns t_seconds and used_bytes"),
         ("t_seconds,used_bytes,limit_bytes\n", "expected at least one line"),
         ("t_seconds,used_bytes\n1,two\n", r"trace.csv:2: could not convert"),
+        ("t_seconds,used_bytes\n1,nan\n", "expected finite numbers of at least 0, got [1.0, nan"),
+        ("t_seconds,used_bytes,limit_bytes\n1,2,-3\n", "expected finite numbers of at least 0"),
         ("", "got none"),
     ],
 )
@@ -80,11 +85,22 @@ def test_a_missing_file_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize("text", ["0,1000,\n", "0,1000,0\n1,1000,0\n", "5,0,0\n"])
 def test_short_recordings_without_a_limit_are_drawn(text, capsys, tmp_path):
     path = tmp_path / "trace.csv"
-    path.write_text("t_seconds,used_bytes,limit_bytes\n" + text)
+    path.write_text("\ufefft_seconds,used_bytes,limit_bytes\n" + text, encoding="utf-8")
 
     assert cli.main(["pressure", "replay", str(path)]) == 0
 
     assert "alarms: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pressure", "--help"], ["pressure", "watch", "--count", "1"]]
+)
+def test_a_terminal_without_the_signs_is_written_to(arguments):
+    command = [sys.executable, "-m", "moirai", *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
 
 
 def test_an_unknown_subcommand_is_refused(capsys):

@@ -104,6 +104,52 @@ assert resource.getrlimit(resource.RLIMIT_DATA) == own
     )
 
 
+def test_a_limit_that_is_set_between_two_runs_stays_too(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+sampler = fenced(4096)
+with sampler:
+    pass
+own = (900 * MIB, before[1])
+resource.setrlimit(resource.RLIMIT_DATA, own)
+with sampler:
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= own[0]
+assert resource.getrlimit(resource.RLIMIT_DATA) == own
+"""
+    )
+
+
+def test_a_process_has_one_fence_at_most(run_python: Runner) -> None:
+    run_python(
+        HEAD
+        + """
+import os
+from moirai.errors import Unsupported
+
+first, second = fenced(256), fenced(256)
+with first:
+    try:
+        second.start()
+    except Unsupported as refusal:
+        assert str(refusal).startswith("fence: this process has one already"), refusal
+    else:
+        raise AssertionError("there are two")
+    child = os.fork()
+    if child == 0:  # where the first stands too, until it is stopped
+        first.stop()
+        with second:
+            good = resource.getrlimit(resource.RLIMIT_DATA) != before
+        good = good and resource.getrlimit(resource.RLIMIT_DATA) == before
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+with second:
+    assert resource.getrlimit(resource.RLIMIT_DATA) != before
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+"""
+    )
+
+
 def test_a_forked_child_has_a_fence_of_its_own(run_python: Runner) -> None:
     run_python(
         HEAD
@@ -155,6 +201,45 @@ with fenced(512, ledger=ledger) as sampler:
     )
 
 
+def test_processes_that_grow_at_once_keep_to_their_budget_together(
+    run_python: Runner, tmp_path: Path
+) -> None:
+    run_python(
+        HEAD
+        + f"""
+import os
+
+ledger = {str(tmp_path / "ledger")!r}
+with fenced(256, ledger=ledger) as sampler:
+    (go, begin), (full, said) = os.pipe(), os.pipe()
+    for _ in range(3):
+        if os.fork() == 0:
+            os.write(said, b"x")
+            os.read(go, 1)
+            kept = []
+            try:
+                while len(kept) < 1024:
+                    kept.append(bytearray(b"x" * MIB))
+            except MemoryError:
+                os.write(said, b"x")
+            os.read(go, 1)
+            os._exit(0)
+    for _ in range(3): os.read(full, 1)  # they are there
+    os.write(begin, b"xxx")
+    for _ in range(3): os.read(full, 1)  # each had all that it could
+    pss = [
+        int(line.split()[1])
+        for name in [os.getpid(), *open("/proc/self/task/%d/children" % os.getpid()).read().split()]
+        for line in open(f"/proc/{{name}}/smaps_rollup") if line.startswith("Pss:")
+    ]
+    os.write(begin, b"xxx")
+    assert len(pss) == 4
+    assert 64 * MIB <= 1024 * sum(pss) - used <= 400 * MIB, pss
+    for _ in range(3): os.wait()
+"""
+    )
+
+
 def test_threads_start_and_work_behind_the_fence(run_python: Runner) -> None:
     run_python(
         HEAD
@@ -198,6 +283,7 @@ def test_a_fence_is_checked_and_says_what_it_is() -> None:
     assert repr(Fence(margin_bytes="1 KiB")) == "Fence(margin_bytes=1024, ledger=None)"
     with pytest.raises(InvalidArgument, match="margin_bytes: must be at least 0, got -1"):
         Fence(margin_bytes=-1)
+    assert Fence(ledger=b"/tmp/x").ledger == "/tmp/x"  # type: ignore[arg-type]
     assert Fence.default_ledger("a") != Fence.default_ledger("b")
 
 

@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,8 @@ from moirai.pressure import (
     Sampler,
     Stage,
     Thresholds,
+    start,
+    stop,
 )
 from moirai.pressure.actions import Backoff, built_in_actions
 from moirai.pressure.stages import StageClock
@@ -329,7 +332,9 @@ def test_an_action_is_judged_by_bytes_for_its_time() -> None:
     assert backoff.rest_seconds == 1
 
 
-def test_an_action_that_fails_is_recorded_and_the_others_are_taken() -> None:
+def test_an_action_that_fails_is_recorded_and_the_others_are_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     program = Program(used_mib=750)
 
     def fail(wanted_bytes: int) -> int:
@@ -341,6 +346,7 @@ def test_an_action_that_fails_is_recorded_and_the_others_are_taken() -> None:
     program.step(guard)
     broken, cache = guard.records()
     assert (broken.outcome, broken.error) == ("failed", "ValueError: no")
+    assert "gentle: broken failed: ValueError: no" in caplog.text
     assert (cache.outcome, cache.freed_bytes) == ("done", 100 * MIB)
 
 
@@ -432,12 +438,51 @@ def test_a_method_is_held_weakly_and_a_function_until_unregistered() -> None:
     assert registry.live() == []
 
 
+def test_a_finalizer_may_unregister_at_any_time() -> None:
+    registry = Registry()
+
+    class Session:
+        def __init__(self) -> None:
+            self.itself = self  # for the collector alone
+            self.registration = registry.register("session", self.shrink)
+
+        def shrink(self, wanted_bytes: int) -> int:
+            return 0
+
+        def __del__(self) -> None:
+            self.registration.unregister()
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(300):
+            Session()
+            registry.live()
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert registry.live() == []
+
+
+class Slotted:
+    """What cannot be held weakly."""
+
+    __slots__ = ()
+
+    def shrink(self, wanted_bytes: int) -> int:
+        return 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"shrink": 1}, TypeError, "shrink: must be callable, got int"),
         ({"size": 1}, TypeError, "size: must be callable or None, got int"),
         ({"cost": -1}, InvalidArgument, "cost: must be a number of at least 0, got -1"),
+        ({"cost": "1"}, InvalidArgument, "cost: must be a number of at least 0, got '1'"),
+        ({"name": 1}, TypeError, "name: must be a str, got int"),
+        ({"owner": {}}, TypeError, "owner must be one that can be held weakly, got dict"),
+        ({"shrink": Slotted().shrink}, TypeError, "object of shrink must be one .*, got Slotted"),
     ],
 )
 def test_a_registration_is_checked(
@@ -494,6 +539,27 @@ def test_who_waits_for_the_cap_is_let_in_when_it_rises() -> None:
     assert cap.in_flight == 2
 
 
+def test_a_forked_child_has_nothing_in_flight(run_python: Callable[..., str]) -> None:
+    run_python(
+        """
+import os
+from moirai.pressure import ConcurrencyCap
+
+cap = ConcurrencyCap(1)
+with cap.slot():
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        assert cap.in_flight == 1
+    else:
+        assert cap.in_flight == 0
+        assert cap.try_acquire()
+if child == 0:
+    os._exit(0 if cap.in_flight == 1 else 1)
+"""
+    )
+
+
 def test_a_guard_moves_its_caps() -> None:
     program = Program(used_mib=850)
     guard = program.guard()
@@ -536,6 +602,63 @@ def test_a_reservation_that_is_refused_names_what_is_in_the_way() -> None:
         pass
 
 
+def test_a_reservation_ends_when_actions_only_say_that_they_free() -> None:
+    program = Program(used_mib=900)
+    asked: list[int] = []
+
+    def shrink(wanted_bytes: int) -> int:
+        asked.append(wanted_bytes)
+        return wanted_bytes
+
+    program.registry.register("braggart", shrink)
+    with pytest.raises(OutOfMemory), program.guard().reserve("500 MiB"):
+        pass
+    assert len(asked) == 1
+
+
+def test_an_interrupt_while_room_is_made_reaches_who_reserves() -> None:
+    program = Program(used_mib=900)
+
+    def shrink(wanted_bytes: int) -> int:
+        raise KeyboardInterrupt
+
+    program.registry.register("slow", shrink)
+    guard = program.guard()
+    with pytest.raises(KeyboardInterrupt), guard.reserve("500 MiB"):
+        pass
+    assert guard.status().reserved_bytes == 0
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_the_time_of_a_reservation_is_checked(seconds: float) -> None:
+    with (
+        pytest.raises(InvalidArgument, match="timeout_seconds: must be at least 0, got"),
+        Program().guard().reserve(1, timeout_seconds=seconds),
+    ):
+        pass
+
+
+def test_what_is_reserved_during_a_fork_is_given_back_in_the_parent_alone(
+    run_python: Callable[..., str],
+) -> None:
+    run_python(
+        """
+import os
+from moirai import pressure
+
+guard = pressure.Guard(pressure.Sampler(), forecaster=None).start()
+with guard.reserve("1 MiB"):
+    child = os.fork()
+reserved = guard.status().reserved_bytes
+if child == 0:
+    os._exit(0 if reserved == 0 else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert reserved == 0
+guard.stop()
+"""
+    )
+
+
 # Threads.
 
 
@@ -547,6 +670,30 @@ def test_only_a_sampler_can_be_watched() -> None:
 def test_numbers_are_checked() -> None:
     with pytest.raises(InvalidArgument, match="stall_seconds"):
         Guard(Program(), stall_seconds=-1)
+    with pytest.raises(TypeError, match="on_stall: must be callable or None, got int"):
+        Guard(Program(), on_stall=5)  # type: ignore[arg-type]
+    for limit in (0, 1 << 63):
+        with pytest.raises(
+            InvalidArgument, match=r"limit: must be from 1 to 2\*\*63 - 1 bytes, got"
+        ):
+            start(limit=limit)
+    with pytest.raises(TypeError, match="fence: must be a bool or a Fence, got str"):
+        start(fence="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fence: must be a Fence or None, got bool"):
+        Sampler(fence=True)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="budget_process_id: must be from 1 to 2147483647"):
+        Sampler(budget_process_id=-1)
+    with pytest.raises(TypeError, match="maximum: must be an int, got float"):
+        ConcurrencyCap(1.5)  # type: ignore[arg-type]
+    for seconds in (-1, float("nan"), 1e300):
+        with pytest.raises(InvalidArgument, match="timeout_seconds: must be None or a number from"):
+            ConcurrencyCap(1).acquire(timeout_seconds=seconds)
+    with pytest.raises(TypeError, match="thresholds: must be Thresholds, got int"):
+        Guard(Program(), thresholds=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="registry: must be Registry, got list"):
+        Guard(Program(), registry=[])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match='forecaster: must be "default", a forecaster'):
+        Guard(Program(), forecaster=5)  # type: ignore[arg-type]
 
 
 def watched(registry: Registry, tree_root: object, **options: object) -> Guard:
@@ -608,6 +755,109 @@ def test_an_action_that_hangs_is_left_to_itself(full_tree: object) -> None:
         release.set()
         first = guard.records()[0]
         assert (first.name, first.outcome) == ("hangs", "timed out")
+
+
+def test_stopping_waits_for_no_action(full_tree: object) -> None:
+    registry = Registry()
+    release = threading.Event()
+    asked = threading.Event()
+
+    def hang(wanted_bytes: int) -> int:
+        asked.set()
+        release.wait(60)
+        return 0
+
+    registry.register("hangs", hang)
+    registry.register("hangs too", hang)
+    guard = watched(registry, full_tree, action_timeout_seconds=3600).start()
+    assert asked.wait(60)
+    watcher = guard._thread
+    guard.stop()
+    assert watcher is not None
+    assert not watcher.is_alive()
+    release.set()
+    assert [record.name for record in guard.records()] == ["hangs"]
+
+
+@pytest.mark.parametrize("error", [SystemExit, ZeroDivisionError])
+def test_the_watch_goes_on_whatever_its_listeners_raise(
+    full_tree: object, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = threading.Event()
+    told: list[object] = []
+
+    def listener(*arguments: object) -> None:
+        told.append(arguments)
+        raise error
+
+    def shrink(wanted_bytes: int) -> int:
+        if told:
+            asked.set()
+        return 0
+
+    registry = Registry()
+    registry.register("cache", shrink)
+    with watched(registry, full_tree, on_stage=listener):
+        assert asked.wait(60)
+    assert ("sys.exit ends no program" in caplog.text) == (error is SystemExit)
+
+
+def test_the_watch_goes_on_when_a_decision_fails(tmp_path: Path) -> None:
+    from pressure_trees import Tree
+
+    tree = Tree(tmp_path)
+    tree.join_v2("/a")
+    tree.v2("a", current_mib=850, maximum_mib=1000)
+    calls: list[None] = []
+    again = threading.Event()
+
+    def leads() -> bool:
+        calls.append(None)
+        if len(calls) == 2:
+            again.set()
+        raise ZeroDivisionError
+
+    with watched(Registry(), tree.root, leads=leads):
+        assert again.wait(60)
+
+
+def test_a_guard_whose_thread_cannot_be_started_can_be_started_again(
+    full_tree: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = watched(Registry(), full_tree)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            guard.start()
+    guard.stop()
+    with guard:
+        assert guard._thread is not None
+        assert guard._thread.is_alive()
+
+
+def test_a_process_starts_one_guard_however_many_threads_ask() -> None:
+    begin = threading.Barrier(8)
+    made: list[Guard] = []
+    refused: list[InvalidArgument] = []
+
+    def ask() -> None:
+        begin.wait()
+        try:
+            made.append(start(forecaster=None))
+        except InvalidArgument as refusal:
+            refused.append(refusal)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop()
+    assert (len(made), len(refused)) == (1, 7)
 
 
 def test_a_source_that_ends_ends_the_watch() -> None:

@@ -223,7 +223,7 @@ def test_what_does_not_arrive_is_counted_and_the_guard_goes_on(
 
 
 def test_a_webhook_is_checked() -> None:
-    with pytest.raises(InvalidArgument, match="url: must begin with http"):
+    with pytest.raises(InvalidArgument, match="url: must be http:// or https:// with a host"):
         Webhook("file:///etc/passwd")
     with pytest.raises(InvalidArgument, match="timeout_seconds"):
         Webhook("http://localhost", timeout_seconds=0)

@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,50 @@ def test_where_the_kernel_slows_down_is_a_limit_too(tree: Tree) -> None:
     sample = read(tree)
 
     assert (sample.bound, sample.limit_bytes) == ("cgroup high", 512 * MIB)
+
+
+def test_a_fork_waits_for_a_reading_that_is_under_way(run_python: Callable[..., str]) -> None:
+    run_python(
+        """
+import os, signal, threading
+from moirai.pressure import Source
+
+source, stopping = Source(), []
+
+def read():
+    while not stopping:
+        source.read()
+
+threads = [threading.Thread(target=read) for _ in range(2)]
+for thread in threads: thread.start()
+ends = []
+for _ in range(30):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        source.read()
+        os._exit(0)
+    ends.append(os.waitpid(child, 0)[1])
+    if ends[-1]: break
+stopping.append(1)
+for thread in threads: thread.join()
+assert set(ends) == {0}, ends
+"""
+    )
+
+
+def test_where_the_kernel_kills_is_a_limit_besides_where_it_slows_down(tree: Tree) -> None:
+    tree.join_v2("/a")
+    tree.v2("a", current_mib=100, maximum_mib=1024, high_mib=512)
+    source = Source(root=tree.root)
+    source.read()
+
+    limits = [(bound.kind, bound.limit_bytes) for bound in source.bounds()]
+    assert limits[:2] == [("cgroup high", 512 * MIB), ("cgroup", 1024 * MIB)]
+    # A fence stands before the one that kills, whatever the machine has.
+    tree.v2("a", current_mib=100, maximum_mib=512, high_mib=1024)
+    source.read()
+    assert [bound.kind for bound in source.bounds()] == ["cgroup", "host"]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -241,7 +286,7 @@ def test_a_process_that_is_gone_is_said_to_be(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"process_id": 0}, "process_id: must be at least 1, got 0"),
+        ({"process_id": 0}, "process_id: must be from 1 to 2147483647, got 0"),
         ({"budget_bytes": -1}, "budget_bytes: must be at least 0, got -1"),
         ({"budget_bytes": "much"}, "budget_bytes: must be a number of bytes"),
     ],
@@ -267,6 +312,9 @@ def test_a_recording_is_read_sample_by_sample(tmp_path: Path) -> None:
 
 def test_a_recording_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
+    path.write_text("t_seconds,rss_bytes,limit_bytes\n0.0,inf,10\n")
+    with pytest.raises(InvalidArgument, match=r"line 2 of .* must have numbers"):
+        TraceSource(path)
     path.write_text("t_seconds,rss_bytes\n0.0,10\n")
     with pytest.raises(InvalidArgument, match=r"line 2 of .* must have numbers"):
         TraceSource(path)

@@ -5,9 +5,8 @@ use crate::errors::to_py;
 use moirai_core::channel::live;
 use moirai_core::os;
 use moirai_core::pressure::{
-    FenceSettings, Kind, Sample, Sampler, SamplerSettings, Source, Waited, fence,
+    FenceSettings, Kind, Sample, Sampler, SamplerSettings, SharedSource, Source, Waited, fence,
 };
-use moirai_core::sync::Lock;
 use pyo3::prelude::*;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -64,7 +63,7 @@ fn optional_bytes(name: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Opti
 
 /// Reads how much memory a process, its control groups and the machine use.
 #[pyclass(frozen, module = "moirai.pressure")]
-pub struct PressureSource(Lock<Source>);
+pub struct PressureSource(SharedSource);
 
 #[pymethods]
 impl PressureSource {
@@ -77,19 +76,18 @@ impl PressureSource {
         eldest: Option<u32>,
     ) -> PyResult<Self> {
         let budget = optional_bytes("budget_bytes", budget_bytes)?;
-        Ok(PressureSource(Lock::new(Source::new(
-            &root, process, budget, eldest,
-        ))))
+        let source = Source::new(&root, process, budget, eldest);
+        Ok(PressureSource(SharedSource::new(source)))
     }
 
     /// Read everything now, as a tuple; None if the process is gone.
     fn read(&self, py: Python<'_>) -> Option<SampleTuple> {
-        py.detach(|| self.0.lock().read()).map(sample_tuple)
+        py.detach(|| self.0.read()).map(sample_tuple)
     }
 
     /// Every limit as of the last reading, the own group's first, as tuples.
     fn bounds(&self, py: Python<'_>) -> Vec<BoundTuple> {
-        let bounds = py.detach(|| self.0.lock().bounds().to_vec());
+        let bounds = py.detach(|| self.0.bounds());
         let tuple = |bound: moirai_core::pressure::Bound| {
             (
                 bound.kind.name(),

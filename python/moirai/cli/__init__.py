@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 2 for a mistake in the arguments.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where the locale has no such sign, a question mark will do, as backslashes on stderr.
+        sys.stdout.reconfigure(errors="replace")
     if not arguments:
         return _refuse("expected a command, got nothing")
     name, rest = arguments[0], list(arguments[1:])
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; what is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except KeyboardInterrupt:  # Before the command could say what it does then.
+        return 130
 
 
 def _help() -> str:

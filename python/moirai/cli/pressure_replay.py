@@ -60,7 +60,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.png is not None:
         if importlib.util.find_spec("matplotlib") is not None:
-            _draw(replay, options.png)
+            try:
+                _draw(replay, options.png)
+            except (OSError, ValueError) as problem:
+                print(f"moirai pressure replay: --png: {problem}", file=sys.stderr)
+                return 2
             print(report.summary(replay))
             return 0
         print(
@@ -76,9 +80,9 @@ def read_trace(path: Path) -> list[tuple[float, float, float | None]]:
     """Read time, use and limit of each line.
 
     Raises:
-        ValueError: A column is missing, a field is no number, or there is no line.
+        ValueError: A column is missing, a field is no number of at least 0, or there is no line.
     """
-    with path.open(newline="", encoding="utf-8") as lines:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
         reader = csv.DictReader(lines)
         columns = reader.fieldnames or []
         used_name = next((name for name in _USED_COLUMNS if name in columns), None)
@@ -90,8 +94,11 @@ def read_trace(path: Path) -> list[tuple[float, float, float | None]]:
         found = []
         for row in reader:
             try:
-                limit = float(row.get("limit_bytes") or 0.0)
-                found.append((float(row["t_seconds"]), float(row[used_name]), limit or None))
+                numbers = [float(row[name]) for name in ("t_seconds", used_name)]
+                numbers.append(float(row.get("limit_bytes") or 0.0))
+                if not all(map(math.isfinite, numbers)) or min(numbers[1:]) < 0.0:
+                    raise ValueError(f"expected finite numbers of at least 0, got {numbers}")
+                found.append((numbers[0], numbers[1], numbers[2] or None))
             except (TypeError, ValueError) as problem:
                 raise ValueError(f"{path}:{reader.line_num}: {problem}") from None
     if not found:

@@ -98,7 +98,7 @@ def _guarded() -> Guarded | None:
     taken: dict[str, list[int]] = {}
     for record in _guard.records():
         taken.setdefault(record.name, []).append(record.freed_bytes or 0)
-    sample = status.sample
+    sample = status.sample or _guard.source.read()  # A short program ends before it decides.
     forecaster: Any = _guard.forecaster
     score = None if forecaster is None else forecaster.score()
     return Guarded(

@@ -176,7 +176,7 @@ def _registered(registration: Registration) -> Action:
         before = registration.size_bytes()
         freed = shrink(wanted_bytes)
         if freed is not None:
-            return int(freed)
+            return max(0, int(freed))
         after = registration.size_bytes()
         return None if before is None or after is None else max(0, before - after)
 

@@ -53,8 +53,8 @@ class Webhook:
         Raises:
             InvalidArgument: The URL or a number is outside its range.
         """
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise InvalidArgument(f"url: must begin with http:// or https://, got {url!r}")
+        if not _is_address(url):
+            raise InvalidArgument(f"url: must be http:// or https:// with a host, got {url!r}")
         if not (repeat_seconds >= 0 and timeout_seconds > 0):
             raise InvalidArgument(
                 "repeat_seconds, timeout_seconds: must be >= 0 and > 0, got "
@@ -124,6 +124,14 @@ class Webhook:
     def join(self) -> None:
         """Wait until everything was posted, or failed to be."""
         self._waiting.join()
+
+
+def _is_address(url: object) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
+        return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # Half an IPv6 address.
+        return False
 
 
 def _body(stage: Stage, sample: Sample) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -87,13 +89,16 @@ class ConcurrencyCap:
 
     def __init__(self, maximum: int) -> None:
         """Allow `maximum` pieces of work until there is pressure; at least 1."""
+        if not isinstance(maximum, int) or isinstance(maximum, bool):
+            raise TypeError(f"maximum: must be an int, got {type(maximum).__name__}")
         if maximum < 1:
             raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
         self._rhythm = Rhythm(maximum)
-        self.after_fork()
+        self._renew()
+        _caps.add(self)
 
-    def after_fork(self) -> None:
-        """Forget the work and the waiters of the process that this one was forked from."""
+    def _renew(self) -> None:
+        """Forget the work and the waiters, in a child those of its parent."""
         self._in_flight = 0
         self._condition = threading.Condition()
 
@@ -129,8 +134,13 @@ class ConcurrencyCap:
         """Begin a piece of work as soon as one more is allowed.
 
         Raises:
+            InvalidArgument: The time is no number from 0 to 1e9.
             Timeout: The time has passed; nothing was begun.
         """
+        if timeout_seconds is not None and not 0 <= timeout_seconds <= 1e9:
+            raise InvalidArgument(
+                f"timeout_seconds: must be None or a number from 0 to 1e9, got {timeout_seconds}"
+            )
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._condition:
             while self._in_flight >= self._rhythm.limit:
@@ -155,10 +165,12 @@ class ConcurrencyCap:
     def slot(self, *, timeout_seconds: float | None = None) -> Iterator[None]:
         """Hold a piece of work's place for the `with` block."""
         self.acquire(timeout_seconds=timeout_seconds)
+        condition = self._condition
         try:
             yield
         finally:
-            self.release()
+            if condition is self._condition:  # Else this is a child, and the place its parent's.
+                self.release()
 
     def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
         """Take the state of the memory into account; a guard calls this at each sample."""
@@ -167,3 +179,14 @@ class ConcurrencyCap:
             self._rhythm.adapt(time_seconds, self._in_flight, under_pressure=under_pressure)
             if self.limit > before:
                 self._condition.notify()
+
+
+_caps: weakref.WeakSet[ConcurrencyCap] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cap in list(_caps):
+        cap._renew()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

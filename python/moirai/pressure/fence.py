@@ -41,7 +41,7 @@ class Fence:
         if margin is None:
             raise TypeError("margin_bytes: must be an int or a str, got NoneType")
         self.margin_bytes = margin
-        self.ledger = None if ledger is None else os.fspath(ledger)
+        self.ledger = None if ledger is None else os.fsdecode(ledger)
 
     @staticmethod
     def default_ledger(limit_name: str) -> str:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from moirai.errors import Closed, InvalidArgument, MoiraiError, OutOfMemory
+from moirai.errors import Closed, InvalidArgument, OutOfMemory
 from moirai.pressure.actions import Action, ActionRecord, actions_for, built_in_actions
 from moirai.pressure.concurrency import ConcurrencyCap
 from moirai.pressure.late_forecaster import LateForecaster
 from moirai.pressure.own import ExecutorCaps
+from moirai.pressure.promises import Promises
 from moirai.pressure.registry import REGISTRY, Registration, Registry
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.samples import ReadsSamples, Sample
@@ -38,6 +39,8 @@ _FOLLOW_SECONDS = 1.0
 # A round wants to free down to this share of the limit less than where gentle begins.
 _BELOW_GENTLE = 0.05
 _RECORDS_KEPT = 1000
+# What somebody does who was told something on the guard's thread is waited for so long by `stop`.
+_STOP_SECONDS = 5.0
 # Time between two decisions; while it is calm, until the next stage could be reached at this pace.
 _DECISION_SECONDS = 0.005
 _CALM_SECONDS = 0.25
@@ -110,7 +113,8 @@ class Guard:
             on_stage: Called with each new stage and its sample, on the guard's thread.
             on_action: Called with the record of each action, on the guard's thread.
             on_stall: Called with the guard when it was at emergency for `stall_seconds` and nothing
-                it did helped: the place for a graceful end. Once for each such time.
+                it did helped: the place for a graceful end. Once for each such time. `sys.exit`
+                ends no program from a thread: `os.kill(os.getpid(), signal.SIGTERM)` does.
             stall_seconds: See `on_stall`; >= 0.
             action_timeout_seconds: An action that takes longer is left to itself, and not asked
                 again before it came back; > 0.
@@ -120,7 +124,21 @@ class Guard:
 
         Raises:
             InvalidArgument: A number is outside its range.
+            TypeError: What is to be called cannot be, or an argument is of another kind.
         """
+        listeners = {
+            "on_stage": on_stage, "on_action": on_action, "on_stall": on_stall, "leads": leads
+        }  # fmt: skip
+        for name, listener in listeners.items():
+            if listener is not None and not callable(listener):
+                raise TypeError(f"{name}: must be callable or None, got {type(listener).__name__}")
+        kinds = (
+            ("thresholds", thresholds or Thresholds(), Thresholds),
+            ("registry", registry, Registry),
+        )
+        for name, given, kind in kinds:
+            if not isinstance(given, kind):
+                raise TypeError(f"{name}: must be {kind.__name__}, got {type(given).__name__}")
         if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
             raise InvalidArgument(
                 "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
@@ -133,7 +151,7 @@ class Guard:
         self._forecaster: Forecasts | None = None
         if forecaster == "default":
             self._forecaster = LateForecaster(in_background=isinstance(self.source, Sampler))
-        elif not isinstance(forecaster, str):
+        elif forecaster is None or hasattr(forecaster, "observe"):
             self._forecaster = forecaster
         else:
             raise InvalidArgument(
@@ -165,16 +183,17 @@ class Guard:
         self._stall_count = 0
         self._action_count = 0
         self._freed_bytes = 0
-        self._reserved_bytes = 0
         self._is_wanted = False
         self._is_relief_asked = False
         self._renew_threads()
 
     def _renew_threads(self) -> None:
-        self._lock = threading.RLock()
-        self._account = threading.Lock()
+        self._lock = threading.RLock()  # Held while it decides and acts.
+        self._run_lock = threading.RLock()  # Held by who starts or stops.
+        self._promises = Promises()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None  # The same, also once it is to end.
         self._worker: Worker | None = None
 
     # What a program calls.
@@ -190,28 +209,30 @@ class Guard:
                 f"source: must be a Sampler to be watched, got {type(self.source).__name__}: call "
                 "step with its samples"
             )
-        with self._lock:
+        with self._run_lock:
             if self._thread is not None:
                 self.source.start()
                 return self
             # Threads first: where the fence stands, one may find no memory for its first steps.
             self._stopping = threading.Event()
-            self._worker = Worker()
             is_sampling = threading.Event()
-            self._thread = threading.Thread(
+            worker = Worker()
+            thread = threading.Thread(
                 target=self._watch,
                 args=(self._stopping, is_sampling),
                 name="moirai-guard",
                 daemon=True,
             )
-            self._thread.start()
             try:
+                thread.start()
                 self.source.start()
             except BaseException:
                 self._stopping.set()
-                self._worker.stop()
-                self._thread = self._worker = None
+                worker.stop()
                 raise
+            else:
+                self._thread = self._watcher = thread
+                self._worker = worker
             finally:
                 is_sampling.set()
             self._is_wanted = True
@@ -219,8 +240,11 @@ class Guard:
         return self
 
     def stop(self) -> None:
-        """End the threads and take the fence down; does nothing if it does not run."""
-        with self._lock:
+        """End the threads and take the fence down; does nothing if it does not run.
+
+        An action that is under way is left to itself.
+        """
+        with self._run_lock:
             self._is_wanted = False
             self._stopping.set()
             thread, self._thread = self._thread, None
@@ -230,7 +254,7 @@ class Guard:
         if worker is not None:
             worker.stop()
         if thread is not None and thread is not threading.current_thread():
-            thread.join(self._action_timeout_seconds)
+            thread.join(_STOP_SECONDS)
         self._executors.lift()
 
     def __enter__(self) -> Guard:
@@ -262,22 +286,25 @@ class Guard:
 
         Args:
             size: Bytes, as an int or such as "1.2 GiB".
-            timeout_seconds: How long to go on making room; at least one round is made.
+            timeout_seconds: How long to go on making room; >= 0; at least one round is made.
             margin: Bytes to leave below the limit.
 
         Raises:
+            InvalidArgument: A number is outside its range.
             OutOfMemory: There is no room; nothing is promised.
         """
         wanted = optional_bytes(size, "size")
         spare = optional_bytes(margin, "margin")
         if wanted is None or spare is None:
             raise TypeError("size, margin: must be an int or a str, got NoneType")
-        self._promise(wanted, spare, timeout_seconds)
+        if not timeout_seconds >= 0:
+            raise InvalidArgument(f"timeout_seconds: must be at least 0, got {timeout_seconds}")
+        promises = self._promises
+        self._promise(promises, wanted, spare, timeout_seconds)
         try:
             yield wanted
         finally:
-            with self._account:
-                self._reserved_bytes -= wanted
+            promises.give_back(wanted)
 
     def relieve(self) -> None:
         """Ask for one round of what gentle does, at the next sample, whatever the stage is.
@@ -288,7 +315,7 @@ class Guard:
 
     def records(self) -> tuple[ActionRecord, ...]:
         """Give the last thousand actions, oldest first."""
-        return tuple(self._records)
+        return tuple(self._records.copy())
 
     def status(self) -> GuardStatus:
         """Say what it sees and did."""
@@ -297,7 +324,7 @@ class Guard:
             self._highest,
             self._sample,
             dict(self._p_critical()),
-            self._reserved_bytes,
+            self._promises.total_bytes,
             self._action_count,
             self._freed_bytes,
             self._stall_count,
@@ -404,6 +431,8 @@ class Guard:
         # What the registered ones let go of lands in the heaps that the built-in ones then trim.
         ordered = [(each, False) for each in registered] + [(each, True) for each in self._built_in]
         for action, is_ours in ordered:
+            if self._is_ending():
+                break
             if action.stage > stage or (action.is_irreversible and not may_be_irreversible):
                 continue
             if freed >= wanted and not is_ours:
@@ -412,6 +441,10 @@ class Guard:
                 continue
             freed += self._take(action, sample, stage, max(wanted - freed, 1), limit)
         return freed
+
+    def _is_ending(self) -> bool:
+        """Whether this is the guard's thread, and somebody stops it."""
+        return self._stopping.is_set() and threading.current_thread() is self._watcher
 
     def _is_free(self, action: Action) -> bool:
         call = self._busy.get(id(action))
@@ -456,9 +489,11 @@ class Guard:
 
     def _call(self, function: Callable[[], int | None]) -> Call:
         worker = self._worker
-        if worker is None or threading.current_thread() is not self._thread:
+        if worker is None or threading.current_thread() is not self._watcher:
             call = Call(function)
             call.run()
+            if call.error is not None and not isinstance(call.error, Exception):
+                raise call.error  # Ctrl-C, say: it is for who called.
             return call
         return worker.call(function, timeout_seconds=self._action_timeout_seconds)
 
@@ -480,7 +515,10 @@ class Guard:
         self._records.append(record)
         self._action_count += outcome != "dry run"
         self._freed_bytes += freed or 0
-        log.info("%s: %s %s, %s bytes freed", stage.name.lower(), action.name, outcome, freed)
+        if text is None:
+            log.info("%s: %s %s, %s bytes freed", stage.name.lower(), action.name, outcome, freed)
+        else:
+            log.warning("%s: %s %s: %s", stage.name.lower(), action.name, outcome, text)
         self._tell(self._on_action, record)
 
     def _watch_for_stall(self, sample: Sample, stage: Stage) -> None:
@@ -507,37 +545,35 @@ class Guard:
             listener(*arguments)
         except Exception:
             log.exception("%r failed", listener)
+        except SystemExit:
+            if threading.current_thread() is not self._watcher:
+                raise
+            log.error("%r: sys.exit ends no program from a thread: send a signal", listener)
 
     # Reservations.
 
-    def _promise(self, wanted: int, spare: int, timeout_seconds: float) -> None:
+    def _promise(self, promises: Promises, wanted: int, spare: int, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
+        least: int | None = None
         while True:
             sample = self._read_now()
-            with self._account:
-                room = sample.room_bytes
-                left = None if room is None else room - self._reserved_bytes - spare
-                if left is None or left >= wanted:
-                    self._reserved_bytes += wanted
-                    return
-            with self._lock:
-                freed = self._round(sample, Stage.EMERGENCY, wanted - left)
-            if freed == 0 and time.monotonic() >= deadline:
-                break
-            if freed == 0:
-                self._stopping.wait(0.05)
-        # Something may have been freed that could not say how much.
-        sample = self._read_now()
-        with self._account:
-            room = sample.room_bytes or 0
-            if room - self._reserved_bytes - spare >= wanted:
-                self._reserved_bytes += wanted
+            missing = promises.take(wanted, _room_above(sample, spare))
+            if missing == 0:
                 return
-            reserved = self._reserved_bytes
-        raise OutOfMemory(
-            f"cannot reserve {wanted} bytes: {sample.used_bytes} of {sample.limit_bytes} are in "
-            f"use, {reserved} reserved, {spare} kept free, and nothing more could be freed"
-        )
+            # What actions say that they freed may be in use again by now: only room counts.
+            has_more_room = least is None or missing < least
+            is_late = time.monotonic() >= deadline
+            if is_late and not has_more_room:
+                raise OutOfMemory(
+                    f"cannot reserve {wanted} bytes: {sample.used_bytes} of {sample.limit_bytes} "
+                    f"are in use, {promises.total_bytes} reserved, {spare} kept free, and nothing "
+                    "more could be freed"
+                )
+            least = missing if least is None else min(least, missing)
+            with self._lock:
+                freed = self._round(sample, Stage.EMERGENCY, missing)
+            if freed == 0 and not is_late:
+                time.sleep(0.05)
 
     def _read_now(self) -> Sample:
         if isinstance(self.source, Sampler):
@@ -561,7 +597,7 @@ class Guard:
             except MemoryError:
                 # The fence stands close: the next sample may find more room.
                 log.warning("no memory for a decision")
-            except MoiraiError:
+            except Exception:  # Whatever it was: the program must not be left alone.
                 log.exception("a decision failed")
             rest = self._rest_seconds(time.monotonic() - began)
             if rest > 0.0:
@@ -589,14 +625,15 @@ class Guard:
     def _after_fork(self) -> None:
         self._renew_threads()
         self._busy.clear()
-        self._reserved_bytes = 0
-        for cap in self._caps:
-            cap.after_fork()
         self._executors.after_fork()
         if isinstance(self._forecaster, LateForecaster):
             self._forecaster.after_fork()
         if self._is_wanted:
             self.start()
+
+
+def _room_above(sample: Sample, spare: int) -> int | None:
+    return None if sample.room_bytes is None else sample.room_bytes - spare
 
 
 def _describe(sample: Sample) -> str:
@@ -607,7 +644,6 @@ def _describe(sample: Sample) -> str:
 
 
 def _after_fork_in_child() -> None:
-    REGISTRY.after_fork()
     for guard in list(_guards):
         try:
             guard._after_fork()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 from contextlib import AbstractContextManager
 from typing import Any
 
 from moirai import _native
-from moirai.errors import Closed, InvalidArgument
+from moirai.errors import Closed, InvalidArgument, OutOfMemory
 from moirai.pressure.fence import Fence, sweep_ledgers
 from moirai.pressure.guard import Guard
 from moirai.pressure.leader import Leader, sweep_leaders
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.service_manager import PressureNotices
-from moirai.pressure.source import Source, optional_bytes
+from moirai.pressure.source import Source, optional_limit
 
 __all__ = ["current", "reserve", "start", "stop"]
 
@@ -24,6 +25,7 @@ log = logging.getLogger("moirai.pressure")
 _current: Guard | None = None
 _notices: PressureNotices | None = None
 _leader: Leader | None = None
+_lock = threading.Lock()
 
 
 def start(
@@ -49,11 +51,25 @@ def start(
 
     Raises:
         InvalidArgument: This process has a guard already, or an argument is outside its range.
+        Unsupported: A sampler of this process keeps a fence already.
     """
+    if not isinstance(fence, bool | Fence):
+        raise TypeError(f"fence: must be a bool or a Fence, got {type(fence).__name__}")
+    budget = optional_limit(limit, "limit")
+    with _lock:
+        if _current is not None:
+            raise InvalidArgument("start: this process has a guard already: stop it first")
+        return _start(budget, fence, root, main_process_id, options)
+
+
+def _start(
+    budget: int | None,
+    fence: bool | Fence,
+    root: str | os.PathLike[str],
+    main_process_id: int | None,
+    options: dict[str, Any],
+) -> Guard:
     global _current, _leader, _notices
-    if _current is not None:
-        raise InvalidArgument("start: this process has a guard already: stop it first")
-    budget = optional_bytes(limit, "limit")
     name, limit_bytes = _nearest_limit(root, budget, main_process_id)
     standing = _default_fence(name, limit_bytes) if fence is True else fence or None
     leader = None
@@ -67,7 +83,16 @@ def start(
     guard = Guard(sampler, **options)
     sweep_ledgers()
     sweep_leaders()
-    guard.start()
+    try:
+        guard.start()
+    except OutOfMemory:
+        if standing is None:
+            raise
+        sample = Source(root=root, budget_bytes=budget, budget_process_id=main_process_id).read()
+        raise InvalidArgument(
+            f"limit: must leave room behind the fence, got {sample.limit_bytes} bytes, of which "
+            f"{sample.without_cache_bytes} are in use, and {standing.margin_bytes} to stay free"
+        ) from None
     _current = guard
     _notices = _listen(guard)
     _leader = leader
@@ -112,9 +137,10 @@ def _default_fence(limit_name: str, limit_bytes: int) -> Fence:
 def stop() -> None:
     """End this process's guard, if it has one."""
     global _current, _leader, _notices
-    guard, _current = _current, None
-    notices, _notices = _notices, None
-    leader, _leader = _leader, None
+    with _lock:
+        guard, _current = _current, None
+        notices, _notices = _notices, None
+        leader, _leader = _leader, None
     if guard is None:
         return
     atexit.unregister(stop)
@@ -149,3 +175,11 @@ def reserve(
         OutOfMemory: There is no room; nothing is promised.
     """
     return current().reserve(size, timeout_seconds=timeout_seconds, margin=margin)
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

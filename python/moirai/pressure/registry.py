@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -53,12 +52,8 @@ class Registry:
     """Registrations, the cheapest first. Any number of threads may use it at once."""
 
     def __init__(self) -> None:
-        self._all: list[Registration] = []
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """Replace the lock, which a thread that a child does not have may hold."""
-        self._lock = threading.Lock()
+        # Each step on it is atomic, so no lock: a finalizer that unregisters may run at any time.
+        self._all: dict[Registration, None] = {}
 
     def register(
         self,
@@ -75,23 +70,22 @@ class Registry:
             raise TypeError(f"shrink: must be callable, got {type(shrink).__name__}")
         if size is not None and not callable(size):
             raise TypeError(f"size: must be callable or None, got {type(size).__name__}")
-        if not (math.isfinite(cost) and cost >= 0):
-            raise InvalidArgument(f"cost: must be a number of at least 0, got {cost}")
+        if not isinstance(name, str):
+            raise TypeError(f"name: must be a str, got {type(name).__name__}")
+        if not (isinstance(cost, (int, float)) and math.isfinite(cost) and cost >= 0):
+            raise InvalidArgument(f"cost: must be a number of at least 0, got {cost!r}")
         kept_size = None if size is None else _weakly(size, owner)
         made = Registration(self, name, _weakly(shrink, owner), kept_size, cost, irreversible)
-        with self._lock:
-            self._all.append(made)
+        self._all[made] = None
         return made
 
     def remove(self, registration: Registration) -> None:
         """Take a registration out, if it is in."""
-        with self._lock:
-            self._all = [other for other in self._all if other is not registration]
+        self._all.pop(registration, None)
 
     def live(self) -> list[Registration]:
         """Give those whose owners live, the cheapest first."""
-        with self._lock:
-            every = list(self._all)
+        every = list(self._all)
         alive = [registration for registration in every if registration.shrink() is not None]
         for gone in set(every) - set(alive):
             self.remove(gone)
@@ -101,9 +95,10 @@ class Registry:
 def _weakly(function: Callable[..., Any], owner: object | None) -> Callable[[], Any]:
     """Hold a bound method, or a function of an owner, only as long as the object lives."""
     if owner is not None:
-        owner_reference = weakref.ref(owner)
+        owner_reference = _reference("owner", owner)
         return lambda: function if owner_reference() is not None else None
     if hasattr(function, "__func__"):
+        _reference(f"shrink, size: the object of {function.__name__}", function.__self__)  # type: ignore[attr-defined]
         return weakref.WeakMethod(function)
     try:  # A method of a compiled class: made anew from its object each time.
         reference = weakref.ref(function.__self__)  # type: ignore[attr-defined]
@@ -111,6 +106,14 @@ def _weakly(function: Callable[..., Any], owner: object | None) -> Callable[[], 
     except (AttributeError, TypeError):
         return lambda: function
     return lambda: getattr(reference(), name, None)
+
+
+def _reference(what: str, target: object) -> weakref.ref[object]:
+    try:
+        return weakref.ref(target)
+    except TypeError:
+        kind = type(target).__name__
+        raise TypeError(f"{what} must be one that can be held weakly, got {kind}") from None
 
 
 REGISTRY = Registry()

@@ -10,7 +10,13 @@ from moirai import _native
 from moirai.errors import Closed, InvalidArgument, Timeout
 from moirai.pressure.fence import Fence
 from moirai.pressure.samples import Sample
-from moirai.pressure.source import Source, optional_bytes, process_text, sample_of
+from moirai.pressure.source import (
+    Source,
+    optional_limit,
+    optional_process,
+    process_text,
+    sample_of,
+)
 from moirai.pressure.starting import guard_starts
 
 TYPE_CHECKING = False
@@ -77,7 +83,7 @@ class Sampler:
             shortest_seconds: Shortest time between two samples; > 0.
             longest_seconds: Longest time between two samples; at least the shortest.
             capacity: Samples to keep; from 1 to 1048576.
-            fence: Keep one, for this process alone.
+            fence: Keep one, for this process alone; at most one sampler of a process can.
 
         Raises:
             InvalidArgument: An argument is outside its range.
@@ -87,18 +93,23 @@ class Sampler:
                 "shortest_seconds, longest_seconds: must be 0 < shortest <= longest <= 3600, got "
                 f"{shortest_seconds} and {longest_seconds}"
             )
+        if fence is not None and not isinstance(fence, Fence):
+            raise TypeError(f"fence: must be a Fence or None, got {type(fence).__name__}")
         if fence is not None and process_id is not None:
             raise InvalidArgument(
                 f"fence: only this process can be fenced in, got process_id={process_id}"
             )
-        budget = optional_bytes(budget_bytes, "budget_bytes")
+        budget = optional_limit(budget_bytes, "budget_bytes")
+        process = process_text(process_id)
         # Of a child that goes on sampling, the parent stays the one that the budget is for.
-        eldest = budget_process_id or (os.getpid() if process_id is None else process_id)
+        eldest = optional_process(budget_process_id, "budget_process_id") or (
+            os.getpid() if process_id is None else process_id
+        )
         self._arguments = (root, process_id, budget, eldest)
         self._source: Source | None = None
         self._native = _native.PressureSampler(
             root=os.fspath(root),
-            process=process_text(process_id),
+            process=process,
             budget_bytes=budget,
             eldest=eldest,
             shortest_seconds=shortest_seconds,
@@ -114,7 +125,8 @@ class Sampler:
         """Take a first sample and start the thread; does nothing if it runs.
 
         Raises:
-            Unsupported: There is no such process, or no `/proc`.
+            Unsupported: There is no such process, or no `/proc`; or another sampler of this process
+                keeps a fence.
             OutOfMemory: No thread can be started.
         """
         if self.fence is not None:

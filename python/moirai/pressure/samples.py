@@ -148,7 +148,7 @@ def _recorded(rows: Iterable[dict[str, str]], path: str | os.PathLike[str]) -> I
                 resident_bytes=used,
                 anonymous_bytes=used,
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             raise InvalidArgument(
                 f"path: line {number} of {path} must have numbers as t_seconds, rss_bytes and "
                 f"limit_bytes, got {row}"

@@ -48,8 +48,8 @@ class Source:
         self._native = _native.PressureSource(
             root=os.fspath(root),
             process=self._process,
-            budget_bytes=optional_bytes(budget_bytes, "budget_bytes"),
-            eldest=budget_process_id,
+            budget_bytes=optional_limit(budget_bytes, "budget_bytes"),
+            eldest=optional_process(budget_process_id, "budget_process_id"),
         )
 
     def read(self) -> Sample:
@@ -85,15 +85,31 @@ def _path(folder: str | os.PathLike[str]) -> Path:
 
 def process_text(process_id: int | None) -> str:
     """Name a process as `/proc` does."""
+    found = optional_process(process_id, "process_id")
+    return "self" if found is None else str(found)
+
+
+def optional_process(process_id: int | None, argument: str) -> int | None:
+    """Check the number of a process, which may be left out."""
     from moirai.errors import InvalidArgument
 
     if process_id is None:
-        return "self"
+        return None
     if not isinstance(process_id, int) or isinstance(process_id, bool):
-        raise TypeError(f"process_id: must be an int or None, got {type(process_id).__name__}")
-    if process_id < 1:
-        raise InvalidArgument(f"process_id: must be at least 1, got {process_id}")
-    return str(process_id)
+        raise TypeError(f"{argument}: must be an int or None, got {type(process_id).__name__}")
+    if not 1 <= process_id < 1 << 31:
+        raise InvalidArgument(f"{argument}: must be from 1 to 2147483647, got {process_id}")
+    return process_id
+
+
+def optional_limit(size: int | str | None, argument: str) -> int | None:
+    """Read a limit of the user's own, which may be left out."""
+    from moirai.errors import InvalidArgument
+
+    limit = optional_bytes(size, argument)
+    if limit is not None and not 1 <= limit < 1 << 63:
+        raise InvalidArgument(f"{argument}: must be from 1 to 2**63 - 1 bytes, got {limit}")
+    return limit
 
 
 def optional_bytes(size: int | str | None, argument: str) -> int | None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import _thread
+import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 __all__ = ["Call", "Worker"]
 
 
 @dataclass
 class Call:
-    """A function that was given to a worker, and what came of it once `done` is set."""
+    """A function that was given to a worker, and what came of it once `done` is set.
+
+    `over` is set when nobody need wait for it any longer: it is done, or the worker was stopped.
+    """
 
     function: Callable[[], int | None]
     done: threading.Event = field(default_factory=threading.Event)
+    over: threading.Event = field(default_factory=threading.Event)
     result: int | None = None
     error: BaseException | None = None
 
@@ -27,6 +33,10 @@ class Call:
             self.error = error
         finally:
             self.done.set()
+            self.over.set()
+
+
+_Calls: TypeAlias = "queue.SimpleQueue[Call | None]"
 
 
 class Worker:
@@ -38,66 +48,60 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._calls: list[Call] = []
-        self._condition = threading.Condition()
-        self._is_started = False
+        self._lock = threading.Lock()
+        self._calls: _Calls | None = None  # Of the thread, if there is one.
+        self._awaited: Call | None = None
+        self._is_stopped = False
         self._start()
 
     def call(self, function: Callable[[], int | None], *, timeout_seconds: float) -> Call:
         """Run a function; its `done` is not set if the time has passed.
 
         Such a function goes on, on a thread that ends with it; the next gets another. If no thread
-        can be started, it runs here.
+        can be started, it runs here. Once the worker is stopped, nothing is run.
         """
         call = Call(function)
-        with self._condition:
-            if not self._is_started:
-                self._start()
-            if self._is_started:
-                self._calls.append(call)
-                self._condition.notify()
-        if not self._is_started:
+        with self._lock:
+            if self._is_stopped:
+                return call
+            self._awaited = call
+            calls = self._calls or self._start()
+            if calls is not None:
+                calls.put(call)
+        if calls is None:
             call.run()
-        elif not call.done.wait(timeout_seconds):
-            self._abandon()
+            return call
+        call.over.wait(timeout_seconds)
+        if not call.done.is_set():
+            with self._lock:
+                self._abandon()
         return call
+
+    def _start(self) -> _Calls | None:
+        calls: _Calls = queue.SimpleQueue()
+        try:
+            _thread.start_new_thread(_work, (calls,))
+        except (MemoryError, RuntimeError):
+            return None
+        self._calls = calls
+        return calls
 
     def _abandon(self) -> None:
         """Have the thread end after what it is at, and the next call start another."""
-        with self._condition:
-            if self._is_started:
-                self._calls.append(Call(_end))
-                self._condition.notify()
-            self._is_started = False
-            self._calls, self._condition = [], threading.Condition()
-
-    def _start(self) -> None:
-        try:
-            _thread.start_new_thread(_work, (self._calls, self._condition))
-        except (MemoryError, RuntimeError):
-            return
-        self._is_started = True
+        if self._calls is not None:
+            self._calls.put(None)
+            self._calls = None
 
     def stop(self) -> None:
-        """End the thread once it has nothing to do, without waiting for it."""
-        self._abandon()
+        """End the thread once it has nothing to do, and the wait for it; waits for nothing."""
+        with self._lock:
+            self._is_stopped = True
+            self._abandon()
+            if self._awaited is not None:
+                self._awaited.over.set()
 
 
-class _Ended(BaseException):
-    """Ends a worker's thread."""
-
-
-def _end() -> int | None:
-    raise _Ended
-
-
-def _work(calls: list[Call], condition: threading.Condition) -> None:
+def _work(calls: _Calls) -> None:
     threading.current_thread().name = "moirai-actions"
-    while True:
-        with condition:
-            while not calls:
-                condition.wait()
-            call = calls.pop(0)
+    while (call := calls.get()) is not None:
         call.run()
-        if isinstance(call.error, _Ended):
-            return

@@ -281,10 +281,16 @@ pub fn unlock(file: &OwnedFd, byte: u64) {
 
 /// Whether another open descriptor has a lock within these bytes.
 pub fn is_locked_elsewhere(file: &OwnedFd, first: u64, count: u64) -> io::Result<bool> {
+    locked_elsewhere(file, first, count).map(|found| found.is_some())
+}
+
+/// A byte of these that another open descriptor has locked; any one, not the first.
+pub fn locked_elsewhere(file: &OwnedFd, first: u64, count: u64) -> io::Result<Option<u64>> {
     let mut lock = range(libc::F_WRLCK, first, count);
     // SAFETY: the command reads a lock and writes one.
     answer(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) })?;
-    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+    let is_locked = libc::c_int::from(lock.l_type) != libc::F_UNLCK;
+    Ok(is_locked.then(|| (lock.l_start as u64).max(first)))
 }
 
 /// Sleep while `word` is `expected`, until woken by any process that shares it.

@@ -34,7 +34,10 @@ pub(super) struct Group {
     stalls: Kept,
     /// Version 1: the least limit of the group and those above.
     hierarchical: Option<u64>,
+    /// The least limit.
     pub(super) limit: Option<u64>,
+    /// Where the kernel kills, if that is another.
+    pub(super) deadly: Option<u64>,
     /// Whether `limit` is where the kernel slows the group down, not where it kills.
     pub(super) is_high: bool,
     /// File cache that is not, and that is, in active use; when it was read, and at what usage.
@@ -81,6 +84,7 @@ impl Group {
             hierarchical: None,
             folder: folder.into(),
             limit: None,
+            deadly: None,
             is_high: false,
             cache: (0, 0),
             cache_at: 0,
@@ -108,6 +112,7 @@ impl Group {
         let (maximum, second) = (finite(maximum), finite(second));
         self.limit = maximum.into_iter().chain(second).min();
         self.is_high = self.version == Version::Two && self.limit != maximum;
+        self.deadly = maximum.filter(|_| self.is_high);
     }
 
     /// Read how much is used. False if the group is gone.

@@ -4,11 +4,16 @@
 //! proportional set size does not, but costs milliseconds a gigabyte, so it is read for all of them
 //! together and at most once a minute; in between, each has its last one and what its resident set
 //! grew since. A child that came since counts by its growth alone.
+//!
+//! Who is there is looked up about once a second, and what each has at each sample: those that fill one
+//! limit together would else take the room of the others for free.
 
 use super::kept::{fields, number, words};
 use crate::os;
 use std::path::{Path, PathBuf};
 
+/// Time between two readings of what each has, for each of them: one takes about 8 µs.
+const MEMBER_NANOSECONDS: u64 = 500_000;
 /// Time between two readings of proportional set sizes.
 const ROUND_NANOSECONDS: u64 = 60_000_000_000;
 
@@ -34,6 +39,7 @@ pub(super) struct Family {
     own: Option<Member>,
     children: Vec<Member>,
     read_at: Option<u64>,
+    seen_at: u64,
 }
 
 impl Family {
@@ -45,11 +51,37 @@ impl Family {
             own: None,
             children: Vec::new(),
             read_at: None,
+            seen_at: 0,
+        }
+    }
+
+    /// See how much each has that was there at the last look, if that was long enough ago.
+    pub(super) fn follow(&mut self, process: &str, now: u64) {
+        let pause = MEMBER_NANOSECONDS * self.children.len() as u64;
+        if self.children.is_empty() || now.saturating_sub(self.seen_at) < pause {
+            return;
+        }
+        self.seen_at = now;
+        let mut children = std::mem::take(&mut self.children);
+        children.retain_mut(|child| {
+            let resident = self.resident(&child.process.to_string());
+            child.resident_now = resident.unwrap_or(0);
+            resident.is_some()
+        });
+        self.children = children;
+        if self.all.is_some()
+            && let Some(eldest) = &self.eldest
+            && let (Some(of_eldest), Some(own)) = (self.resident(eldest), self.resident(process))
+        {
+            self.all = None;
+            let (first, others) = self.bytes(of_eldest);
+            self.all = Some((first + others, own));
         }
     }
 
     /// Look who is there, and how much each has.
     pub(super) fn look(&mut self, process: &str, now: u64) {
+        self.seen_at = now;
         self.all = None;
         let Some(eldest) = self.eldest.take() else {
             self.look_below(process, now);

@@ -9,7 +9,8 @@
 //! byte; each gets an equal share of the room.
 
 use super::source::Sample;
-use crate::os::{self, process, shared};
+use crate::os::{process, shared};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,8 +24,6 @@ const DOOR: u64 = LEADER + 1;
 /// Tries to get at the door, a millisecond apart; it is open but for a few system calls.
 const DOOR_TRIES: usize = 50;
 const COUNT_NANOSECONDS: u64 = 20_000_000;
-/// Who joins takes the first free byte, so that after so many free ones there is nobody, or nearly.
-const GAP: u64 = 8;
 const HALF_LIFE_SECONDS: f64 = 0.5;
 /// The limit is not moved for less.
 const STEP_BYTES: u64 = 64 * 1024;
@@ -37,6 +36,13 @@ pub struct FenceSettings {
     /// A file by which the processes that share the limit find each other; `None` to be alone.
     pub ledger: Option<PathBuf>,
 }
+
+/// The process whose fence stands, or 0. A process has one such limit, so it has one fence. In a
+/// forked child it is the parent's until the child has its own. A fork waits for samplers that are
+/// being started, so a child finds [`BEFORE`] set too, and `Relaxed` suffices for both.
+static STANDING: AtomicU32 = AtomicU32::new(0);
+/// The soft limit before the fence that stands, or `u64::MAX`; for that process and its children.
+static BEFORE: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// The fence of this process; lifted when dropped.
 pub(super) struct Fence {
@@ -51,17 +57,34 @@ pub(super) struct Fence {
 }
 
 impl Fence {
-    pub(super) fn new(settings: FenceSettings, before: Option<u64>) -> Self {
-        Fence {
+    /// `None` if this process has a fence already.
+    pub(super) fn new(settings: FenceSettings) -> Option<Self> {
+        let owner = process::process_id();
+        let standing = STANDING.load(Ordering::Relaxed);
+        let before = match standing {
+            0 => process::data_limits().0,
+            parent if parent != owner => limit_before(),
+            _ => return None,
+        };
+        STANDING
+            .compare_exchange(standing, owner, Ordering::Relaxed, Ordering::Relaxed)
+            .ok()?;
+        BEFORE.store(before.unwrap_or(u64::MAX), Ordering::Relaxed);
+        Some(Fence {
             ledger: settings.ledger.as_deref().and_then(Ledger::join),
             settings,
-            owner: process::process_id(),
+            owner,
             before,
             current: None,
             untouched: Untouched::default(),
             sharers: 1,
             counted_at: 0,
-        }
+        })
+    }
+
+    /// The soft limit before it stood.
+    pub(super) fn before(&self) -> Option<u64> {
+        self.before
     }
 
     /// Move the fence to what `sample` leaves; returns where it stands, as bytes still to be had.
@@ -108,9 +131,13 @@ impl Fence {
 impl Drop for Fence {
     fn drop(&mut self) {
         // In a child the limit is the child's: whoever forked it lifts or restarts it.
-        if self.owner == process::process_id() && self.current.is_some() {
+        if self.owner != process::process_id() {
+            return;
+        }
+        if self.current.is_some() {
             process::set_soft_data_limit(self.before);
         }
+        STANDING.store(0, Ordering::Relaxed);
     }
 }
 
@@ -191,19 +218,18 @@ impl Ledger {
     }
 
     fn count(&self) -> u64 {
-        let mut count = 0;
-        let mut last = 0;
-        for slot in 0..SLOTS {
-            if Some(slot) == self.own
-                || shared::is_locked_elsewhere(&self.file, slot, 1).unwrap_or(false)
-            {
-                count += 1;
-                last = slot;
-            } else if slot > last + GAP {
-                break;
-            }
+        (u64::from(self.own.is_some()) + self.count_others(0, SLOTS)).max(1)
+    }
+
+    /// Others with a byte from `first` up to `end`: the kernel names any one, which parts the rest.
+    fn count_others(&self, first: u64, end: u64) -> u64 {
+        if first >= end {
+            return 0;
         }
-        count.max(1)
+        match shared::locked_elsewhere(&self.file, first, end - first) {
+            Ok(Some(slot)) => 1 + self.count_others(first, slot) + self.count_others(slot + 1, end),
+            _ => 0,
+        }
     }
 
     /// Once the lock is had, taking it again changes nothing.
@@ -227,15 +253,15 @@ pub fn sweep(path: &Path) -> bool {
         && std::fs::remove_file(path).is_ok()
 }
 
-/// The soft limit on private writable memory of this process, for the settings of a source.
-pub(super) fn soft_limit() -> Option<u64> {
-    os::process::data_limits().0
+fn limit_before() -> Option<u64> {
+    let before = BEFORE.load(Ordering::Relaxed);
+    (before != u64::MAX).then_some(before)
 }
 
-/// Lift the soft limit as far as the hard one lets: for a child that was forked behind a fence, and
-/// has none of its own.
+/// Put the soft limit back to what it was before the parent's fence: for a forked child that has none
+/// of its own.
 pub fn lift_inherited() {
-    process::set_soft_data_limit(None);
+    process::set_soft_data_limit(limit_before());
 }
 
 #[cfg(test)]
@@ -316,6 +342,27 @@ mod tests {
         });
         sweep(&path);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn all_of_a_ledger_are_counted_wherever_others_have_left() {
+        let path = std::env::temp_dir().join(format!("moirai-gaps-{}", std::process::id()));
+        let join = || Ledger::join(&path).expect("a file in the temporary folder");
+        let mut all: Vec<_> = (0..SLOTS + 2).map(|_| join()).collect();
+        assert_eq!(all[0].count(), SLOTS);
+        assert_eq!(
+            all[SLOTS as usize].count(),
+            SLOTS,
+            "it has no byte of its own"
+        );
+        // Those that stay have bytes 20, 21 and 50.
+        let mut slot = 0;
+        all.retain(|_| {
+            slot += 1;
+            matches!(slot - 1, 20 | 21 | 50)
+        });
+        assert!(all.iter().all(|ledger| ledger.count() == 3));
+        std::fs::remove_file(&path).expect("still there");
     }
 
     #[test]

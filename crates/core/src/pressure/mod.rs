@@ -14,4 +14,4 @@ mod source;
 
 pub use fence::FenceSettings;
 pub use sampler::{Sampler, SamplerSettings, SamplerStatistics, Waited};
-pub use source::{Bound, Kind, Sample, Source};
+pub use source::{Bound, Kind, Sample, SharedSource, Source};

@@ -1,11 +1,12 @@
 //! A thread that reads a [`Source`] as often as is needed, and keeps what it read.
 //!
 //! The time to the next reading is a fifth of the time in which the room left would be used up, at
-//! the pace of late or at a gibibyte a second, whichever is faster. Readers take what is kept under a
+//! the pace of late or at a gibibyte a second for each process that shares the fence, whichever is
+//! faster. Readers take what is kept under a
 //! short lock, or sleep until the next sample. A forked child has no such thread: its sampler is
 //! stopped until `start` makes another, with files of the child's own.
 
-use super::fence::{self, Fence, FenceSettings};
+use super::fence::{Fence, FenceSettings};
 use super::source::{Sample, Source};
 use crate::error::{Error, Result};
 use crate::os::{self, WaitEnd};
@@ -13,13 +14,14 @@ use crate::resource::fork::{self, ForkLocks};
 use crate::sync::{AtomicU32, Lock, Ordering};
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Share of the time to the limit after which to look again.
 const SHARE: f64 = 0.2;
-/// Pace to be ready for: what one core touches in a second, about.
+/// Pace to be ready for: what one core touches in a second, about; of so many sharers at most.
 const READY_BYTES_PER_SECOND: f64 = (1u64 << 30) as f64;
+const READY_SHARERS: u64 = 8;
 /// Weight of the newest pace.
 const PACE_WEIGHT: f64 = 0.5;
 
@@ -97,8 +99,6 @@ struct Run {
 /// Samples on a thread of its own; any number of threads may ask it at once.
 pub struct Sampler {
     settings: SamplerSettings,
-    /// The soft `RLIMIT_DATA` before the first fence.
-    data_limit_before: OnceLock<Option<u64>>,
     run: Arc<Lock<Option<Arc<Run>>>>,
 }
 
@@ -108,11 +108,7 @@ impl Sampler {
         let run = Arc::new(Lock::new(None));
         let locks: Weak<dyn ForkLocks> = Arc::downgrade(&run) as Weak<dyn ForkLocks>;
         fork::register(locks);
-        Sampler {
-            settings,
-            data_limit_before: OnceLock::new(),
-            run,
-        }
+        Sampler { settings, run }
     }
 
     fn current(&self) -> Option<Arc<Run>> {
@@ -145,10 +141,13 @@ impl Sampler {
         );
         let mut fence = None;
         if let Some(asked) = &settings.fence {
-            // In a child the soft limit is where its parent's fence stood.
-            let before = *self.data_limit_before.get_or_init(fence::soft_limit);
-            source.set_fenced(before);
-            fence = Some(Fence::new(asked.clone(), before));
+            let Some(made) = Fence::new(asked.clone()) else {
+                return Err(Error::unsupported(
+                    "fence: this process has one already: stop the sampler that keeps it",
+                ));
+            };
+            source.set_fenced(made.before());
+            fence = Some(made);
         }
         let Some(first) = source.read() else {
             return Err(Error::unsupported(format!(
@@ -282,7 +281,8 @@ fn sample_until_stopped(
     longest: Duration,
 ) {
     let mut pace = Pace::default();
-    let mut interval = pace.interval(&first, shortest, longest);
+    let sharers = |fence: &Option<Fence>| fence.as_ref().map_or(1, Fence::sharers);
+    let mut interval = pace.interval(&first, sharers(&fence), shortest, longest);
     let mut planned = os::now_nanoseconds() + interval.as_nanos() as u64;
     loop {
         let rest = planned.saturating_sub(os::now_nanoseconds());
@@ -298,7 +298,8 @@ fn sample_until_stopped(
         }
         // The process that is looked at may end before the one that looks.
         let Some(sample) = source.glance() else { break };
-        interval = pace.interval(&sample, shortest, longest);
+        let sharers_before = sharers(&fence);
+        interval = pace.interval(&sample, sharers_before, shortest, longest);
         let end = os::now_nanoseconds();
         run.keep(
             sample,
@@ -307,6 +308,9 @@ fn sample_until_stopped(
             interval,
             fence.as_mut(),
         );
+        if sharers(&fence) != sharers_before {
+            source.look_again();
+        }
         planned = end + interval.as_nanos() as u64;
     }
     drop(fence);
@@ -325,7 +329,13 @@ struct Pace {
 
 impl Pace {
     /// The time to the next sample.
-    fn interval(&mut self, sample: &Sample, shortest: Duration, longest: Duration) -> Duration {
+    fn interval(
+        &mut self,
+        sample: &Sample,
+        sharers: u64,
+        shortest: Duration,
+        longest: Duration,
+    ) -> Duration {
         if let Some((time, used)) = self.last
             && sample.time_nanoseconds > time
         {
@@ -337,7 +347,8 @@ impl Pace {
         let room = sample
             .deadly_room
             .min(sample.limit.saturating_sub(sample.used));
-        let pace = self.bytes_per_second.max(READY_BYTES_PER_SECOND);
+        let ready = READY_BYTES_PER_SECOND * sharers.min(READY_SHARERS) as f64;
+        let pace = self.bytes_per_second.max(ready);
         let seconds = SHARE * room as f64 / pace;
         Duration::from_secs_f64(seconds.clamp(shortest.as_secs_f64(), longest.as_secs_f64()))
     }
@@ -411,7 +422,7 @@ mod tests {
         let mut pace = Pace::default();
         let interval = |pace: &mut Pace, time: f64, gib: f64| {
             let used = (gib * (1u64 << 30) as f64) as u64;
-            pace.interval(&sample((time * 1e9) as u64, used), shortest, longest)
+            pace.interval(&sample((time * 1e9) as u64, used), 1, shortest, longest)
         };
         assert_eq!(interval(&mut pace, 0.0, 1.0), longest);
         let calm = interval(&mut pace, 1.0, 8.0);
@@ -419,6 +430,9 @@ mod tests {
         let hurried = interval(&mut pace, 1.1, 9.0);
         assert!(hurried < Duration::from_millis(40), "{hurried:?}");
         assert_eq!(interval(&mut pace, 1.2, 10.0), shortest);
+        let of_four =
+            |sharers| Pace::default().interval(&sample(0, 8 << 30), sharers, shortest, longest);
+        assert_eq!(of_four(4) * 4, of_four(1));
     }
 
     #[test]

@@ -10,8 +10,10 @@ use super::cgroup::{self, Group, Shortage};
 use super::family::Family;
 use super::kept::{Kept, Page, fields, number, words};
 use crate::os;
+use crate::resource::fork::{self, ForkLocks};
+use crate::sync::Lock;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Time after which a glance becomes a full reading.
 const FULL_NANOSECONDS: u64 = 1_000_000_000;
@@ -155,6 +157,30 @@ pub struct Source {
     bounds: Vec<Bound>,
 }
 
+/// A source that any number of threads read in turn. A fork waits for a reading that is under way: a
+/// child would else wait for its end for ever.
+pub struct SharedSource(Arc<Lock<Source>>);
+
+impl SharedSource {
+    /// Share a source.
+    pub fn new(source: Source) -> Self {
+        let lock = Arc::new(Lock::new(source));
+        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&lock) as Weak<dyn ForkLocks>;
+        fork::register(locks);
+        SharedSource(lock)
+    }
+
+    /// See [`Source::read`].
+    pub fn read(&self) -> Option<Sample> {
+        self.0.lock().read()
+    }
+
+    /// See [`Source::bounds`].
+    pub fn bounds(&self) -> Vec<Bound> {
+        self.0.lock().bounds().to_vec()
+    }
+}
+
 impl Source {
     /// A source for `process` (`self` or a number) under `root`, where `/proc` and `/sys` are.
     ///
@@ -210,6 +236,11 @@ impl Source {
     /// Read everything. `None` if the process is gone.
     pub fn read(&mut self) -> Option<Sample> {
         self.read_fully(os::now_nanoseconds(), true)
+    }
+
+    /// Have the next glance read everything: others have come or gone.
+    pub(super) fn look_again(&mut self) {
+        self.full_at = None;
     }
 
     /// Read what is near; more once a second. `None` if the process is gone.
@@ -297,13 +328,20 @@ impl Source {
             } else {
                 Kind::Group
             };
-            self.bounds.push(Bound {
-                kind,
-                folder: Some(Arc::clone(&group.folder)),
-                used: group.used,
-                without_cache: group.without_cache,
-                limit,
-            });
+            let mut push = |kind, limit| {
+                self.bounds.push(Bound {
+                    kind,
+                    folder: Some(Arc::clone(&group.folder)),
+                    used: group.used,
+                    without_cache: group.without_cache,
+                    limit,
+                });
+            };
+            push(kind, limit);
+            // A fence stands where the kernel kills, not where it slows down.
+            if let Some(deadly) = group.deadly {
+                push(Kind::Group, deadly);
+            }
         }
     }
 
@@ -358,6 +396,9 @@ impl Source {
             });
             self.bounds.extend(bound);
         };
+        if depth == Depth::Near && self.budget.is_some() {
+            self.family.follow(&self.process, now);
+        }
         let (own, children) = match self.budget {
             Some(_) => self.family.bytes(resident),
             None => (resident, 0),
