@@ -312,6 +312,37 @@ def test_nested_tasks_do_not_wait_for_each_other(executor):
     assert executor.submit(fibonacci, executor, 12).result(WAIT_SECONDS) == 144
 
 
+@pytest.mark.parametrize("depth", [150, 300])
+def test_one_worker_runs_tasks_that_wait_within_each_other_as_deep_as_calls_go(depth):
+    with Executor(1) as executor:
+
+        def deep(left):
+            return 0 if left == 0 else 1 + executor.submit(deep, left - 1).result()
+
+        assert executor.submit(deep, depth).result() == depth
+
+
+def test_tasks_too_deep_within_each_other_fail_as_calls_do(run_python):
+    # By Python's own limit, long before the stack ends; without it, while there is enough of that.
+    run_python("""
+        import sys
+        from moirai.executor import Executor
+
+        executor = Executor(1)
+        def deep(left):
+            return 0 if left == 0 else 1 + executor.submit(deep, left - 1).result()
+
+        for limit in (1000, 500, 10 ** 6):
+            sys.setrecursionlimit(limit)
+            try:
+                executor.submit(deep, 10_000).result()
+            except RecursionError:
+                continue
+            raise SystemExit("no RecursionError")
+        assert executor.submit(deep, 10).result() == 10
+    """)
+
+
 def test_whoever_waits_runs_the_task_that_nobody_has_begun(gate):
     with Executor(2) as executor:
         opened = threading.Event()
@@ -599,6 +630,28 @@ def test_queued_tasks_run_before_the_interpreter_ends(run_python):
     for end in ("", "del executor", "executor.shutdown(wait=False)"):
         lines = run_python(source.format(end=end)).split()
         assert sorted(map(int, lines)) == list(range(100))
+
+
+def test_a_thread_that_submits_while_the_interpreter_ends_is_refused(run_python):
+    lines = run_python("""
+        import threading
+        from moirai.errors import Closed
+        from moirai.executor import Executor
+
+        executor = Executor(2)
+
+        def submit_late():
+            threading.main_thread().join()
+            for late in (executor, Executor(1)):
+                for limits in ({}, {"timeout_seconds": 5}):
+                    try:
+                        late.submit(abs, -7, **limits)
+                    except Closed as error:
+                        print(error)
+
+        threading.Thread(target=submit_late).start()
+    """).splitlines()
+    assert lines == ["cannot schedule new futures after interpreter shutdown"] * 4
 
 
 def test_task_that_shuts_its_executor_down_ends():

@@ -86,6 +86,59 @@ def test_numpy_is_not_imported_where_there_is_little_room(run_python: Runner) ->
     """)
 
 
+def test_numpy_is_not_imported_where_a_fence_leaves_little_room(run_python: Runner) -> None:
+    run_python("""
+        import sys
+        from moirai.pressure.late_forecaster import LateForecaster
+
+        room = 64 << 20
+        late = LateForecaster(in_background=False, fence_room=lambda: room)
+        late.observe(0.0, 150 << 20, 600 << 20)
+        assert late.loaded is None and "numpy" not in sys.modules
+        room = None
+        late.observe(0.0, 150 << 20, 600 << 20)
+        assert late.loaded is not None
+    """)
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(run_python: Runner) -> None:
+    run_python("""
+        import os, threading
+        from moirai.pressure.late_forecaster import LateForecaster
+
+        late, start = LateForecaster(in_background=True), threading.Thread.start
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = refuse
+        try:
+            late.observe(0.0, 600 << 20, 1 << 30)
+        except RuntimeError:
+            pass
+        threading.Thread.start = start
+        child = os.fork()  # which waits for loaders
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        late.observe(1.0, 600 << 20, 1 << 30)
+        late._loader.join(60)
+        assert late.loaded is not None
+    """)
+
+
+def test_a_guard_whose_numpy_is_broken_goes_by_the_level(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise KeyError(name)
+
+    caplog.set_level("INFO", "moirai.pressure")
+    monkeypatch.setitem(sys.modules, "moirai.pressure.forecaster", Broken())  # type: ignore[arg-type]
+    guard = guard_of_trace()
+    assert guard.step(Sample(0.0, LIMIT * 96 // 100, LIMIT)) is Stage.EMERGENCY
+    assert caplog.text.count("the level alone decides") == 1
+
+
 def test_a_guard_without_numpy_goes_by_the_level(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

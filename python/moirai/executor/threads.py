@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from moirai import _native
+from moirai.errors import Closed
 from moirai.executor import backends, blas
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
@@ -47,6 +48,7 @@ _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
 # Every thread that may still run, with how to end it: executors may go before their workers do.
 _workers: weakref.WeakKeyDictionary[threading.Thread, _native.WorkerHandle | _native.TimerHandle]
 _workers = weakref.WeakKeyDictionary()
+_is_interpreter_ending = False
 
 
 class Executor(_native.BareExecutor, BaseExecutor):
@@ -345,6 +347,8 @@ class Executor(_native.BareExecutor, BaseExecutor):
             kept.add(thread)
             _workers[thread] = handle
             try:
+                if _is_interpreter_ending:  # Looked at after it was kept: nobody would end it.
+                    raise Closed("cannot schedule new futures after interpreter shutdown")
                 thread.start()
             except Exception:
                 kept.discard(thread)
@@ -387,6 +391,8 @@ def _join(thread: threading.Thread) -> None:
 
 def _end_all() -> None:
     """Before the interpreter waits for its threads: workers run what is queued, then end."""
+    global _is_interpreter_ending
+    _is_interpreter_ending = True
     workers = list(_workers.items())
     for _, handle in workers:
         handle.close()

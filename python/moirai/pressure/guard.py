@@ -150,7 +150,9 @@ class Guard:
         self.dry_run = dry_run
         self._forecaster: Forecasts | None = None
         if forecaster == "default":
-            self._forecaster = LateForecaster(in_background=isinstance(self.source, Sampler))
+            self._forecaster = LateForecaster(
+                in_background=isinstance(self.source, Sampler), fence_room=self._fence_room
+            )
         elif forecaster is None or hasattr(forecaster, "observe"):
             self._forecaster = forecaster
         else:
@@ -411,6 +413,12 @@ class Guard:
             self._outlook = None
             self._forecast_failures += 1
             log.exception("no forecast: responding to the level alone")
+
+    def _fence_room(self) -> int | None:
+        """What a fence lets the process map now; None without one."""
+        if not isinstance(self.source, Sampler):
+            return None
+        return self.source.statistics().fence_room_bytes
 
     def _p_critical(self) -> Mapping[int, float]:
         return {} if self._outlook is None else self._outlook.p_critical

@@ -14,9 +14,9 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from moirai.errors import MoiraiError
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moirai.pressure.forecaster import Forecast, Forecaster
 
 __all__ = ["LateForecaster"]
@@ -40,8 +40,15 @@ class LateForecaster:
     stays None. Several threads may use one. A forked child has its own copy.
     """
 
-    def __init__(self, *, in_background: bool) -> None:
-        """Prepare; with `in_background`, loading is left to a thread of its own."""
+    def __init__(
+        self, *, in_background: bool, fence_room: Callable[[], int | None] = lambda: None
+    ) -> None:
+        """Prepare; with `in_background`, loading is left to a thread of its own.
+
+        `fence_room` says what a fence lets the process map: behind it, an import that finds less
+        than it needs ends the program (OpenBLAS does).
+        """
+        self._fence_room = fence_room
         self._in_background = in_background
         self._kept: deque[tuple[float, int, int]] = deque(maxlen=_KEPT_COUNT)
         self._forecaster: Forecaster | None = None
@@ -73,7 +80,11 @@ class LateForecaster:
     def _is_called_for(self, used_bytes: int, limit_bytes: int) -> bool:
         if self._has_failed or used_bytes < FROM_RATIO * limit_bytes:
             return False
-        return "numpy" in sys.modules or limit_bytes - used_bytes >= ROOM_BYTES
+        if "numpy" in sys.modules:
+            return True
+        fenced = self._fence_room()
+        room = limit_bytes - used_bytes
+        return (room if fenced is None else min(room, fenced)) >= ROOM_BYTES
 
     def _load_somewhere(self) -> None:
         if not self._in_background:
@@ -81,8 +92,13 @@ class LateForecaster:
         elif self._loader is None:
             _loading.add(self)
             # No daemon: the interpreter waits for an import before it ends.
-            self._loader = threading.Thread(target=self._load, name="moirai-forecaster")
-            self._loader.start()
+            loader = threading.Thread(target=self._load, name="moirai-forecaster")
+            try:
+                loader.start()
+            except (MemoryError, RuntimeError):  # No room for a thread: the next may find some.
+                _loading.discard(self)
+                raise
+            self._loader = loader
 
     def _load(self) -> None:
         try:
@@ -94,7 +110,7 @@ class LateForecaster:
                     made.observe(*observation)
                 self._kept.clear()
                 self._forecaster = made
-        except (ImportError, MemoryError, MoiraiError, OSError, ValueError) as error:
+        except Exception as error:  # A broken NumPy raises all sorts of things.
             self._has_failed = True
             log.info("no forecasts, the level alone decides: %s: %s", type(error).__name__, error)
         finally:

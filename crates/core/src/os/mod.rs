@@ -233,6 +233,40 @@ pub fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
     started
 }
 
+/// How much of its stack this thread has left, as a share of the whole; 0 if that cannot be told.
+pub fn stack_left() -> f64 {
+    use std::cell::Cell;
+    thread_local! {
+        /// The lowest address and the size.
+        static STACK: Cell<Option<(usize, usize)>> = const { Cell::new(None) };
+    }
+    let (lowest, size) = STACK.get().unwrap_or_else(|| {
+        let found = stack_bounds().unwrap_or((0, 0));
+        STACK.set(Some(found));
+        found
+    });
+    let here = (&raw const size).addr();
+    if size == 0 {
+        return 0.0;
+    }
+    (here.saturating_sub(lowest) as f64 / size as f64).min(1.0)
+}
+
+fn stack_bounds() -> Option<(usize, usize)> {
+    let mut attributes = std::mem::MaybeUninit::uninit();
+    // SAFETY: a valid place for the answer.
+    if unsafe { libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let (mut lowest, mut size) = (std::ptr::null_mut(), 0);
+    // SAFETY: filled above; both answers have valid places.
+    let found =
+        unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &mut lowest, &mut size) } == 0;
+    // SAFETY: filled above, and not used any more.
+    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    found.then_some((lowest.addr(), size))
+}
+
 /// Whether this is the thread that the process began with; the kernel gives it most signals.
 pub fn is_first_thread() -> bool {
     // SAFETY: no preconditions.

@@ -5,16 +5,21 @@ use super::{RUNNING, Ran, Shared, add, current_worker, let_leave, run, running};
 use crate::argument::timeout;
 use crate::errors::Disconnected;
 use moirai_core::executor::Worker;
-use moirai_core::os::is_first_thread;
+use moirai_core::os::{is_first_thread, stack_left};
 use moirai_core::sync::parker::{Parked, Parker};
 use moirai_core::sync::spin;
+use pyo3::exceptions::PyRecursionError;
 use pyo3::prelude::*;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Tasks that a thread runs within each other by waiting, at most: each needs its piece of stack.
-const DEEPEST: u32 = 100;
+/// Tasks that a thread runs within each other by waiting, whatever stack it has left: each needs its
+/// piece of it.
+const DEEP: u32 = 100;
+/// How much of its stack a thread has to have left to run more of them. Python's own limit of
+/// recursion comes long before that, where it has not been raised.
+const STACK_LEFT: f64 = 0.5;
 /// The same for tasks that are only likely to be needed.
 const DEEPEST_RELATED: u32 = 20;
 /// Looks at a task before the thread that waits for it sleeps.
@@ -24,6 +29,10 @@ const WORKER_LEAVES_NANOSECONDS: u64 = 1_000;
 /// How long the first thread sleeps before it looks for a signal that came just before it slept.
 /// Only Python's main thread handles signals; the others sleep undisturbed.
 const NAP: Duration = Duration::from_millis(500);
+
+fn may_go_deeper(depth: u32) -> bool {
+    depth < DEEP || stack_left() > STACK_LEFT
+}
 
 /// Run the task in this thread if it may be, and, in a worker, what it is likely to need.
 pub(super) fn help(py: Python<'_>, future: &Future) -> PyResult<()> {
@@ -35,12 +44,18 @@ pub(super) fn help(py: Python<'_>, future: &Future) -> PyResult<()> {
     }
     let (whose, depth) = RUNNING.get();
     if std::ptr::eq(whose, &raw const **shared) {
-        if depth < DEEPEST {
+        if may_go_deeper(depth) {
             help_inside(py, shared, future, depth);
+        } else if future.task().is_pending() {
+            // All who might take it may wait like this.
+            return Err(PyRecursionError::new_err(
+                "tasks that wait within each other leave too little of this thread's stack to run \
+                 the next in it",
+            ));
         }
         return Ok(());
     }
-    if !shared.outsiders_help || depth >= DEEPEST || !shared.scheduler.take_seat() {
+    if !shared.outsiders_help || !may_go_deeper(depth) || !shared.scheduler.take_seat() {
         return Ok(());
     }
     // With a seat, this thread counts as one that is at a task.
