@@ -522,6 +522,7 @@ def test_queued_call_is_cancelled(gate, one):
 def test_call_given_to_a_busy_worker_goes_to_one_that_becomes_idle(gate, executor):
     first, second = gate.shut(executor), gate.shut(executor)
     rest = [executor.submit(same, number) for number in range(2)]  # one behind each
+    wait_until(lambda: all(future.running() for future in rest))
     gate.open()
     # Whichever worker goes on runs both, although the other had one of them already.
     assert [future.result(WAIT_SECONDS) for future in rest] == [0, 1]

@@ -4,10 +4,10 @@ import os
 
 from running import wait_until
 
-from moirai.executor import process_pool
+from moirai.executor import process_parts
 
-# Calls that a busy worker has: the one it runs, and those sent ahead.
-CALLS_AT_WORKER = process_pool._CALLS_AHEAD
+# Calls that a busy worker has, whose calls are not short: the one it runs, and those sent ahead.
+CALLS_AT_WORKER = process_parts._LEAST_AHEAD
 
 
 class Gate:

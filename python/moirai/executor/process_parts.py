@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from moirai.executor.sizing import Seats
 from moirai.memory import Priority
 
 __all__ = ["Settings", "Task", "Worker", "WorkerFailed", "end_of", "with_cause"]
+
+
+_LEAST_AHEAD = 3
+_MOST_AHEAD = 32
+_WORTH_SECONDS = 4e-3
+"""Tasks that a worker has at once: so many, or what it runs in that time."""
 
 
 class WorkerFailed(errors.WorkerFailed, BrokenProcessPool):
@@ -75,6 +82,30 @@ class Worker:
     given_count: int = 0
     is_ready: bool = False
     is_unfit: bool = False
+    _since: float = 0.0
+    _call_seconds: float = _WORTH_SECONDS
+
+    def give(self, task: Task) -> None:
+        """Note that a task was sent to it."""
+        if not self.tasks:
+            self._since = time.perf_counter()
+        self.tasks[task.number] = task
+        self.given_count += 1
+
+    def end(self, number: int) -> Task:
+        """Note that a task of its own is over: it."""
+        now = time.perf_counter()
+        self._call_seconds += (now - self._since - self._call_seconds) / 4
+        self._since = now
+        return self.tasks.pop(number)
+
+    def calls_ahead(self) -> int:
+        """How many tasks it is to have at once: the one that it runs, and the next few.
+
+        Many where they are so short that it would have to wait for each.
+        """
+        count = int(_WORTH_SECONDS / self._call_seconds) if self._call_seconds > 0 else _MOST_AHEAD
+        return max(_LEAST_AHEAD, min(count, _MOST_AHEAD))
 
     def take_back(self) -> Task | None:
         """Take the next task that the process has not taken out of its channel."""

@@ -45,8 +45,8 @@ __all__ = ["ProcessPool"]
 _CALLS_BYTES = 256 << 10
 _RESULTS_BYTES = 1 << 20
 
-_CALLS_AHEAD = 3
-"""Calls that a worker has at once: the one that it runs, and the next two."""
+_RESULTS_AT_ONCE = 16
+"""Results that are taken, if they are there, until workers are given more."""
 
 _MOST_EARLY_DEATHS = 3
 """Workers in a row that may end before they are ready, until the executor is broken."""
@@ -210,9 +210,11 @@ class ProcessPool:
             while self._dispatch():
                 patience = None if self._short_since is None else _MEMORY_PROBE_SECONDS
                 with contextlib.suppress(errors.Timeout):
-                    head, packed = messages.receive(self._receiver, patience)
-                    self._handle(head, packed)
-                    del packed
+                    for _ in range(_RESULTS_AT_ONCE):
+                        head, packed = messages.receive(self._receiver, patience)
+                        self._handle(head, packed)
+                        del packed
+                        patience = 0
         except BaseException as error:
             self._break(f"the thread that manages the workers failed: {error!r}")
             raise
@@ -322,11 +324,12 @@ class ProcessPool:
         workers = [
             worker
             for worker in self.workers.values()
-            if len(worker.tasks) < _CALLS_AHEAD and self._takes_more(worker)
+            if len(worker.tasks) < worker.calls_ahead() and self._takes_more(worker)
         ]
         if not workers:
             return
-        for depth in range(min(len(worker.tasks) for worker in workers) + 1, _CALLS_AHEAD + 1):
+        least = min(len(worker.tasks) for worker in workers)
+        for depth in range(least + 1, max(worker.calls_ahead() for worker in workers) + 1):
             self._fill(workers, depth, is_idle=False)
             if depth == 1 and len(self.backlog):
                 self._fill(workers, depth, is_idle=True)
@@ -336,7 +339,8 @@ class ProcessPool:
     def _fill(self, workers: Sequence[Worker], depth: int, *, is_idle: bool) -> None:
         """See to it that workers have so many tasks, if there are for their nodes or they idle."""
         for worker in workers:
-            while len(worker.tasks) < depth and self._takes_more(worker):
+            most = min(depth, worker.calls_ahead())
+            while len(worker.tasks) < most and self._takes_more(worker):
                 task = self.backlog.take(worker.place, is_idle=is_idle)
                 if task is None or not self._give(worker, task):
                     break
@@ -357,8 +361,7 @@ class ProcessPool:
             self.backlog.fail(task, error)
             return True
         self._short_since = None
-        worker.tasks[task.number] = task
-        worker.given_count += 1
+        worker.give(task)
         return True
 
     def _may_get_memory(self) -> bool:
@@ -422,7 +425,7 @@ class ProcessPool:
         elif head.kind == UNFIT:
             worker.is_unfit = True  # and it ends, once what it logs has gone out
         else:
-            self._conclude(head.kind, worker.tasks.pop(head.call), packed)
+            self._conclude(head.kind, worker.end(head.call), packed)
             if not worker.tasks and not self._takes_more(worker):
                 self._leaving[worker.number] = self.workers.pop(worker.number)
 
