@@ -254,8 +254,10 @@ pub fn stack_left() -> f64 {
 
 fn stack_bounds() -> Option<(usize, usize)> {
     let mut attributes = std::mem::MaybeUninit::uninit();
-    // SAFETY: a valid place for the answer.
-    if unsafe { libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) } != 0 {
+    // SAFETY: no preconditions.
+    let this = unsafe { libc::pthread_self() };
+    // SAFETY: this thread, and a valid place for the answer.
+    if unsafe { libc::pthread_getattr_np(this, attributes.as_mut_ptr()) } != 0 {
         return None;
     }
     let (mut lowest, mut size) = (std::ptr::null_mut(), 0);
