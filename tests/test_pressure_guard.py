@@ -957,6 +957,22 @@ def test_executors_run_fewer_tasks_under_pressure() -> None:
         assert allowed == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_executors_of_processes_run_fewer_tasks_under_pressure() -> None:
+    from moirai.executor import ProcessExecutor
+
+    program = Program(used_mib=850)
+    guard = program.guard()
+    with ProcessExecutor(3) as executor:
+        program.step(guard)
+        assert executor.allowed_count == 1
+        program.used_mib = 100
+        allowed = []
+        for _ in range(3):
+            program.step(guard, 1.1)
+            allowed.append(executor.allowed_count)
+        assert allowed == [1, 2, 3]
+
+
 def test_a_guard_that_stops_lifts_its_caps(full_tree: object) -> None:
     from moirai.executor import Executor
 

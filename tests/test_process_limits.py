@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from running import in_forked_child, run_threads, wait_until, wait_until_gone
-from worker_gate import CALLS_AT_WORKER, Gate
+from worker_gate import CALLS_AT_WORKER, Gate, hold
 
 from moirai import errors
 from moirai.executor import Executor, ProcessExecutor, process_pool
@@ -468,3 +468,43 @@ def test_program_with_limits_moves_to_processes_unchanged(monkeypatch):
         assert executor._pool.settings.max_pending == 2
         assert executor._pool.settings.when_full == "raise"
         assert len(executor.submit(os.sched_getaffinity, 0).result(WAIT_SECONDS)) == 1
+
+
+# --- how many may run ---------------------------------------------------------------------------
+
+
+def test_as_many_calls_run_as_are_allowed(gate):
+    with ProcessExecutor(2) as executor:
+        executor.allow(1)
+        assert executor.allowed_count == 1
+        first = gate.shut(executor)
+        second = executor.submit(hold, gate._tell, gate._hold)
+        wait_until(second.running)  # behind the first one
+        assert executor.running_count == 1
+        executor.allow(2)
+        wait_until(lambda: executor.running_count == 2)
+        gate.open(2)
+        assert [first.result(WAIT_SECONDS), second.result(WAIT_SECONDS)] == [b"x", b"x"]
+
+
+def test_what_a_worker_has_not_begun_when_fewer_are_allowed_another_one_runs(gate):
+    with ProcessExecutor(2) as executor:
+        held = [gate.shut(executor), gate.shut(executor)]
+        rest = [executor.submit(abs, number) for number in range(4)]  # two behind each
+        wait_until(lambda: all(future.running() for future in rest))
+        executor.allow(1)
+        gate.open(2)
+        assert [future.result(WAIT_SECONDS) for future in rest] == [0, 1, 2, 3]
+        assert [future.result(WAIT_SECONDS) for future in held] == [b"x", b"x"]
+        assert_counts_add_up(executor)
+
+
+@pytest.mark.parametrize("count", [0, 3, -1])
+def test_at_least_one_call_may_run_and_at_most_one_a_worker(count):
+    with (
+        ProcessExecutor(2) as executor,
+        pytest.raises(
+            errors.InvalidArgument, match=f"task_count: must be from 1 to 2, got {count}"
+        ),
+    ):
+        executor.allow(count)

@@ -82,6 +82,7 @@ class ProcessPool:
         self._worker_counts = dict.fromkeys(("started", "lost"), 0)
         self._taken_back = self._copied_bytes = self._lent_bytes = 0
         self.workers: dict[int, Worker] = {}
+        self.allowed_count = self.max_workers
         self._leaving: dict[int, Worker] = {}
         self._task_numbers = itertools.count(1)
         self._worker_numbers = itertools.count()
@@ -147,6 +148,31 @@ class ProcessPool:
         manager = self.manager
         if manager is not None and manager is not threading.current_thread():
             manager.join()
+
+    @property
+    def max_workers(self) -> int:
+        """How many tasks run at once, at most."""
+        return self.settings.max_workers
+
+    @property
+    def running_count(self) -> int:
+        """How many workers have tasks."""
+        return sum(bool(worker.tasks) for worker in list(self.workers.values()))
+
+    def allow(self, task_count: int) -> None:
+        """Let so many workers have tasks from now on; what the others run goes on.
+
+        Raises:
+            InvalidArgument: It is not from 1 to as many as there are workers.
+        """
+        if isinstance(task_count, bool) or not isinstance(task_count, int):
+            raise TypeError(f"task_count: must be an int, got {type(task_count).__name__}")
+        if not 1 <= task_count <= self.max_workers:
+            raise errors.InvalidArgument(
+                f"task_count: must be from 1 to {self.max_workers}, got {task_count}"
+            )
+        self.allowed_count = task_count
+        self._wake()
 
     def statistics(self) -> ProcessStatistics:
         """Give the counts as they are."""
@@ -240,6 +266,7 @@ class ProcessPool:
         """Send tasks to workers; whether there is, or may be, anything to do."""
         self._is_woken = False
         self.backlog.sweep()
+        self._rein()
         with self.backlog.lock:
             waiting_count, is_closed = len(self.backlog), self.is_closed
         if self.broken is not None:
@@ -251,6 +278,22 @@ class ProcessPool:
             self._share()
         return not is_closed or len(self.backlog) > 0 or self._has_tasks()
 
+    def _allowed(self) -> list[Worker]:
+        """The workers that may be given tasks: those that have some first."""
+        workers = list(self.workers.values())
+        if self.allowed_count == self.max_workers:
+            return workers
+        return sorted(workers, key=lambda worker: not worker.tasks)[: self.allowed_count]
+
+    def _rein(self) -> None:
+        """Take what they have not begun from those that may not be given tasks."""
+        if self.allowed_count == self.max_workers:
+            return
+        allowed = self._allowed()
+        for worker in self.workers.values():
+            if worker not in allowed and len(worker.tasks) > worker.is_ready:
+                self.backlog.put_back(list(iter(worker.take_back, None)))
+
     def _has_tasks(self) -> bool:
         return any(worker.tasks for worker in self.workers.values())
 
@@ -260,7 +303,7 @@ class ProcessPool:
 
     def _start_workers(self) -> None:
         """As many as there are tasks that no worker is free for."""
-        if len(self.workers) == self.settings.max_workers:
+        if len(self.workers) >= self.allowed_count:
             return
         assert self._watch is not None
         for seat in self._seats_to_fill():
@@ -323,7 +366,7 @@ class ProcessPool:
     def _feed(self) -> None:
         workers = [
             worker
-            for worker in self.workers.values()
+            for worker in self._allowed()
             if len(worker.tasks) < worker.calls_ahead() and self._takes_more(worker)
         ]
         if not workers:
@@ -398,7 +441,7 @@ class ProcessPool:
         """Give an idle worker what another one has not begun."""
         idle = [
             worker
-            for worker in self.workers.values()
+            for worker in self._allowed()
             if worker.is_ready and not worker.tasks and self._takes_more(worker)
         ]
         if not idle:

@@ -331,6 +331,27 @@ class ProcessExecutor(BaseExecutor):
         """Counts since the executor was made."""
         return self._pool.statistics()
 
+    def allow(self, task_count: int) -> None:
+        """Let so many tasks run at once from now on; from 1 to as many as there are workers.
+
+        Those that run are not interrupted; what comes after them waits. A guard of
+        `moirai.pressure` calls this.
+
+        Raises:
+            InvalidArgument: `task_count` is outside its range.
+        """
+        self._pool.allow(task_count)
+
+    @property
+    def allowed_count(self) -> int:
+        """How many tasks may run at once."""
+        return self._pool.allowed_count
+
+    @property
+    def running_count(self) -> int:
+        """How many workers have tasks."""
+        return self._pool.running_count
+
     def progress(self, interval_seconds: float = 0.1) -> Iterator[Progress]:
         """Wait for what was given to the executor, counting: for progress bars.
 

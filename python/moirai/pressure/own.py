@@ -37,7 +37,7 @@ def _trim(idle_seconds: float) -> int:
 
 
 class ExecutorCaps:
-    """How many tasks each `moirai.executor.Executor` of the process may run; by one guard's stages.
+    """How many tasks each executor, of threads or processes, may run; by one guard's stages.
 
     For the guard's thread alone.
     """
@@ -75,10 +75,18 @@ class ExecutorCaps:
 
 
 def _executors() -> list[Cappable]:
-    threads: Any = sys.modules.get("moirai.executor.threads")
-    while threads is not None:
+    return [
+        *_live("moirai.executor.threads", "_executors"),
+        *_live("moirai.executor.process_pool", "_pools"),
+    ]
+
+
+def _live(module_name: str, name: str) -> list[Cappable]:
+    """What is in a set of a module, if the program has loaded that."""
+    module: Any = sys.modules.get(module_name)
+    while module is not None:
         try:
-            return list(threads._executors)
+            return list(getattr(module, name))
         except RuntimeError:  # One was made meanwhile.
             continue
     return []
