@@ -9,8 +9,7 @@ seen (folds by program).
 
 The trees see the shape of use, never the limit. Those for a crossing learn from the recorded limit
 and from lines drawn at other heights of the same recordings, so that they cannot learn how the
-recordings' limits were chosen. All learn from each recording at other speeds besides, so that they
-cannot learn how long its program's cycles take; calibration sees the recorded speed alone.
+recordings' limits were chosen.
 """
 
 from __future__ import annotations
@@ -27,14 +26,7 @@ import numpy as np
 from boosting import Array, Settings, fit
 from numpy.typing import NDArray
 
-from moirai.pressure.features import (
-    CROSSING_NAMES,
-    HORIZONS,
-    LEAST_BINS,
-    NAMES,
-    crossing_features,
-    describe,
-)
+from moirai.pressure.features import HORIZONS, LEAST_BINS, NAMES, crossing_features, describe
 from moirai.pressure.history import History
 from moirai.pressure.model import Ensemble
 
@@ -50,21 +42,15 @@ RECORDED_WEIGHT = 2.0
 LINES_OF_PEAK = ((CRITICAL_RATIO / 0.85, 1.0), (1.5, 0.5), (2.5, 0.5), (0.75, 0.5), (0.85, 0.5),
                  (0.95, 0.5))  # fmt: skip
 LINES_OF_LIMIT = ((0.54, 0.5), (0.675, 0.5))
-# Each recording is also learnt from with its time stretched so, with this weight.
-SPEEDS = (0.6, 0.8, 1.3, 1.7)
-STRETCHED_WEIGHT = 0.6
 FOLD_COUNT = 4
 CONFIDENCE_GROUPS = 16
 # Relative errors below this use, as a share of the scale, are not weighted up further.
 LEAST_SHARE = 0.02
 
-MIDDLE = Settings(quantile=0.5, depth=4, rounds=200, rate=0.06, bins=128, row_share=0.15)
-LOW = Settings(quantile=0.08, depth=4, rounds=60, rate=0.15, row_share=0.15)
-HIGH = Settings(quantile=0.92, depth=4, rounds=60, rate=0.15, row_share=0.15)
-CROSSING = Settings(quantile=None, depth=3, rounds=120, rate=0.08, bins=48, row_share=0.2)
-# For these horizons, log odds of a crossing are multiplied by one number, fitted to forecasts for
-# programs held out; in two splits of the programs the third was worse for it.
-SHARPENED = (30, 60)
+MIDDLE = Settings(quantile=0.5, depth=4, rounds=200, rate=0.06, bins=128)
+LOW = Settings(quantile=0.08, depth=4, rounds=60, rate=0.15)
+HIGH = Settings(quantile=0.92, depth=4, rounds=60, rate=0.15)
+CROSSING = Settings(quantile=None, depth=3, rounds=120, rate=0.08, bins=48, row_share=0.4)
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,6 @@ class Trace:
         seconds: Times, stretched.
         used: Shares of the limit.
         limit_bytes: The limit.
-        weight: What it counts when learnt from; below 1 for one whose time was stretched.
     """
 
     name: str
@@ -85,7 +70,6 @@ class Trace:
     seconds: Array
     used: Array
     limit_bytes: float
-    weight: float = 1.0
 
 
 def read_traces(folder: Path) -> list[Trace]:
@@ -101,18 +85,6 @@ def read_traces(folder: Path) -> list[Trace]:
     if not found:
         raise SystemExit(f"{folder}: expected CSV files, found none")
     return found
-
-
-def with_other_speeds(traces: Sequence[Trace]) -> list[Trace]:
-    """The recordings, and after them their copies at other speeds."""
-    return [*traces, *(_stretched(trace, speed) for speed in SPEEDS for trace in traces)]
-
-
-def _stretched(trace: Trace, factor: float) -> Trace:
-    last = len(trace.used) - 1
-    grid = np.arange(0.0, last * factor + 1e-9, 1.0)
-    used = np.interp(grid / factor, np.arange(last + 1), trace.used)
-    return Trace(trace.name, trace.program, grid, used, trace.limit_bytes, STRETCHED_WEIGHT)
 
 
 def program_folds(traces: Sequence[Trace], count: int) -> NDArray[np.int64]:
@@ -156,15 +128,14 @@ class Table:
 
 
 def describe_traces(traces: Sequence[Trace], step: int = STEP) -> Table:
-    """Describe every `step`-th second of each recording up to its limit; of copies half as many."""
+    """Describe every `step`-th second of each recording up to its limit."""
     rows, facts = [], []
     for number, trace in enumerate(traces):
         history = History()
         alive = life(trace)
-        pace = step if trace.weight == 1.0 else 2 * step
         for index in range(alive):
             history.add(float(trace.seconds[index]), float(trace.used[index]))
-            if index % pace or history.bin_count < LEAST_BINS:
+            if index % step or history.bin_count < LEAST_BINS:
                 continue
             described, scale = describe(history.window())
             rows.append(described)
@@ -181,8 +152,7 @@ def fit_values(table: Table, traces: Sequence[Trace]) -> dict[str, Any]:
     """Grow the three ensembles of a value's change, in units of the scale."""
     known = table.where(np.isfinite(table.then))
     target = (known.then - known.now) / known.scale
-    weights = np.array([trace.weight for trace in traces])
-    each = (weights / np.maximum(np.bincount(known.trace, minlength=len(traces)), 1))[known.trace]
+    each = 1.0 / np.bincount(known.trace, minlength=len(traces))[known.trace]
     peaks = np.array([trace.used.max() for trace in traces])[known.trace]
     # The middle minimises relative errors, the bounds errors in shares of the program's peak.
     relative = each * known.scale / np.maximum(known.then, LEAST_SHARE)
@@ -201,17 +171,15 @@ class Crossings:
     rows: Array
     label: Array
     weight: Array
-    horizon: NDArray[np.int64]
+    trace: NDArray[np.int64]
 
 
-def find_crossings(
-    table: Table, traces: Sequence[Trace], lines: Sequence[tuple[float, float]] | None = None
-) -> Crossings:
-    """Label each described moment for some lines; default: the recorded limit and the others."""
+def find_crossings(table: Table, traces: Sequence[Trace]) -> Crossings:
+    """Label each described moment for the recorded limit and for the other lines."""
     parts = []
     for number, trace in enumerate(traces):
         members = np.flatnonzero(table.trace == number)
-        for line, weight in lines or _lines(float(trace.used.max())):
+        for line, weight in _lines(float(trace.used.max())):
             dead = np.flatnonzero(trace.used >= line / CRITICAL_RATIO)
             alive = int(dead[0]) if len(dead) else len(trace.used)
             at = table.index[members]
@@ -230,13 +198,10 @@ def find_crossings(
                 (
                     crossing_features(table.rows[near], gaps),
                     label.astype(np.float64),
-                    np.full(len(near), weight * trace.weight),
-                    horizon[sure],
+                    np.full(len(near), weight),
+                    np.full(len(near), number),
                 )
             )
-    if not parts:
-        none = np.empty(0)
-        return Crossings(np.empty((0, len(CROSSING_NAMES))), none, none, none.astype(np.int64))
     return Crossings(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
@@ -254,66 +219,33 @@ def fit_crossing(crossings: Crossings) -> dict[str, Any]:
 
 
 def calibrate(table: Table, traces: Sequence[Trace]) -> dict[str, Any]:
-    """Margins, confidence and sharpness from forecasts for programs held out, fold by fold.
+    """Margins and confidence from forecasts for programs held out, fold by fold.
 
     Margins: pooled conformal quantiles (Romano, Patterson, Candès, 2019) over all folds, each
     recording with the same weight. Confidence: how often the error was within 5 % of the limit, by
-    the interval's width over the limit, never rising with it. Sharpness: what makes the odds of
-    crossing the recorded limit likeliest.
+    the interval's width over the limit, never rising with it.
     """
     folds = program_folds(traces, FOLD_COUNT)[table.trace]
-    as_recorded = np.array([trace.weight == 1.0 for trace in traces])[table.trace]
-    lines = [(CRITICAL_RATIO, 1.0)]
-    parts, raws, crossings = [], [], []
+    raw = np.empty((len(table.rows), 3))
     for fold in range(FOLD_COUNT):
-        known, held = table.where(folds != fold), table.where((folds == fold) & as_recorded)
-        if not len(held.rows):  # Fewer programs than folds.
-            continue
-        value = fit_values(known, traces)
+        value = fit_values(table.where(folds != fold), traces)
         ensemble = Ensemble([value["low"], value["middle"], value["high"]])
-        raws.append(np.sort(ensemble.predict(held.rows), axis=1))
-        parts.append(held)
-        reached = find_crossings(held, traces, lines)
-        logits = Ensemble([fit_crossing(find_crossings(known, traces))]).predict(reached.rows)
-        kept = np.isin(reached.horizon, SHARPENED)
-        crossings.append((logits[kept, 0], reached.label[kept]))
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    margins, confidence = _margins(Table(*map(np.concatenate, columns)), np.concatenate(raws))
-    logits, label = map(np.concatenate, zip(*crossings, strict=True))
-    factor = _sharpness(logits, label)
-    return {
-        "margins": margins,
-        "confidence": confidence,
-        "sharpness": {str(h): factor if h in SHARPENED else 1.0 for h in HORIZONS},
-    }
-
-
-def _margins(held: Table, raw: Array) -> tuple[dict[str, float], dict[str, Any]]:
-    change = (held.then - held.now) / held.scale
+        raw[folds == fold] = np.sort(ensemble.predict(table.rows[folds == fold]), axis=1)
+    change = (table.then - table.now) / table.scale
     margins, confidence = {}, {}
     for horizon in HORIZONS:
-        kept = np.isfinite(change) & (held.horizon == horizon)
+        kept = np.isfinite(change) & (table.horizon == horizon)
         low, middle, high = raw[kept].T
         truth = change[kept]
         width = np.maximum(high - low, 0.01)
         excess = np.maximum(low - truth, truth - high) / width
-        trace = held.trace[kept]
-        margin = _quantile(excess, 1.0 / np.bincount(trace)[trace], 0.9)
+        weights = 1.0 / np.bincount(table.trace[kept], minlength=len(traces))[table.trace[kept]]
+        margin = _quantile(excess, weights, 0.9)
         margins[str(horizon)] = float(f"{margin:.3g}")
-        calibrated = (width * (1 + 2 * margin)) * held.scale[kept]
-        within = np.abs(truth - middle) * held.scale[kept] <= 0.05
+        calibrated = (width * (1 + 2 * margin)) * table.scale[kept]
+        within = np.abs(truth - middle) * table.scale[kept] <= 0.05
         confidence[str(horizon)] = _shares_by_width(calibrated, within)
-    return margins, confidence
-
-
-def _sharpness(logits: Array, label: Array) -> float:
-    """The factor on log odds under which the labels are likeliest."""
-    if not len(label):
-        return 1.0
-    factors = np.linspace(0.5, 2.0, 151)
-    signed = np.where(label > 0.5, -logits, logits)
-    losses = [float(np.logaddexp(0.0, factor * signed).sum()) for factor in factors]
-    return float(f"{factors[int(np.argmin(losses))]:.3g}")
+    return {"margins": margins, "confidence": confidence}
 
 
 def _quantile(values: Array, weights: Array, share: float) -> float:
@@ -362,7 +294,6 @@ def write(path: Path, constants: dict[str, Any], traces: Sequence[Trace]) -> Non
         "programs": programs,
         "features": list(NAMES),
         "margins": constants["margins"],
-        "sharpness": constants["sharpness"],
         "confidence": constants["confidence"],
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
@@ -386,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     traces = read_traces(options.traces)
-    shown = with_other_speeds(traces)
-    write(options.output, train(describe_traces(shown), shown), traces)
+    table = describe_traces(traces)
+    write(options.output, train(table, traces), traces)
     return 0
 
 

@@ -324,31 +324,6 @@ def test_every_feature_of_a_single_bin_is_finite():
     assert rows.shape == (len(HORIZONS), len(NAMES))
 
 
-@pytest.mark.parametrize(("period", "fall_bins"), [(40, 1), (50, 6)])
-def test_a_sawtooth_goes_on_as_its_cycles_before(period, fall_bins):
-    rise = np.linspace(0.2, 1.0, period - fall_bins, endpoint=False)
-    cycle = np.concatenate([rise, np.linspace(1.0, 0.2, fall_bins, endpoint=False)])
-    series = np.tile(cycle, 12)
-    end = 5 * period + period // 4
-    rows, scale = describe(series[max(0, end - WINDOW_BINS) : end])
-
-    columns = {name: rows[:, index] for index, name in enumerate(NAMES)}
-    then = np.array([series[end - 1 + horizon] for horizon in HORIZONS])
-    assert columns["period"] == pytest.approx(period)
-    assert columns["cycle_change"] * scale == pytest.approx(then - series[end - 1], abs=0.01)
-    assert columns["height"] == pytest.approx((series[end - 1] - 0.2) / 0.8, abs=0.05)
-    assert np.diff(columns["cycles_ahead"]) == pytest.approx([30 / period, 60 / period])
-
-
-def test_quantiles_are_those_of_the_window():
-    rows, _ = describe(np.arange(1.0, 101.0))
-    columns = {name: rows[0, index] for index, name in enumerate(NAMES)}
-    assert columns["rank"] == pytest.approx(0.99)
-    assert columns["quantile_0.5"] == pytest.approx(-0.5)
-    assert columns["recent_quantile_0.1"] == pytest.approx(-0.54)
-    assert columns["falls"] == 0
-
-
 def test_trees_answer_as_written():
     tree = [[0, 1], [10.0, 20.0], [1.0, 2.0, 3.0, 4.0]]
     ensemble = Ensemble([{"base": 0.5, "trees": [tree]}, {"base": 0.0, "trees": [tree, tree]}])
@@ -460,27 +435,6 @@ def test_folds_never_split_a_program(training):
     folds = training.program_folds(doubled, 2)
     assert folds[: len(traces)].tolist() == folds[len(traces) :].tolist()
     assert set(folds.tolist()) == {0, 1}
-
-
-def test_recordings_are_also_learnt_from_at_other_speeds(training):
-    traces = training.read_traces(TRACES)
-    shown = training.with_other_speeds(traces)
-    assert shown[: len(traces)] == traces
-    assert len(shown) == len(traces) * (1 + len(training.SPEEDS))
-    copies = shown[len(traces) :: len(traces)]
-    for speed, copy in zip(training.SPEEDS, copies, strict=True):
-        assert copy.program == traces[0].program
-        assert copy.weight < traces[0].weight
-        assert len(copy.used) == pytest.approx(speed * len(traces[0].used), abs=2)
-        half = len(traces[0].used) // 2
-        assert copy.used[round(half * speed)] == pytest.approx(traces[0].used[half], abs=0.05)
-
-
-def test_odds_are_sharpened_towards_what_came(training):
-    random = np.random.default_rng(2)
-    logits = random.normal(0.0, 2.0, 20_000)
-    label = (random.random(20_000) < 1 / (1 + np.exp(-1.5 * logits))).astype(float)
-    assert training._sharpness(logits, label) == pytest.approx(1.5, abs=0.1)
 
 
 def test_the_shipped_constants_fit_the_features():

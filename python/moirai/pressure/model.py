@@ -61,7 +61,6 @@ class Model:
         self._value = Ensemble([value["low"], value["middle"], value["high"]])
         self._crossing = Ensemble([constants["crossing"]])
         self._margins = np.array([constants["margins"][str(h)] for h in HORIZONS])
-        self._sharpness = np.array([constants["sharpness"][str(h)] for h in HORIZONS])
         self._confidence = [np.array(constants["confidence"][str(h)]) for h in HORIZONS]
 
     def changes(self, rows: Array) -> Array:
@@ -94,8 +93,7 @@ class Model:
 
     def crossing(self, rows: Array, gap: float) -> Array:
         """Probability of a rise by `gap` (in units of the scale) within each horizon."""
-        logits = self._crossing.predict(crossing_features(rows, gap))[:, 0]
-        found = _probability(logits * self._sharpness)
+        found = _probability(self._crossing.predict(crossing_features(rows, gap))[:, 0])
         return np.maximum.accumulate(found)
 
 
