@@ -83,13 +83,15 @@ impl Pool {
         closed && !self.has_work()
     }
 
+    fn put(&self, task: usize) {
+        let mut queue = self.queue.lock().unwrap();
+        queue.push(task);
+        self.count.store(queue.len(), Ordering::SeqCst);
+    }
+
     /// False: too late, and nobody may come for it.
     fn push(&self, task: usize) -> bool {
-        {
-            let mut queue = self.queue.lock().unwrap();
-            queue.push(task);
-            self.count.store(queue.len(), Ordering::SeqCst);
-        }
+        self.put(task);
         if let Some(who) = self.idle.seek(last) {
             self.parkers[who].call();
         }
@@ -258,11 +260,7 @@ fn a_task_is_run_or_known_to_be_too_late() {
 impl Pool {
     /// As `push`; nobody is woken while somebody waits.
     fn push_far(&self, task: usize) {
-        {
-            let mut queue = self.queue.lock().unwrap();
-            queue.push(task);
-            self.count.store(queue.len(), Ordering::SeqCst);
-        }
+        self.put(task);
         self.seek_far();
     }
 

@@ -82,6 +82,8 @@ class Worker:
     given_count: int = 0
     is_ready: bool = False
     is_unfit: bool = False
+    calls_ahead: int = _LEAST_AHEAD
+    """Tasks that it is to have at once: more where they are so short that it would wait."""
     _since: float = 0.0
     _call_seconds: float = _WORTH_SECONDS
 
@@ -97,15 +99,9 @@ class Worker:
         now = time.perf_counter()
         self._call_seconds += (now - self._since - self._call_seconds) / 4
         self._since = now
+        worth = _WORTH_SECONDS / max(self._call_seconds, _WORTH_SECONDS / _MOST_AHEAD)
+        self.calls_ahead = max(_LEAST_AHEAD, int(worth))
         return self.tasks.pop(number)
-
-    def calls_ahead(self) -> int:
-        """How many tasks it is to have at once: the one that it runs, and the next few.
-
-        Many where they are so short that it would have to wait for each.
-        """
-        count = int(_WORTH_SECONDS / self._call_seconds) if self._call_seconds > 0 else _MOST_AHEAD
-        return max(_LEAST_AHEAD, min(count, _MOST_AHEAD))
 
     def take_back(self) -> Task | None:
         """Take the next task that the process has not taken out of its channel."""

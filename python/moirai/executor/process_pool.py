@@ -367,12 +367,12 @@ class ProcessPool:
         workers = [
             worker
             for worker in self._allowed()
-            if len(worker.tasks) < worker.calls_ahead() and self._takes_more(worker)
+            if len(worker.tasks) < worker.calls_ahead and self._takes_more(worker)
         ]
         if not workers:
             return
         least = min(len(worker.tasks) for worker in workers)
-        for depth in range(least + 1, max(worker.calls_ahead() for worker in workers) + 1):
+        for depth in range(least + 1, max(worker.calls_ahead for worker in workers) + 1):
             self._fill(workers, depth, is_idle=False)
             if depth == 1 and len(self.backlog):
                 self._fill(workers, depth, is_idle=True)
@@ -382,7 +382,7 @@ class ProcessPool:
     def _fill(self, workers: Sequence[Worker], depth: int, *, is_idle: bool) -> None:
         """See to it that workers have so many tasks, if there are for their nodes or they idle."""
         for worker in workers:
-            most = min(depth, worker.calls_ahead())
+            most = min(depth, worker.calls_ahead)
             while len(worker.tasks) < most and self._takes_more(worker):
                 task = self.backlog.take(worker.place, is_idle=is_idle)
                 if task is None or not self._give(worker, task):
