@@ -342,14 +342,5 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     return harness.Report(NAME, QUESTION, parameters, document, render(document), goals(document))
 
 
-def main() -> int:
-    parser = harness.argument_parser(QUESTION)
-    parser.add_argument("--rounds", type=int, help="rounds (101; 5 when quick)")
-    arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (5 if arguments.quick else 101)
-    harness.publish(measure(arguments), arguments)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main_of_rounds(QUESTION, measure, 101, 5, "rounds"))

@@ -129,14 +129,5 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
 
 
-def main() -> int:
-    parser = harness.argument_parser(QUESTION)
-    parser.add_argument("--rounds", type=int, help="samples of each subject (11; 2 when quick)")
-    arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (2 if arguments.quick else 11)
-    harness.publish(measure(arguments), arguments)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main_of_rounds(QUESTION, measure, 11, 2))

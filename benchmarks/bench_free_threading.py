@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
-import subprocess
+import contextlib
 import sys
 import sysconfig
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -131,14 +131,16 @@ class Subject:
         }
 
 
-def serve(tasks: int, depth: int) -> None:
-    """Measure a round for each line of the input."""
-    subject = Subject(tasks, depth)
+_subjects: list[Subject] = []
+
+
+def answer(request: Mapping[str, Any]) -> Any:
+    """Say what interpreter this is and make its subject, or measure a round."""
+    if request["what"] == "round":
+        return _subjects[0].measure()
+    _subjects.append(Subject(request["tasks"], request["depth"]))
     has_gil = not sysconfig.get_config_var("Py_GIL_DISABLED") or sys._is_gil_enabled()
-    version = sys.version.split()[0]
-    print(json.dumps({"has_gil": bool(has_gil), "version": version}), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(subject.measure()), flush=True)
+    return {"has_gil": bool(has_gil), "version": sys.version.split()[0]}
 
 
 # === all rounds ==================================================================================
@@ -150,37 +152,23 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     tasks, depth = (200, 4) if quick else (5_000, 9)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     versions: dict[str, str] = {}
-    processes: dict[str, subprocess.Popen[str]] = {}
-    try:
+    workers: dict[str, harness.Worker] = {}
+    with contextlib.ExitStack() as stack:
         for interpreter in [sys.executable, *([arguments.python] if arguments.python else [])]:
-            process = subprocess.Popen(
-                [interpreter, __file__, "--worker", f"{tasks},{depth}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            head = _answer(process, interpreter)
+            name = Path(interpreter).name
+            worker = harness.Worker(harness.Configuration(name, name), __file__, interpreter)
+            stack.callback(worker.close)
+            head = worker.ask({"what": "begin", "tasks": tasks, "depth": depth})
             kind = WITH_GIL if head["has_gil"] else WITHOUT_GIL
-            if kind in processes:
-                process.kill()
-                process.wait()
+            if kind in workers:
                 raise ValueError(f"python: expected an interpreter that is not {kind} as well")
-            processes[kind], versions[kind] = process, head["version"]
+            workers[kind], versions[kind] = worker, head["version"]
             found[kind] = defaultdict(lambda: defaultdict(list))
-        for index, kind in harness.interleaved(processes, rounds):
+        for index, kind in harness.interleaved(workers, rounds):
             harness.progress(f"round {index + 1} of {rounds}, {kind}")
-            process = processes[kind]
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            for workload, samples in _answer(process, kind).items():
+            for workload, samples in workers[kind].ask({"what": "round"}).items():
                 for name, value in samples.items():
                     found[kind][workload][name].append(value)
-    finally:
-        for process in processes.values():
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
     parameters = {
         "rounds": rounds,
         "workers": WORKERS,
@@ -194,14 +182,6 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     }
     text = render(results, versions)
     return harness.Report(NAME, QUESTION, parameters, results, text, goals(results))
-
-
-def _answer(process: subprocess.Popen[str], what: str) -> Any:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise harness.WorkerFailed(f"{what}: ended with status {process.wait()}")
-    return json.loads(line)
 
 
 def speedup(samples: Mapping[str, list[float]], over: str, name: str) -> float:
@@ -254,8 +234,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="samples of each subject (11; 2 when quick)")
     parser.add_argument("--python", help="another interpreter that has Moirai, free-threaded")
     arguments = parser.parse_args()
-    if arguments.worker:
-        serve(*map(int, arguments.worker.split(",")))
+    if arguments.worker is not None:
+        harness.serve(answer)
         return 0
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 11)
     if arguments.python is None and MADE_BY_TESTS.exists() and not arguments.quick:

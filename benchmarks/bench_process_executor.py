@@ -378,14 +378,5 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     )
 
 
-def main() -> int:
-    parser = harness.argument_parser(QUESTION)
-    parser.add_argument("--rounds", type=int, help="samples of each subject (7; 2 when quick)")
-    arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (2 if arguments.quick else 7)
-    harness.publish(measure(arguments), arguments)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main_of_rounds(QUESTION, measure, 7, 2))

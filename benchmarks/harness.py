@@ -21,7 +21,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,12 @@ class Worker:
     It runs `script --worker HANDLER`, which ends in `serve`. Not to be shared between threads.
     """
 
-    def __init__(self, configuration: Configuration, script: str | Path) -> None:
+    def __init__(
+        self, configuration: Configuration, script: str | Path, interpreter: str = sys.executable
+    ) -> None:
         self.configuration = configuration
         self._process = subprocess.Popen(
-            [sys.executable, str(script), "--worker", configuration.handler],
+            [interpreter, str(script), "--worker", configuration.handler],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -584,3 +586,27 @@ def argument_parser(question: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--worker", metavar="HANDLER", help=argparse.SUPPRESS)
     return parser
+
+
+def main_of_rounds(
+    question: str,
+    measure: Callable[[argparse.Namespace], Report],
+    full: int,
+    quick: int,
+    what: str = "samples of each subject",
+) -> int:
+    """Measure and publish, for a benchmark that is asked for nothing but its rounds.
+
+    Args:
+        question: What it answers.
+        measure: Measures `arguments.rounds` rounds.
+        full: How many they are unless told.
+        quick: How many of a quick run.
+        what: What a round is, for people.
+    """
+    parser = argument_parser(question)
+    parser.add_argument("--rounds", type=int, help=f"{what} ({full}; {quick} when quick)")
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (quick if arguments.quick else full)
+    publish(measure(arguments), arguments)
+    return 0
