@@ -36,7 +36,10 @@ def nothing_left():
     yield
     for child in set(psutil.Process().children()) - before:
         # Multiprocessing's own helpers stay until this process ends.
-        command = " ".join(child.cmdline())
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.NoSuchProcess:
+            continue  # It has ended by now, or is about to be waited for.
         assert "resource_tracker" in command or "forkserver" in command, command
 
 
