@@ -41,6 +41,7 @@ REPORTS_MUST_NOT_CALL = {"open", "print", "input", "exec", "eval"}
 # The buffer protocol, NumPy's C API, the interpreter's stack, slots and methods, messages in their
 # places, and descriptors from elsewhere.
 BINDINGS_WITH_UNSAFE = (
+    "attached",
     "buffer",
     "channel/awaitable",
     "channel/fast",

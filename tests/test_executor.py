@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import signal
+import sysconfig
 import threading
 import time
 import traceback
@@ -141,19 +142,72 @@ def test_future_of_ones_own_is_set_by_hand():
         future.set_result(4)
 
 
-def test_result_in_a_cycle_is_collected(executor):
-    future = executor.submit(list)
-    result = future.result()
+class Holder:
+    """What refers to anything."""
 
-    class Marker:
-        pass
 
-    marker = Marker()
-    gone = weakref.ref(marker)
-    result.extend([future, marker])
-    del future, result, marker
+def raise_holding(holder):
+    error = ValueError("asked to fail")
+    error.holder = holder
+    raise error
+
+
+def ended(future):
+    future.exception()
+    return future
+
+
+def refer_by_result(executor, holder):
+    return ended(executor.submit(lambda: [holder]))
+
+
+def refer_by_exception(executor, holder):
+    return ended(executor.submit(raise_holding, holder))
+
+
+def refer_by_attribute(executor, holder):
+    future = ended(executor.submit(pow, 2, 3))
+    future.holder = holder
+    return future
+
+
+def refer_by_callback(executor, holder):
+    future = Future()
+    future.add_done_callback(holder)
+    return future
+
+
+def refer_by_waiter(executor, holder):
+    future = ended(executor.submit(pow, 2, 3))
+    future._waiters.append(holder)
+    return future
+
+
+@pytest.mark.parametrize(
+    "refer",
+    [refer_by_result, refer_by_exception, refer_by_attribute, refer_by_callback, refer_by_waiter],
+)
+def test_future_in_a_cycle_is_collected(executor, refer):
+    holder = Holder()
+    gone = weakref.ref(holder)
+    future = holder.future = refer(executor, holder)
+    del future, holder
     gc.collect()
     assert gone() is None
+
+
+def test_the_collector_has_nothing_to_do_with_a_future_that_refers_to_nothing(executor):
+    plain = executor.submit(pow, 2, 3)
+    assert plain.result() == 8
+    # Without an interpreter lock the collector knows every object.
+    assert gc.is_tracked(plain) == bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    plain.note = []
+    assert gc.is_tracked(plain)
+    del plain.note
+    with pytest.raises(AttributeError, match="note"):
+        del plain.note
+    with pytest.raises(AttributeError):
+        plain._state = "RUNNING"
 
 
 def test_asyncio_awaits_futures(executor):

@@ -5,6 +5,7 @@
 mod adaptive;
 mod arena;
 mod argument;
+mod attached;
 mod buffer;
 mod channel;
 mod errors;

@@ -42,12 +42,24 @@ impl<C> Handle<C> {
     /// The first reference to a task.
     #[inline]
     pub fn new(task: Task<C>) -> Self {
+        Handle(Self::place(task, 1))
+    }
+
+    /// The first two references to a task: for a queue, and for who waits for it.
+    #[inline]
+    pub fn pair(task: Task<C>) -> (Self, Self) {
+        let slot = Self::place(task, 2);
+        (Handle(slot), Handle(slot))
+    }
+
+    #[inline]
+    fn place(task: Task<C>, count: usize) -> NonNull<Slot<C>> {
         const { assert!(size_of::<Slot<C>>() <= BLOCK.size() && align_of::<Slot<C>>() <= BLOCK.align()) };
         let slot = take_block().cast();
-        let count = AtomicUsize::new(1);
+        let count = AtomicUsize::new(count);
         // SAFETY: a block is as large and aligned as a slot, and nobody else's.
         unsafe { slot.write(Slot { count, task }) };
-        Handle(slot)
+        slot
     }
 
     /// Whether two are references to the same task.
@@ -237,6 +249,18 @@ mod tests {
             drop(handles);
         });
         assert_eq!(count.load(Ordering::SeqCst), 1000);
+    }
+
+    #[test]
+    fn a_pair_is_two_references_to_one_task() {
+        let _alone = alone();
+        let count = Arc::new(AtomicUsize::new(0));
+        let (one, other) = Handle::pair(Task::new(Dropped(Arc::clone(&count))));
+        assert!(one.is(&other));
+        drop(one);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
+        drop(other);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
     }
 
     #[test]

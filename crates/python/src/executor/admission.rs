@@ -1,11 +1,11 @@
 //! Whether a task may be queued: a limit on how many wait to begin, and what follows where it is met.
 
 use super::queueing::refusal;
-use super::{RUNNING, Shared, add};
+use super::{RUNNING, Shared};
+use crate::attached::add;
 use crate::errors::{InvalidArgument, Timeout};
 use moirai_core::executor::room::{Room, Turn};
 use moirai_core::os::{is_first_thread, now_nanoseconds};
-use moirai_core::sync::Ordering;
 use pyo3::import_exception;
 use pyo3::prelude::*;
 use std::time::Duration;
@@ -91,10 +91,7 @@ pub(super) fn admit(
     }
     match bound.when_full {
         WhenFull::Raise => {
-            shared
-                .tally
-                .refused
-                .fetch_add(count as u64, Ordering::Relaxed);
+            add(py, &shared.tally.refused, count as u64);
             Err(Full::new_err(format!(
                 "max_pending: {} of {} tasks wait already, no room for {count}",
                 bound.room.taken_count(),
@@ -137,7 +134,7 @@ fn wait(
             Turn::Taken => return Ok(()),
             Turn::Closed => return Err(refusal(shared)),
             Turn::Waits if left.is_some_and(|left| left.is_zero()) => {
-                add(&shared.tally.refused);
+                add(py, &shared.tally.refused, 1);
                 Some(Timeout::new_err(
                     "deadline: it passed while the submitter waited for room; nothing is queued",
                 ))

@@ -2,8 +2,10 @@
 
 use super::Shared;
 use super::limits::Limits;
+use super::maker::{refers, remember, set_attribute};
 use super::wait::{self, help};
 use super::{Task, TaskHandle};
+use crate::attached::{self, Attached};
 use crate::errors::Timeout;
 use moirai_core::executor::task::{Audience, Cancel, Stage};
 use moirai_core::sync::parker::Parker;
@@ -20,7 +22,9 @@ import_exception!(concurrent.futures, CancelledError);
 import_exception!(concurrent.futures, InvalidStateError);
 
 /// How a task ended. Whoever stores one first, ends it.
+#[derive(Default)]
 pub(super) enum Outcome {
+    #[default]
     None,
     Cancelled,
     Value(Py<PyAny>),
@@ -58,8 +62,7 @@ pub(super) fn announce(about: Option<(TaskHandle, Arc<Shared>)>) {
 pub struct Future {
     task: TaskHandle,
     shared: Option<Arc<Shared>>,
-    /// Locked for moments, in which no Python code runs.
-    outcome: Mutex<Outcome>,
+    outcome: Attached<Outcome>,
     watch: OnceLock<Box<Watch>>,
 }
 
@@ -122,17 +125,23 @@ impl Future {
             Outcome::Failure(_) => ("add_exception", false),
             _ => ("add_result", false),
         };
+        if let Outcome::Value(it) | Outcome::Failure(it) = &outcome {
+            refers(slf, it.bind(slf.py()));
+        }
         {
-            let mut place = lock(&self.outcome);
-            if !matches!(*place, Outcome::None) {
-                drop(place);
-                drop(outcome);
+            let refused = self.outcome.with(slf.py(), |place| match place {
+                Outcome::None => {
+                    *place = outcome;
+                    None
+                }
+                _ => Some(outcome),
+            });
+            if refused.is_some() {
                 return false;
             }
-            *place = outcome;
         }
         for count in counts {
-            super::add(count);
+            attached::add(slf.py(), count, 1);
         }
         self.end(slf, how, cancelled);
         true
@@ -221,7 +230,7 @@ impl Future {
             return self.task.stage() == Stage::Cancelled;
         };
         if let Some(shared) = &self.shared {
-            super::add(&shared.tally.cancelled);
+            attached::add(slf.py(), &shared.tally.cancelled, 1);
             shared.give_room(1);
             shared.died();
         }
@@ -232,11 +241,11 @@ impl Future {
 
     /// The outcome of one that is over.
     fn outcome(&self, py: Python<'_>) -> PyResult<Result<Py<PyAny>, Py<PyAny>>> {
-        match &*lock(&self.outcome) {
+        self.outcome.with(py, |outcome| match outcome {
             Outcome::Value(value) => Ok(Ok(value.clone_ref(py))),
             Outcome::Failure(error) => Ok(Err(error.clone_ref(py))),
             Outcome::None | Outcome::Cancelled => Err(CancelledError::new_err(())),
-        }
+        })
     }
 
     /// Wait until it is over.
@@ -317,7 +326,7 @@ impl Future {
         Future {
             task,
             shared,
-            outcome: Mutex::new(Outcome::None),
+            outcome: Attached::new(Outcome::None),
             watch: OnceLock::new(),
         }
     }
@@ -360,6 +369,7 @@ impl Future {
     /// Call a function with this future at the end, or now if it is over.
     fn add_done_callback(slf: &Bound<'_, Self>, r#fn: Bound<'_, PyAny>) {
         let future = slf.get();
+        remember(slf);
         {
             let mut watchers = lock(&future.watch().watchers);
             if future.task.watch() {
@@ -404,42 +414,58 @@ impl Future {
 
     #[getter]
     #[pyo3(name = "_condition")]
-    fn condition(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let watch = self.watch();
+    fn condition(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
+        let (py, future) = (slf.py(), slf.get());
+        let watch = future.watch();
         if let Some(condition) = watch.condition.get() {
             return Ok(condition.clone_ref(py));
         }
+        remember(slf);
         let threading = py.import(intern!(py, "threading"))?;
         let made = threading.call_method0(intern!(py, "Condition"))?.unbind();
         let condition = watch.condition.get_or_init(|| made).clone_ref(py);
         // After the condition is there: whoever finds the lock finds the condition.
-        self.task.lock_end();
+        future.task.lock_end();
         Ok(condition)
     }
 
     #[getter]
     #[pyo3(name = "_waiters")]
-    fn waiters(&self, py: Python<'_>) -> Py<PyList> {
+    fn waiters(slf: &Bound<'_, Self>) -> Py<PyList> {
+        remember(slf);
+        let py = slf.py();
         let made = || PyList::empty(py).unbind();
-        self.watch().waiters.get_or_init(made).clone_ref(py)
+        slf.get().watch().waiters.get_or_init(made).clone_ref(py)
     }
 
     #[getter]
     #[pyo3(name = "_result")]
     fn peek_result(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        match &*lock(&self.outcome) {
+        self.outcome.with(py, |outcome| match outcome {
             Outcome::Value(value) => Some(value.clone_ref(py)),
             _ => None,
-        }
+        })
     }
 
     #[getter]
     #[pyo3(name = "_exception")]
     fn peek_exception(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        match &*lock(&self.outcome) {
+        self.outcome.with(py, |outcome| match outcome {
             Outcome::Failure(error) => Some(error.clone_ref(py)),
             _ => None,
-        }
+        })
+    }
+
+    fn __setattr__(
+        slf: &Bound<'_, Self>,
+        name: &Bound<'_, PyAny>,
+        value: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        set_attribute(slf, name, Some(value))
+    }
+
+    fn __delattr__(slf: &Bound<'_, Self>, name: &Bound<'_, PyAny>) -> PyResult<()> {
+        set_attribute(slf, name, None)
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -463,12 +489,11 @@ impl Future {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        if let Ok(outcome) = self.outcome.try_lock() {
-            match &*outcome {
-                Outcome::Value(it) | Outcome::Failure(it) => visit.call(it)?,
-                Outcome::None | Outcome::Cancelled => {}
-            }
-        }
+        let seen = self.outcome.visit(&visit, |outcome| match outcome {
+            Outcome::Value(it) | Outcome::Failure(it) => visit.call(it),
+            Outcome::None | Outcome::Cancelled => Ok(()),
+        });
+        seen.unwrap_or(Ok(()))?;
         if let Some(watch) = self.watch.get() {
             visit.call(watch.condition.get())?;
             visit.call(watch.waiters.get())?;
@@ -481,8 +506,8 @@ impl Future {
         Ok(())
     }
 
-    fn __clear__(&self) {
-        let outcome = std::mem::replace(&mut *lock(&self.outcome), Outcome::None);
+    fn __clear__(&self, py: Python<'_>) {
+        let outcome = self.outcome.with(py, std::mem::take);
         let watchers = self
             .watch
             .get()

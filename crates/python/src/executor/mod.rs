@@ -54,7 +54,7 @@ pub(crate) struct Shared {
     tally: Tally,
 }
 
-/// Read by reports only, so `Relaxed` suffices.
+/// Read by reports only.
 #[derive(Default)]
 struct Tally {
     submitted: AtomicU64,
@@ -138,10 +138,6 @@ impl Shared {
     fn died(&self) {
         self.scheduler.died(|task| !task.is_pending());
     }
-}
-
-fn add(count: &AtomicU64) {
-    count.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Let a thread that is about to leave the interpreter leave it, before one asks for it: who asks

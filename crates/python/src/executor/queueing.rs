@@ -6,11 +6,11 @@ use super::future::Future;
 use super::limits::{self, TimerHandle};
 use super::pool::{BareExecutor, Options};
 use super::worker::WorkerHandle;
-use super::{RUNNING, Ran, Shared, Task, TaskHandle, add, current_worker, perform};
+use super::{RUNNING, Ran, Shared, Task, TaskHandle, current_worker, perform};
+use crate::attached::add;
 use crate::errors::Closed;
 use moirai_core::executor::{Priority, Queued};
 use moirai_core::os::{is_first_thread, now_nanoseconds};
-use moirai_core::sync::Ordering;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::{import_exception, intern};
@@ -37,12 +37,13 @@ impl BareExecutor {
         }
         let prepared = self.prepare(slf, shared, request, options);
         let (task, future) = prepared.inspect_err(|_| shared.give_room(1))?;
+        add(py, &shared.tally.submitted, 1);
         let queued = place(shared, options, task);
         match queued {
             Queued::Done => {}
             Queued::Start(who) => start(slf, shared, who, Some(&future))?,
             Queued::TooLate => {
-                if withdraw(shared, future.get()) {
+                if withdraw(py, shared, future.get()) {
                     return Err(refusal(shared));
                 }
             }
@@ -58,11 +59,10 @@ impl BareExecutor {
         shared: &Arc<Shared>,
         request: Request,
     ) -> PyResult<(TaskHandle, Py<Future>, Call)> {
-        let task = TaskHandle::new(Task::empty());
-        let future = self.futures.make(py, task.clone(), Arc::clone(shared))?;
+        let (task, same) = TaskHandle::pair(Task::empty());
+        let future = self.futures.make(py, same, Arc::clone(shared))?;
         let asked = shared.latencies.as_ref().map_or(0, |_| now_nanoseconds());
         let call = Call::new(request, future.clone_ref(py), asked);
-        add(&shared.tally.submitted);
         Ok((task, future, call))
     }
 
@@ -80,7 +80,6 @@ impl BareExecutor {
         debug_assert!(refused.is_ok());
         if let Err(error) = set_limits(slf, shared, &future, options) {
             drop(task.claim());
-            shared.tally.submitted.fetch_sub(1, Ordering::Relaxed);
             return Err(error);
         }
         Ok((task, future))
@@ -96,11 +95,9 @@ impl BareExecutor {
     ) -> PyResult<Py<Future>> {
         let py = slf.py();
         let (_, future, call) = self.make(py, shared, request)?;
-        if let Err(error) = set_limits(slf, shared, &future, options) {
-            shared.tally.submitted.fetch_sub(1, Ordering::Relaxed);
-            return Err(error);
-        }
-        add(&shared.tally.ran_by_submitter);
+        set_limits(slf, shared, &future, options)?;
+        add(py, &shared.tally.submitted, 1);
+        add(py, &shared.tally.ran_by_submitter, 1);
         // Who is at a task has a seat already.
         let inside = std::ptr::eq(RUNNING.get().0, &raw const **shared);
         let has_seat = !inside && shared.scheduler.take_seat();
@@ -123,7 +120,7 @@ impl BareExecutor {
         whole: bool,
         options: &Options,
     ) -> PyResult<Vec<Py<Future>>> {
-        let shared = self.shared();
+        let (py, shared) = (slf.py(), self.shared());
         if shared.scheduler.is_closed() {
             return Err(refusal(&shared));
         }
@@ -131,7 +128,7 @@ impl BareExecutor {
         let queued = self.queue_each(slf, &shared, calls, whole, options, &mut futures);
         if let Err(error) = queued {
             for future in futures.iter().rev() {
-                withdraw(&shared, future.get());
+                withdraw(py, &shared, future.get());
             }
             return Err(error);
         }
@@ -176,15 +173,17 @@ impl BareExecutor {
                         futures.push(future);
                     }
                     Err(error) => {
+                        add(py, &shared.tally.submitted, tasks.len() as u64);
                         // Those that are prepared give theirs back when they are withdrawn.
                         shared.give_room(count - tasks.len());
                         return Err(error);
                     }
                 }
             }
+            add(py, &shared.tally.submitted, tasks.len() as u64);
             let mut queued = shared.scheduler.push_many(node, options.priority, tasks);
             if queued == Queued::TooLate {
-                let withdrawn = futures.iter().filter(|it| withdraw(shared, it.get()));
+                let withdrawn = futures.iter().filter(|it| withdraw(py, shared, it.get()));
                 if withdrawn.count() == futures.len() {
                     return Err(refusal(shared));
                 }
@@ -255,12 +254,12 @@ fn place(shared: &Shared, options: &Options, task: TaskHandle) -> Queued {
 }
 
 /// Take a task back that was queued too late; false if somebody has begun it.
-fn withdraw(shared: &Shared, future: &Future) -> bool {
+fn withdraw(py: Python<'_>, shared: &Shared, future: &Future) -> bool {
     use moirai_core::executor::task::Cancel;
     // Nobody has seen its future yet, so nobody is to be told.
     match future.task().cancel(true) {
         Cancel::Done(call, _) => {
-            add(&shared.tally.cancelled);
+            add(py, &shared.tally.cancelled, 1);
             shared.give_room(1);
             shared.died();
             if let Some(limits) = future.limits() {
@@ -306,7 +305,7 @@ fn start(
         return Ok(());
     }
     if let Some(future) = future {
-        withdraw(shared, future.get());
+        withdraw(py, shared, future.get());
     }
     Err(error)
 }

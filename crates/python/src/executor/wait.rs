@@ -1,8 +1,9 @@
 //! Waiting for a task: run it if nobody has begun it, help with what it needs, then sleep.
 
 use super::future::Future;
-use super::{RUNNING, Ran, Shared, add, current_worker, let_leave, run, running};
+use super::{RUNNING, Ran, Shared, current_worker, let_leave, run, running};
 use crate::argument::timeout;
+use crate::attached::add;
 use crate::errors::Disconnected;
 use moirai_core::executor::Worker;
 use moirai_core::os::{is_first_thread, stack_left};
@@ -83,7 +84,7 @@ fn claim(
     }
     let taken = worker.and_then(|it| it.take_back(|other| other.is(task)));
     if !matches!(run(py, shared, task, worker.map(Worker::index)), Ran::Late) {
-        add(&shared.tally.helped);
+        add(py, &shared.tally.helped, 1);
         if taken.is_none() {
             shared.died();
         }
@@ -101,7 +102,7 @@ fn help_inside(py: Python<'_>, shared: &Shared, future: &Future, depth: u32) {
         };
         match run(py, shared, &task, Some(worker.index())) {
             Ran::Late => shared.scheduler.buried(),
-            _ => add(&shared.tally.helped),
+            _ => add(py, &shared.tally.helped, 1),
         }
     }
 }
@@ -114,9 +115,9 @@ fn help_in_order(py: Python<'_>, shared: &Shared, future: &Future) -> PyResult<(
         };
         match run(py, shared, &task, None) {
             Ran::Late => shared.scheduler.buried(),
-            Ran::Done => add(&shared.tally.helped),
+            Ran::Done => add(py, &shared.tally.helped, 1),
             Ran::Interrupted(stop) => {
-                add(&shared.tally.helped);
+                add(py, &shared.tally.helped, 1);
                 // Another task got what was meant for the program.
                 if is_first_thread() && !task.is(future.task()) {
                     return Err(stop);
