@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from moirai import errors
+from moirai._arguments import check_int
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.executor import process_messages as messages
 from moirai.executor.process_backlog import Backlog
@@ -165,8 +166,7 @@ class ProcessPool:
         Raises:
             InvalidArgument: It is not from 1 to as many as there are workers.
         """
-        if isinstance(task_count, bool) or not isinstance(task_count, int):
-            raise TypeError(f"task_count: must be an int, got {type(task_count).__name__}")
+        check_int("task_count", task_count)
         if not 1 <= task_count <= self.max_workers:
             raise errors.InvalidArgument(
                 f"task_count: must be from 1 to {self.max_workers}, got {task_count}"

@@ -9,12 +9,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from moirai._arguments import (
+    check_bool,
+    check_callable,
+    check_instance,
+    check_number,
+    wrong_type,
+)
 from moirai.errors import Closed, InvalidArgument, OutOfMemory
 from moirai.pressure.actions import Action, ActionRecord, actions_for, built_in_actions
 from moirai.pressure.concurrency import ConcurrencyCap
@@ -124,21 +131,21 @@ class Guard:
 
         Raises:
             InvalidArgument: A number is outside its range.
-            TypeError: What is to be called cannot be, or an argument is of another kind.
+            WrongType: What is to be called cannot be, or an argument is of another kind.
         """
         listeners = {
             "on_stage": on_stage, "on_action": on_action, "on_stall": on_stall, "leads": leads
         }  # fmt: skip
         for name, listener in listeners.items():
-            if listener is not None and not callable(listener):
-                raise TypeError(f"{name}: must be callable or None, got {type(listener).__name__}")
-        kinds = (
-            ("thresholds", thresholds or Thresholds(), Thresholds),
-            ("registry", registry, Registry),
-        )
-        for name, given, kind in kinds:
-            if not isinstance(given, kind):
-                raise TypeError(f"{name}: must be {kind.__name__}, got {type(given).__name__}")
+            check_callable(name, listener, or_none=True)
+        check_instance("thresholds", thresholds, Thresholds, or_none=True)
+        check_instance("registry", registry, Registry)
+        if source is not None and not callable(getattr(source, "read", None)):
+            raise wrong_type("source", "something that reads samples, or None", source)
+        check_bool("dry_run", dry_run)
+        check_number("stall_seconds", stall_seconds)
+        check_number("action_timeout_seconds", action_timeout_seconds)
+        check_number("forecast_seconds", forecast_seconds)
         if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
             raise InvalidArgument(
                 "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
@@ -159,7 +166,7 @@ class Guard:
             raise InvalidArgument(
                 f'forecaster: must be "default", a forecaster or None, got {forecaster!r}'
             )
-        self._built_in = tuple(built_in_actions() if built_in is None else built_in)
+        self._built_in = built_in_actions() if built_in is None else _checked_actions(built_in)
         self._on_stage = on_stage
         self._on_action = on_action
         self._on_stall = on_stall
@@ -298,7 +305,9 @@ class Guard:
         wanted = optional_bytes(size, "size")
         spare = optional_bytes(margin, "margin")
         if wanted is None or spare is None:
-            raise TypeError("size, margin: must be an int or a str, got NoneType")
+            name = "size" if wanted is None else "margin"
+            raise wrong_type(name, "an int or a str", None)
+        check_number("timeout_seconds", timeout_seconds)
         if not timeout_seconds >= 0:
             raise InvalidArgument(f"timeout_seconds: must be at least 0, got {timeout_seconds}")
         promises = self._promises
@@ -356,6 +365,7 @@ class Guard:
 
         Samples must come in the order of their times.
         """
+        check_instance("sample", sample, Sample)
         with self._lock:
             self._sample = sample
             self._look_ahead(sample)
@@ -638,6 +648,15 @@ class Guard:
             self._forecaster.after_fork()
         if self._is_wanted:
             self.start()
+
+
+def _checked_actions(built_in: Sequence[Action]) -> tuple[Action, ...]:
+    if not isinstance(built_in, Iterable):
+        raise wrong_type("built_in", "actions or None", built_in)
+    actions = tuple(built_in)
+    for number, action in enumerate(actions):
+        check_instance(f"built_in[{number}]", action, Action)
+    return actions
 
 
 def _room_above(sample: Sample, spare: int) -> int | None:

@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass
 
 from moirai import _native
+from moirai._arguments import check_instance, check_number, path_text
 from moirai.errors import Closed, InvalidArgument, Timeout
 from moirai.pressure.fence import Fence
 from moirai.pressure.samples import Sample
@@ -88,13 +89,14 @@ class Sampler:
         Raises:
             InvalidArgument: An argument is outside its range.
         """
+        check_number("shortest_seconds", shortest_seconds)
+        check_number("longest_seconds", longest_seconds)
         if not 0 < shortest_seconds <= longest_seconds <= 3600:
             raise InvalidArgument(
                 "shortest_seconds, longest_seconds: must be 0 < shortest <= longest <= 3600, got "
                 f"{shortest_seconds} and {longest_seconds}"
             )
-        if fence is not None and not isinstance(fence, Fence):
-            raise TypeError(f"fence: must be a Fence or None, got {type(fence).__name__}")
+        check_instance("fence", fence, Fence, or_none=True)
         if fence is not None and process_id is not None:
             raise InvalidArgument(
                 f"fence: only this process can be fenced in, got process_id={process_id}"
@@ -105,10 +107,11 @@ class Sampler:
         eldest = optional_process(budget_process_id, "budget_process_id") or (
             os.getpid() if process_id is None else process_id
         )
-        self._arguments = (root, process_id, budget, eldest)
+        folder = path_text("root", root)
+        self._arguments = (folder, process_id, budget, eldest)
         self._source: Source | None = None
         self._native = _native.PressureSampler(
-            root=os.fspath(root),
+            root=folder,
             process=process,
             budget_bytes=budget,
             eldest=eldest,
@@ -202,6 +205,7 @@ class Sampler:
             Closed: The sampler is stopped, or the process that it samples is gone.
             Timeout: The time has passed; nothing is left behind.
         """
+        check_number("timeout_seconds", timeout_seconds, or_none=True)
         number, _ = self._newest()
         found = self._native.wait(number, timeout_seconds=timeout_seconds)
         if found is None:
