@@ -69,6 +69,8 @@ class GuardStatus:
         action_count: Actions taken so far.
         freed_bytes: What they freed, as far as they could tell.
         stall_count: Times that the last resort was called.
+        ledger_error: Why the fence does not know of the other processes under its limit; None if it
+            does, or stands for one process alone.
     """
 
     stage: Stage
@@ -79,6 +81,7 @@ class GuardStatus:
     action_count: int
     freed_bytes: int
     stall_count: int
+    ledger_error: str | None = None
 
 
 class Guard:
@@ -339,6 +342,7 @@ class Guard:
             self._action_count,
             self._freed_bytes,
             self._stall_count,
+            self.source.statistics().ledger_error if isinstance(self.source, Sampler) else None,
         )
 
     @property
@@ -608,6 +612,7 @@ class Guard:
             began = time.monotonic()
             try:
                 self.step(sampler.next(timeout_seconds=1.0))
+                sampler.look_at_ledger()
             except Closed:
                 return
             except TimeoutError:

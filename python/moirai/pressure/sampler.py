@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler", "SamplerStatistics"]
 
+log = logging.getLogger("moirai.pressure")
+
 _samplers: weakref.WeakSet[Sampler] = weakref.WeakSet()
 
 
@@ -41,6 +44,8 @@ class SamplerStatistics:
         fence_room_bytes: What the fence still lets the process map; None without a fence.
         sharer_count: Processes that share the fence's room, this one included.
         is_leader: Whether this one is to act for those that share.
+        ledger_error: Why the fence's ledger cannot be opened, so that this process counts as alone;
+            None if it can, or there is none.
     """
 
     sample_count: int
@@ -50,6 +55,7 @@ class SamplerStatistics:
     fence_room_bytes: int | None
     sharer_count: int
     is_leader: bool
+    ledger_error: str | None
 
 
 class Sampler:
@@ -122,6 +128,7 @@ class Sampler:
             fence_ledger=None if fence is None else fence.ledger,
         )
         self.fence = fence
+        self._has_told_of_ledger = False
         self._is_wanted = False
 
     def start(self) -> None:
@@ -137,6 +144,7 @@ class Sampler:
         self._native.start()
         self._is_wanted = True
         _samplers.add(self)
+        self.look_at_ledger()
 
     def stop(self) -> None:
         """End the thread and take the fence down; does nothing if it does not run."""
@@ -220,7 +228,24 @@ class Sampler:
 
     def statistics(self) -> SamplerStatistics:
         """Say what sampling cost since `start`."""
-        return SamplerStatistics(*self._native.statistics())
+        found = self._native.statistics()
+        error = None if found[7] is None else os.strerror(found[7])
+        return SamplerStatistics(*found[:7], ledger_error=error)
+
+    def look_at_ledger(self) -> None:
+        """Log once that the fence's ledger cannot be opened, if it cannot; a guard calls this."""
+        fence = self.fence
+        if fence is None or fence.ledger is None or self._has_told_of_ledger:
+            return
+        error = self.statistics().ledger_error
+        if error is not None:
+            self._has_told_of_ledger = True
+            log.warning(
+                "the ledger %s cannot be opened (%s): the fence stands as if this process were "
+                "alone under its limit",
+                fence.ledger,
+                error,
+            )
 
 
 def _after_fork_in_child() -> None:
