@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a module imports only from layers below its own, or from its own package.
 LAYERS = [
-    {"errors", "_dtypes", "_event_loop", "_waiting"},
+    {"errors"},
+    {"_arguments", "_dtypes", "_event_loop", "_waiting"},
     {"_native"},
     {"memory"},
     {"pools"},

@@ -212,7 +212,7 @@ def test_call_that_is_no_tuple_of_a_function_is_named(calls):
         ({"max_pending": True}, "max_pending"),
         (
             {"when_full": "drop"},
-            'when_full: must be "block" or "raise" or "caller_runs", got "drop"',
+            'when_full: must be "block" or "raise" or "caller_runs", got \'drop\'',
         ),
         (
             {"max_pending": 1, "when_full": "caller_runs", "initializer": print},
@@ -454,7 +454,8 @@ def test_ended_tasks_leave_the_timer(run_python):
         ({"timeout_seconds": -1}, "timeout_seconds: must be None or .* 0 to 1e9, got -1"),
         ({"timeout_seconds": math.nan}, "timeout_seconds"),
         ({"deadline": math.nan}, "deadline: must be a moment of"),
-        ({"deadline": "soon"}, "must be real number"),
+        ({"deadline": "soon"}, "deadline: must be a number, got str"),
+        ({"timeout_seconds": []}, "timeout_seconds: must be a number, got list"),
     ],
 )
 def test_wrong_time_is_named(options, message):

@@ -201,6 +201,45 @@ with fenced(512, ledger=ledger) as sampler:
     )
 
 
+def test_a_ledger_that_cannot_be_opened_is_told_of_once(run_python: Runner, tmp_path: Path) -> None:
+    run_python(
+        HEAD
+        + f"""
+import logging, os
+
+folder = {str(tmp_path / "later")!r}
+told = []
+handler = logging.Handler()
+handler.emit = lambda record: told.append((record.levelname, record.getMessage()))
+logging.getLogger("moirai.pressure").addHandler(handler)
+
+sampler = fenced(512, ledger=os.path.join(folder, "ledger"))
+guard = pressure.Guard(sampler, forecaster=None)
+for _ in range(2):
+    with guard:
+        for _ in range(3):
+            sampler.next(timeout_seconds=60)
+        assert guard.status().ledger_error == "No such file or directory", guard.status()
+        assert sampler.statistics().sharer_count == 1
+        assert sampler.statistics().is_leader
+        assert refused(600 * MIB)
+assert [level for level, text in told if "ledger" in text] == ["WARNING"], told
+assert folder in told[0][1] and "alone" in told[0][1], told
+
+with guard:
+    os.mkdir(folder)
+    while sampler.statistics().ledger_error is not None:
+        sampler.next(timeout_seconds=60)
+    assert guard.status().ledger_error is None
+    assert os.listdir(folder) == ["ledger"]
+"""
+    )
+
+
+def test_a_fence_without_a_ledger_is_meant_to_be_alone(run_python: Runner) -> None:
+    run_python(HEAD + "with fenced(512) as it: assert it.statistics().ledger_error is None")
+
+
 def test_processes_that_grow_at_once_keep_to_their_budget_together(
     run_python: Runner, tmp_path: Path
 ) -> None:

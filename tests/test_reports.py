@@ -86,6 +86,23 @@ SUMMARY = summary.Summary(
 )
 
 
+def test_summary_says_that_the_fence_stood_alone() -> None:
+    guarded = summary.Guarded(
+        limit_bytes=1 << 30,
+        bound="budget",
+        used_bytes=MIB,
+        highest_stage="calm",
+        action_count=0,
+        freed_bytes=0,
+        actions=(),
+    )
+    assert "fence" not in summary.to_text(replace(SUMMARY, guarded=guarded))
+    alone = replace(guarded, ledger_error="Permission denied")
+    text = summary.to_text(replace(SUMMARY, guarded=alone))
+    assert "the ledger cannot be opened (Permission denied)" in text
+    assert '"ledger_error": "Permission denied"' in summary.to_json(replace(SUMMARY, guarded=alone))
+
+
 def test_summary_names_every_number() -> None:
     assert summary.to_text(SUMMARY).splitlines() == [
         "moirai run: memory pool, huge pages auto",

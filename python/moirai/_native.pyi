@@ -2218,8 +2218,9 @@ class PressureSampler:
     def wait(self, seen: int, *, timeout_seconds: float | None = None) -> int | None:
         """Wait for a sample after number `seen`: its number, 0 when the time has passed, None once
         stopped."""
-    def statistics(self) -> tuple[int, float, float, float, int | None, int, bool]:
-        """(samples, seconds reading, largest delay, interval, fence room, sharers, leads)."""
+    def statistics(self) -> tuple[int, float, float, float, int | None, int, bool, int | None]:
+        """(samples, seconds reading, largest delay, interval, fence room, sharers, leads,
+        errno)."""
 
 def retained_heap_bytes() -> int | None:
     """Free bytes that libc's heap keeps; None where it cannot tell."""

@@ -4,6 +4,7 @@
 
     MoiraiError
     ├── InvalidArgument (ValueError)         fix the call
+    │   └── WrongType (TypeError)            it is of another kind, or no such argument
     ├── OutOfMemory (MemoryError)            free something, then retry
     ├── Closed (RuntimeError)                you closed it
     ├── Disconnected (ConnectionError)       the other side closed it
@@ -25,6 +26,7 @@ __all__ = [
     "Timeout",
     "Unsupported",
     "WorkerFailed",
+    "WrongType",
 ]
 
 
@@ -34,6 +36,10 @@ class MoiraiError(Exception):
 
 class InvalidArgument(MoiraiError, ValueError):
     """An argument is outside its range; the message names it, what was expected and what came."""
+
+
+class WrongType(InvalidArgument, TypeError):
+    """An argument is of another kind than it must be, or there is none of that name."""
 
 
 class OutOfMemory(MoiraiError, MemoryError):

@@ -1,8 +1,8 @@
 //! Numbers as they arrive: checked by name, so that the message says which one is wrong.
 
-use crate::errors::{InvalidArgument, OutOfMemory};
+use crate::errors::{InvalidArgument, OutOfMemory, WrongType};
 use moirai_core::resource::MAX_ALIGNMENT;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt};
 use std::ops::RangeInclusive;
@@ -36,7 +36,7 @@ pub(crate) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
 pub(crate) fn byte_counts(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec<usize>> {
     let Ok(values) = values.try_iter() else {
         let kind = values.get_type().name()?;
-        return Err(PyTypeError::new_err(format!(
+        return Err(WrongType::new_err(format!(
             "{name}: must be an iterable of int, got {kind}"
         )));
     };
@@ -68,11 +68,27 @@ fn integer<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, Py
     let index = value.call_method0("__index__").ok();
     let Some(index) = index.filter(|_| !value.is_instance_of::<PyBool>()) else {
         let kind = value.get_type().name()?;
-        return Err(PyTypeError::new_err(format!(
+        return Err(WrongType::new_err(format!(
             "{name}: must be an int, got {kind}"
         )));
     };
     index.cast_into::<PyInt>().map_err(PyErr::from)
+}
+
+/// A real number, whatever its range; infinity for an int that is too large for one.
+pub(crate) fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    value.extract().or_else(|error: PyErr| {
+        if error.is_instance_of::<PyOverflowError>(value.py()) {
+            return Ok(f64::INFINITY);
+        }
+        if !error.is_instance_of::<PyTypeError>(value.py()) {
+            return Err(error);
+        }
+        let kind = value.get_type().name()?;
+        Err(WrongType::new_err(format!(
+            "{name}: must be a number, got {kind}"
+        )))
+    })
 }
 
 /// One of a few words.

@@ -11,6 +11,7 @@ import_exception!(moirai.errors, InvalidArgument);
 import_exception!(moirai.errors, OutOfMemory);
 import_exception!(moirai.errors, Timeout);
 import_exception!(moirai.errors, Unsupported);
+import_exception!(moirai.errors, WrongType);
 
 pub(crate) fn to_py(error: Error) -> PyErr {
     let message = error.to_string();

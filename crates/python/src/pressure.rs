@@ -198,8 +198,9 @@ impl PressureSampler {
         }
     }
 
-    /// (samples, seconds reading, largest delay, interval, fence room, sharers, leads).
-    fn statistics(&self) -> (u64, f64, f64, f64, Option<u64>, u64, bool) {
+    /// (samples, seconds reading, largest delay, interval, fence room, sharers, leads, errno).
+    #[allow(clippy::type_complexity)] // a dataclass's fields in their order
+    fn statistics(&self) -> (u64, f64, f64, f64, Option<u64>, u64, bool, Option<i32>) {
         let found = self.0.statistics();
         (
             found.samples,
@@ -209,6 +210,7 @@ impl PressureSampler {
             found.fence_room,
             found.sharers,
             found.is_leader,
+            found.ledger_error,
         )
     }
 }

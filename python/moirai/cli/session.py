@@ -113,6 +113,7 @@ def _guarded() -> Guarded | None:
         if score is None
         else (score.alarm_count, score.true_alarm_count, score.false_alarm_count),
         median_lead_seconds=None if score is None else score.median_lead_seconds,
+        ledger_error=status.ledger_error,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from moirai._arguments import check_instance
 from moirai.errors import Closed
 
 __all__ = ["TaskGroup"]
@@ -29,6 +30,7 @@ class TaskGroup:
     """
 
     def __init__(self, executor: concurrent.futures.Executor) -> None:
+        check_instance("executor", executor, concurrent.futures.Executor)
         self._executor = executor
         # Reentrant: a future that is cancelled calls back in the thread that cancels it.
         self._lock = threading.RLock()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import queue
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar, cast
 
 from moirai import _native
+from moirai._arguments import check_timeout
 from moirai.errors import InvalidArgument, Timeout, Unsupported
 from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
@@ -100,7 +102,11 @@ class BaseExecutor(concurrent.futures.Executor):
             chunksize: Calls to a task; "auto": an eighth of each worker's share, at most 4096.
             priority: How urgent the tasks are.
             node: Id of the node whose workers are to take them first.
+
+        Raises:
+            InvalidArgument: An argument is outside its range.
         """
+        check_timeout("timeout", timeout)
         futures = self._chunks(fn, iterables, chunksize, priority, node)
         deadline = None if timeout is None else time.monotonic() + timeout
         return _Flattened.of(_in_order(futures, deadline))
@@ -115,6 +121,7 @@ class BaseExecutor(concurrent.futures.Executor):
         node: int | None = None,
     ) -> Iterator[_Result]:
         """As `map`, but the results come as their tasks end."""
+        check_timeout("timeout", timeout)
         futures = self._chunks(fn, iterables, chunksize, priority, node)
         deadline = None if timeout is None else time.monotonic() + timeout
         return _Flattened.of(_as_they_end(futures, deadline))
@@ -131,21 +138,29 @@ class BaseExecutor(concurrent.futures.Executor):
         priority: Priority | None,
         node: int | None,
     ) -> list[concurrent.futures.Future[_Chunk]]:
+        _check_chunksize(chunksize)
         star = len(iterables) != 1
         items = list(zip(*iterables, strict=False) if star else iterables[0])
-        if isinstance(chunksize, int) and not isinstance(chunksize, bool) and chunksize >= 1:
-            size = chunksize
-        elif chunksize == "auto":
+        if chunksize == "auto":
             share = len(items) // (self.max_workers * _CHUNKS_PER_WORKER)
             size = max(1, min(share, _LARGEST_CHUNK))
         else:
-            raise InvalidArgument(
-                f'chunksize: must be "auto" or an int of at least 1, got {chunksize!r}'
-            )
+            size = chunksize
         if not items:
             return []
         found = self._queue_chunks(fn, items, size, star=star, priority=priority, node=node)
         return list(found)
+
+
+def _check_chunksize(chunksize: object) -> None:
+    if isinstance(chunksize, int) and not isinstance(chunksize, bool):
+        is_right = 1 <= chunksize <= sys.maxsize
+    else:
+        is_right = chunksize == "auto"
+    if not is_right:
+        raise InvalidArgument(
+            f'chunksize: must be "auto" or an int from 1 to {sys.maxsize}, got {chunksize!r}'
+        )
 
 
 class _Flattened(itertools.chain[_Result]):

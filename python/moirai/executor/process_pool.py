@@ -1,4 +1,4 @@
-"""The processes of a `ProcessExecutor`: which of them gets which call, and what if one dies."""
+"""What is behind a `ProcessExecutor`: the thread that manages its workers, and how they end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import contextlib
 import itertools
 import os
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from moirai import errors
+from moirai._arguments import check_int
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.executor import process_messages as messages
 from moirai.executor.process_backlog import Backlog
-from moirai.executor.process_messages import Content, Head, Packed, Placer
+from moirai.executor.process_crew import Crew
+from moirai.executor.process_dispatch import Dispatch
+from moirai.executor.process_messages import Head, Packed
 from moirai.executor.process_parts import (
     Settings,
     Task,
@@ -27,7 +29,6 @@ from moirai.executor.process_parts import (
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_watch import Watch
 from moirai.executor.process_worker import (
-    CALL,
     DIED,
     FAILED,
     READY,
@@ -35,14 +36,11 @@ from moirai.executor.process_worker import (
     UNFIT,
     UNREADABLE,
     WAKE,
-    Start,
-    work,
 )
 from moirai.executor.progress import Counter
 
 __all__ = ["ProcessPool"]
 
-_CALLS_BYTES = 256 << 10
 _RESULTS_BYTES = 1 << 20
 
 _RESULTS_AT_ONCE = 16
@@ -51,11 +49,8 @@ _RESULTS_AT_ONCE = 16
 _MOST_EARLY_DEATHS = 3
 """Workers in a row that may end before they are ready, until the executor is broken."""
 
-_MEMORY_SECONDS = 1.0
-"""How long to wait for memory that processes which run nothing have."""
-
 _MEMORY_PROBE_SECONDS = 0.005
-"""How often to look for it meanwhile."""
+"""How often to look for memory that nobody tells of."""
 
 _numbers = itertools.count()
 _pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
@@ -79,17 +74,10 @@ class ProcessPool:
     def _reset(self) -> None:
         self.counter.reset()
         self.backlog = Backlog(self.settings, self.counter, self._wake)
-        self._worker_counts = dict.fromkeys(("started", "lost"), 0)
-        self._taken_back = self._copied_bytes = self._lent_bytes = 0
-        self.workers: dict[int, Worker] = {}
-        self.allowed_count = self.max_workers
-        self._leaving: dict[int, Worker] = {}
+        self._crew = Crew(self.settings, self.name)
+        self._dispatch = Dispatch(self.backlog, self._crew, self.settings.memory_bytes)
         self._task_numbers = itertools.count(1)
-        self._worker_numbers = itertools.count()
         self._early_deaths = 0
-        self._short_since: float | None = None
-        self._lingered = False
-        self._placer = Placer(self.settings.memory_bytes)
         self.is_closed = False
         self.broken: str | None = None
         self._is_woken = False
@@ -157,7 +145,17 @@ class ProcessPool:
     @property
     def running_count(self) -> int:
         """How many workers have tasks."""
-        return sum(bool(worker.tasks) for worker in list(self.workers.values()))
+        return self._crew.running_count
+
+    @property
+    def allowed_count(self) -> int:
+        """How many workers may have tasks."""
+        return self._crew.allowed_count
+
+    @property
+    def workers(self) -> dict[int, Worker]:
+        """Those that may get tasks, by their numbers."""
+        return self._crew.workers
 
     def allow(self, task_count: int) -> None:
         """Let so many workers have tasks from now on; what the others run goes on.
@@ -165,13 +163,12 @@ class ProcessPool:
         Raises:
             InvalidArgument: It is not from 1 to as many as there are workers.
         """
-        if isinstance(task_count, bool) or not isinstance(task_count, int):
-            raise TypeError(f"task_count: must be an int, got {type(task_count).__name__}")
+        check_int("task_count", task_count)
         if not 1 <= task_count <= self.max_workers:
             raise errors.InvalidArgument(
                 f"task_count: must be from 1 to {self.max_workers}, got {task_count}"
             )
-        self.allowed_count = task_count
+        self._crew.allowed_count = task_count
         self._wake()
 
     def statistics(self) -> ProcessStatistics:
@@ -179,11 +176,11 @@ class ProcessPool:
         with self.backlog.lock:
             return ProcessStatistics(
                 **self.backlog.counts(),
-                workers_started=self._worker_counts["started"],
-                workers_lost=self._worker_counts["lost"],
-                taken_back=self._taken_back,
-                copied_bytes=self._copied_bytes,
-                lent_bytes=self._lent_bytes,
+                workers_started=self._crew.started_count,
+                workers_lost=self._crew.lost_count,
+                taken_back=self._dispatch.taken_back,
+                copied_bytes=self._dispatch.copied_bytes,
+                lent_bytes=self._dispatch.lent_bytes,
             )
 
     def _wake(self) -> None:
@@ -212,7 +209,7 @@ class ProcessPool:
             if self.settings.context.get_start_method() == "fork":
                 # All of them now, before this starts threads: a fork has only the thread it is in.
                 for seat in range(self.settings.max_workers):
-                    self._start_worker(seat)
+                    self._crew.start(seat, results)
             self._watch = Watch(self._tell_of_end, f"{self.name}-watch")
             for worker in self.workers.values():
                 self._watch.add(worker.number, worker.process)
@@ -226,15 +223,15 @@ class ProcessPool:
                 self._watch.stop()
             results.close()
             self._results = self._watch = None
-            self.workers.clear()
+            self._crew.clear()
             raise
 
     # === the manager ============================================================================
 
     def _manage(self) -> None:
         try:
-            while self._dispatch():
-                patience = None if self._short_since is None else _MEMORY_PROBE_SECONDS
+            while self._go_on():
+                patience = _MEMORY_PROBE_SECONDS if self._dispatch.is_short_of_memory else None
                 with contextlib.suppress(errors.Timeout):
                     for _ in range(_RESULTS_AT_ONCE):
                         head, packed = messages.receive(self._receiver, patience)
@@ -250,7 +247,7 @@ class ProcessPool:
     def _end(self) -> None:
         assert self._watch is not None
         assert self._results is not None
-        workers = [*self.workers.values(), *self._leaving.values()]
+        workers = list(self._crew)
         for worker in workers:
             worker.close()
         for worker in workers:
@@ -259,201 +256,38 @@ class ProcessPool:
         self._receiver.close()
         self._watch.stop()
         self._results.close()
-        self.workers.clear()
-        self._leaving.clear()
+        self._crew.clear()
 
-    def _dispatch(self) -> bool:
+    def _go_on(self) -> bool:
         """Send tasks to workers; whether there is, or may be, anything to do."""
         self._is_woken = False
         self.backlog.sweep()
-        self._rein()
+        self._dispatch.rein()
         with self.backlog.lock:
             waiting_count, is_closed = len(self.backlog), self.is_closed
         if self.broken is not None:
             return False
         if waiting_count:
             self._start_workers()
-            self._feed()
+            self._dispatch.feed()
         else:
-            self._share()
-        return not is_closed or len(self.backlog) > 0 or self._has_tasks()
-
-    def _allowed(self) -> list[Worker]:
-        """The workers that may be given tasks: those that have some first."""
-        workers = list(self.workers.values())
-        if self.allowed_count == self.max_workers:
-            return workers
-        return sorted(workers, key=lambda worker: not worker.tasks)[: self.allowed_count]
-
-    def _rein(self) -> None:
-        """Take what they have not begun from those that may not be given tasks."""
-        if self.allowed_count == self.max_workers:
-            return
-        allowed = self._allowed()
-        for worker in self.workers.values():
-            if worker not in allowed and len(worker.tasks) > worker.is_ready:
-                self.backlog.put_back(list(iter(worker.take_back, None)))
-
-    def _has_tasks(self) -> bool:
-        return any(worker.tasks for worker in self.workers.values())
-
-    def _takes_more(self, worker: Worker) -> bool:
-        most = self.settings.max_tasks_per_child
-        return most is None or worker.given_count < most
+            self._dispatch.share()
+        return not is_closed or len(self.backlog) > 0 or self._crew.has_tasks
 
     def _start_workers(self) -> None:
         """As many as there are tasks that no worker is free for."""
-        if len(self.workers) >= self.allowed_count:
+        if self._crew.is_complete:
             return
         assert self._watch is not None
-        for seat in self._seats_to_fill():
+        assert self._results is not None
+        for seat in self._crew.seats_to_fill(self.backlog.waiting_by_place()):
             try:
-                worker = self._start_worker(seat)
+                worker = self._crew.start(seat, self._results)
             except Exception as error:
                 if not self.workers:
                     self._break(f"no worker process could be started: {error!r}")
                 return
             self._watch.add(worker.number, worker.process)
-
-    def _seats_to_fill(self) -> list[int]:
-        """First those at nodes that tasks wait for, then others."""
-        lacking = self.backlog.waiting_by_place()
-        for worker in self.workers.values():
-            lacking[worker.place] -= not worker.tasks
-        taken = {worker.seat for worker in self.workers.values()}
-        free = [seat for seat in range(self.settings.max_workers) if seat not in taken]
-        places = {seat: self.settings.seats.workers[seat].place for seat in free}
-        near = []
-        for seat in free:
-            if lacking[places[seat]] > 0:
-                lacking[places[seat]] -= 1
-                near.append(seat)
-        far = [seat for seat in free if seat not in near]
-        return near + far[: max(0, sum(lacking))]
-
-    def _start_worker(self, seat: int) -> Worker:
-        settings, number = self.settings, next(self._worker_numbers)
-        at = settings.seats.workers[seat]
-        assert self._results is not None
-        calls = SharedChannel.create(capacity_bytes=_CALLS_BYTES)
-        start = Start(
-            number,
-            calls,
-            self._results,
-            settings.memory_bytes,
-            settings.max_tasks_per_child,
-            at.cpus,
-            settings.seats.node_ids[at.place],
-            settings.blas_threads,
-            settings.initializer,
-            settings.initargs,
-        )
-        process = settings.context.Process(  # type: ignore[attr-defined]
-            target=work, args=(start,), name=f"{self.name}_{number}"
-        )
-        worker = Worker(number, seat, at.place, process, calls, calls.sender())
-        # Before it starts: a signal's exception may come when it has.
-        self.workers[number] = worker
-        try:
-            process.start()
-        except Exception:
-            del self.workers[number]
-            worker.close()
-            raise
-        self._worker_counts["started"] += 1
-        return worker
-
-    def _feed(self) -> None:
-        workers = [
-            worker
-            for worker in self._allowed()
-            if len(worker.tasks) < worker.calls_ahead and self._takes_more(worker)
-        ]
-        if not workers:
-            return
-        least = min(len(worker.tasks) for worker in workers)
-        for depth in range(least + 1, max(worker.calls_ahead for worker in workers) + 1):
-            self._fill(workers, depth, is_idle=False)
-            if depth == 1 and len(self.backlog):
-                self._fill(workers, depth, is_idle=True)
-            if not len(self.backlog):
-                return
-
-    def _fill(self, workers: Sequence[Worker], depth: int, *, is_idle: bool) -> None:
-        """See to it that workers have so many tasks, if there are for their nodes or they idle."""
-        for worker in workers:
-            most = min(depth, worker.calls_ahead)
-            while len(worker.tasks) < most and self._takes_more(worker):
-                task = self.backlog.take(worker.place, is_idle=is_idle)
-                if task is None or not self._give(worker, task):
-                    break
-
-    def _give(self, worker: Worker, task: Task) -> bool:
-        """Send a task to a worker, or be done with it; false if it is queued again."""
-        if not task.is_running and not self.backlog.begin(task):
-            return True
-        try:
-            self._send(worker, task.content, task.number)
-        except (errors.Timeout, errors.OutOfMemory, errors.Disconnected) as error:
-            if isinstance(error, errors.OutOfMemory) and not self._may_get_memory():
-                self.backlog.fail(task, error)
-                return True
-            self.backlog.put_back([task])
-            return False
-        except Exception as error:
-            self.backlog.fail(task, error)
-            return True
-        self._short_since = None
-        worker.give(task)
-        return True
-
-    def _may_get_memory(self) -> bool:
-        """Whether there may soon be more of it than now."""
-        if self._has_tasks():
-            self._short_since = None
-            return True
-        # A worker may be letting go of what it just sent. Nothing tells when it has: what lingered
-        # at the last look, or at the attempt before the first, may be there for the next attempt.
-        now = time.monotonic()
-        if self._short_since is None:
-            self._short_since, self._lingered = now, True
-        lingered, self._lingered = self._lingered, self._placer.lingering_bytes > 0
-        may = (lingered or self._lingered) and now - self._short_since < _MEMORY_SECONDS
-        if not may:
-            self._short_since = None
-        return may
-
-    def _send(self, worker: Worker, content: Content, number: int) -> None:
-        head, inline_bytes = Head(CALL, worker.number, number), worker.calls.inline_bytes
-        try:
-            messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
-        except errors.Timeout:
-            if self._has_tasks():  # which will make room
-                raise
-            # No reference is left to lend its memory by: others have them.
-            content = content._replace(lent=[False] * len(content.lent))
-            messages.send(worker.sender, head, content, self._placer, inline_bytes, 0)
-        if content.buffers:
-            self._copied_bytes += content.copied_bytes
-            self._lent_bytes += content.lent_bytes
-
-    def _share(self) -> None:
-        """Give an idle worker what another one has not begun."""
-        idle = [
-            worker
-            for worker in self._allowed()
-            if worker.is_ready and not worker.tasks and self._takes_more(worker)
-        ]
-        if not idle:
-            return
-        for worker in list(self.workers.values()):
-            if len(worker.tasks) > worker.is_ready:
-                task = worker.take_back()
-                if task is not None:
-                    self._taken_back += 1
-                    self._give(idle.pop(), task)
-                    if not idle:
-                        return
 
     def _handle(self, head: Head, packed: Packed) -> None:
         if head.kind == WAKE:
@@ -469,15 +303,15 @@ class ProcessPool:
             worker.is_unfit = True  # and it ends, once what it logs has gone out
         else:
             self._conclude(head.kind, worker.end(head.call), packed)
-            if not worker.tasks and not self._takes_more(worker):
-                self._leaving[worker.number] = self.workers.pop(worker.number)
+            if not worker.tasks and not self._crew.takes_more(worker):
+                self._crew.let_go(worker)
 
     def _conclude(self, kind: int, task: Task, packed: Packed) -> None:
         for buffer in packed.buffers:
             if buffer.readonly:
-                self._lent_bytes += len(buffer)
+                self._dispatch.lent_bytes += len(buffer)
             else:
-                self._copied_bytes += len(buffer)
+                self._dispatch.copied_bytes += len(buffer)
         try:
             value = messages.load(packed)
         except BaseException as error:
@@ -496,9 +330,7 @@ class ProcessPool:
 
     def _bury(self, number: int) -> None:
         """A process has ended, and all that it sent was received."""
-        worker = self.workers.pop(number, None)
-        if worker is None:
-            worker = self._leaving.pop(number)
+        worker = self._crew.take_out(number)
         worker.process.join()
         # What is still in its channel it has not begun.
         with contextlib.suppress(errors.Disconnected):
@@ -510,7 +342,7 @@ class ProcessPool:
                 task, WorkerFailed(f"{end_of(worker.process)} while it had this call")
             )
         if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
-            self._worker_counts["lost"] += 1
+            self._crew.lost_count += 1
         if worker.is_unfit:
             self._break("the initializer failed in a worker process")
         elif not worker.is_ready:
@@ -524,8 +356,7 @@ class ProcessPool:
             self.broken = message
             tasks = self.backlog.clear()
         self.backlog.room.close()
-        workers = [*self.workers.values(), *self._leaving.values()]
-        for worker in workers:
+        for worker in self._crew:
             tasks += worker.tasks.values()
             worker.tasks.clear()
             worker.process.terminate()
@@ -540,7 +371,7 @@ class ProcessPool:
     def after_fork(self) -> None:
         """In a child: nothing is queued, nothing runs."""
         tasks = list(self.backlog)
-        for worker in [*self.workers.values(), *self._leaving.values()]:
+        for worker in self._crew:
             tasks += worker.tasks.values()
         self._reset()
         for task in tasks:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
+from moirai._arguments import check_instance, check_int, wrong_type
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
@@ -40,6 +41,9 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int]
 
 _MOST_WORKERS = 60
 """As many processes, and some more, can have blocks of one shared resource at once."""
+
+_MOST_MEMORY_BYTES = 1 << 39
+"""What a shared resource can have at most."""
 
 
 class ProcessExecutor(BaseExecutor):
@@ -93,9 +97,10 @@ class ProcessExecutor(BaseExecutor):
         when_full: WhenFull = "block",
         memory_bytes: int | str = "2 GiB",
     ) -> None:
+        check_instance("topology", topology, Topology, or_none=True)
+        check_initializer(initializer, initargs)
         machine = Topology.read() if topology is None else topology
         worker_count = checked_worker_count(max_workers, machine, _MOST_WORKERS)
-        check_initializer(initializer)
         _check_tasks_per_child(max_tasks_per_child)
         check_limit(max_pending, when_full, has_initializer=initializer is not None)
         settings = Settings(
@@ -104,7 +109,7 @@ class ProcessExecutor(BaseExecutor):
             initializer,
             initargs,
             max_tasks_per_child,
-            parse_bytes(memory_bytes, argument="memory_bytes"),
+            _checked_memory(memory_bytes),
             blas.share_of_cpus(
                 blas.checked(blas_threads, needs_package=False),
                 default_worker_count(machine, cpu_quota()),
@@ -364,14 +369,19 @@ class ProcessExecutor(BaseExecutor):
         return self._pool.counter.watch(interval_seconds)
 
 
-def _check_tasks_per_child(count: object) -> None:
-    if count is None:
-        return
-    if isinstance(count, bool) or not isinstance(count, int):
-        kind = type(count).__name__
-        raise TypeError(f"max_tasks_per_child: must be an int or None, got {kind}")
-    if count < 1:
+def _check_tasks_per_child(count: int | None) -> None:
+    check_int("max_tasks_per_child", count, or_none=True)
+    if count is not None and count < 1:
         raise InvalidArgument(f"max_tasks_per_child: must be at least 1, got {count}")
+
+
+def _checked_memory(size: int | str) -> int:
+    size_bytes = parse_bytes(size, argument="memory_bytes")
+    if not 1 <= size_bytes <= _MOST_MEMORY_BYTES:
+        raise InvalidArgument(
+            f"memory_bytes: must be from 1 to {_MOST_MEMORY_BYTES}, got {size_bytes}"
+        )
+    return size_bytes
 
 
 def _context(given: BaseContext | str | None, max_tasks_per_child: int | None) -> BaseContext:
@@ -386,4 +396,6 @@ def _context(given: BaseContext | str | None, max_tasks_per_child: int | None) -
                 'mp_context: must be a context, "fork", "spawn", "forkserver" or None, '
                 f"got {given!r}"
             ) from None
+    if not isinstance(given, BaseContext):
+        raise wrong_type("mp_context", "a context, a str or None", given)
     return given

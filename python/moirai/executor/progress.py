@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moirai._arguments import check_number
 from moirai.errors import InvalidArgument
 
 __all__ = ["Counter", "Progress"]
@@ -62,6 +63,7 @@ class Counter:
 
     def watch(self, interval_seconds: float) -> Iterator[Progress]:
         """Give the counts when they change, until they are equal, that included."""
+        check_number("interval_seconds", interval_seconds)
         if not interval_seconds >= 0:
             raise InvalidArgument(f"interval_seconds: must be at least 0, got {interval_seconds!r}")
         return self._watch(interval_seconds)

@@ -6,6 +6,7 @@ import concurrent.futures
 import threading
 from typing import Any, TypeVar
 
+from moirai._arguments import check_timeout
 from moirai.errors import Disconnected, Timeout
 
 __all__ = ["RemoteFuture"]
@@ -27,6 +28,7 @@ class RemoteFuture(concurrent.futures.Future[_Result]):
             Timeout: It has not ended in time; it goes on.
             CancelledError: It was cancelled.
         """
+        check_timeout("timeout", timeout)
         try:
             return super().result(timeout)
         except TimeoutError:
@@ -41,6 +43,7 @@ class RemoteFuture(concurrent.futures.Future[_Result]):
             Timeout: It has not ended in time; it goes on.
             CancelledError: It was cancelled.
         """
+        check_timeout("timeout", timeout)
         try:
             return super().exception(timeout)
         except TimeoutError:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from moirai.errors import InvalidArgument
 
-__all__ = ["Room", "WhenFull", "check_limit"]
+__all__ = ["Room", "WhenFull", "check_limit", "check_when_full"]
 
 WhenFull = Literal["block", "raise", "caller_runs"]
 
@@ -22,9 +22,7 @@ def check_limit(max_pending: object, when_full: object, *, has_initializer: bool
     Raises:
         InvalidArgument: An argument is outside its range.
     """
-    if when_full not in get_args(WhenFull):
-        choices = " or ".join(f'"{choice}"' for choice in get_args(WhenFull))
-        raise InvalidArgument(f"when_full: must be {choices}, got {when_full!r}")
+    check_when_full(when_full)
     if max_pending is None:
         return
     if isinstance(max_pending, bool) or not isinstance(max_pending, int) or max_pending < 1:
@@ -36,6 +34,17 @@ def check_limit(max_pending: object, when_full: object, *, has_initializer: bool
             'when_full: must be "block" or "raise" with an initializer, as only workers run tasks '
             'then, got "caller_runs"'
         )
+
+
+def check_when_full(when_full: object) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        InvalidArgument: It is none.
+    """
+    if when_full not in get_args(WhenFull):
+        choices = " or ".join(f'"{choice}"' for choice in get_args(WhenFull))
+        raise InvalidArgument(f"when_full: must be {choices}, got {when_full!r}")
 
 
 @dataclass(eq=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moirai.errors import InvalidArgument
+from moirai._arguments import check_int, wrong_type
+from moirai.errors import InvalidArgument, WrongType
 from moirai.memory import NumaNode, Topology
 
 __all__ = [
@@ -93,14 +95,12 @@ def checked_worker_count(max_workers: int | None, topology: Topology, most: int)
         most: More than these are refused.
 
     Raises:
-        TypeError: It is no int.
+        WrongType: It is no int.
         InvalidArgument: It is not between 1 and `most`.
     """
     if max_workers is None:
         return min(default_worker_count(topology, cpu_quota()), most)
-    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
-        kind = type(max_workers).__name__
-        raise TypeError(f"max_workers: must be an int or None, got {kind}")
+    check_int("max_workers", max_workers, or_none=True)
     if not 1 <= max_workers <= most:
         # In concurrent.futures' words, which its tests look for.
         raise InvalidArgument(
@@ -109,14 +109,17 @@ def checked_worker_count(max_workers: int | None, topology: Topology, most: int)
     return max_workers
 
 
-def check_initializer(initializer: object) -> None:
-    """Refuse what cannot be called, in concurrent.futures' words.
+def check_initializer(initializer: object, initargs: object) -> None:
+    """Refuse what no worker could call.
 
     Raises:
-        TypeError: It is neither None nor callable.
+        WrongType: The first is neither None nor callable, or the second is not iterable.
     """
     if initializer is not None and not callable(initializer):
-        raise TypeError("initializer must be a callable")
+        # In concurrent.futures' words.
+        raise WrongType(f"initializer must be a callable or None, got {type(initializer).__name__}")
+    if not isinstance(initargs, Iterable):
+        raise wrong_type("initargs", "a tuple", initargs)
 
 
 def working_nodes(topology: Topology) -> list[NumaNode]:

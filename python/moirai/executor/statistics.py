@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from moirai._arguments import check_number
 from moirai.errors import InvalidArgument
 
 __all__ = ["ExecutorStatistics", "LatencyHistogram", "NodeStatistics", "WorkerStatistics"]
@@ -40,6 +41,7 @@ class LatencyHistogram:
         Raises:
             InvalidArgument: `share` is outside its range.
         """
+        check_number("share", share)
         if not 0.0 <= share <= 1.0:
             raise InvalidArgument(f"share: must be from 0 to 1, got {share}")
         wanted, seen = share * self.total, 0

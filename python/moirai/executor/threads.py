@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from moirai import _native
+from moirai._arguments import check_bool, check_instance
 from moirai.errors import Closed
 from moirai.executor import backends, blas
 from moirai.executor.arenas import TaskArenas
 from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor
 from moirai.executor.reporting import initializer_failed
-from moirai.executor.room import WhenFull
+from moirai.executor.room import WhenFull, check_when_full
 from moirai.executor.sizing import (
     Affinity,
     Seats,
@@ -120,6 +121,13 @@ class Executor(_native.BareExecutor, BaseExecutor):
         blas_threads: blas.BlasThreads = None,
         measure_latency: bool = False,
     ) -> Executor:
+        check_instance("thread_name_prefix", thread_name_prefix, str)
+        check_initializer(initializer, initargs)
+        check_instance("topology", topology, Topology, or_none=True)
+        check_when_full(when_full)
+        check_instance("memory", memory, Resource, or_none=True)
+        check_bool("task_arena", task_arena)
+        check_bool("measure_latency", measure_latency)
         other = backends.find(backend) if cls is Executor else None
         if other is not None:
             # What is said of workers' places is left out by those that have no say in it.
@@ -141,7 +149,6 @@ class Executor(_native.BareExecutor, BaseExecutor):
             return cast("Executor", made)
         machine = Topology.read() if topology is None else topology
         max_workers = checked_worker_count(max_workers, machine, _MOST_WORKERS)
-        check_initializer(initializer)
         seats = seats_of(machine, max_workers, affinity)
         most = blas.share_of_cpus(
             blas.checked(blas_threads, needs_package=True),

@@ -8,6 +8,7 @@ from celery import signals  # type: ignore[import-not-found, import-untyped, unu
 
 from moirai import pressure
 from moirai.errors import Closed
+from moirai.pressure.process import check_options
 
 __all__ = ["guard_workers"]
 
@@ -20,7 +21,11 @@ def guard_workers(**options: Any) -> None:
 
     Args:
         options: As those of `moirai.pressure.start`.
+
+    Raises:
+        InvalidArgument: An option is outside its range, or there is none of that name.
     """
+    check_options(**options)
 
     def start(**_: Any) -> None:
         try:

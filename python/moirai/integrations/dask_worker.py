@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import WorkerPlugin  # type: ignore[import-not-found, unused-ignore]
 
+from moirai._arguments import check_bool, check_number, path_text
 from moirai.errors import InvalidArgument
 from moirai.pressure import Guard, Registry, Sample, Source, Stage
 from moirai.pressure.actions import built_in_actions
@@ -61,6 +62,10 @@ class PressurePlugin(WorkerPlugin):  # type: ignore[misc, unused-ignore]
         Raises:
             InvalidArgument: A number is outside its range.
         """
+        check_number("share", share, or_none=True)
+        check_number("interval_seconds", interval_seconds)
+        check_number("stall_seconds", stall_seconds)
+        check_bool("restart", restart)
         if not ((share is None or 0 < share <= 1) and interval_seconds > 0 and stall_seconds >= 0):
             raise InvalidArgument(
                 "share, interval_seconds, stall_seconds: must be in (0, 1], > 0 and >= 0, got "
@@ -70,7 +75,7 @@ class PressurePlugin(WorkerPlugin):  # type: ignore[misc, unused-ignore]
         self.interval_seconds = interval_seconds
         self.stall_seconds = stall_seconds
         self.restart = restart
-        self.root = os.fspath(root)
+        self.root = path_text("root", root)
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask in each worker."""

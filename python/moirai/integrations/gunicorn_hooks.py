@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from moirai import pressure
-from moirai.errors import Closed
+from moirai.errors import Closed, WrongType
+from moirai.pressure.process import check_options
 
 __all__ = ["guard_workers", "post_fork", "worker_exit"]
 
@@ -22,7 +23,13 @@ def guard_workers(**options: Any) -> Callable[[Any, Any], None]:
 
     Args:
         options: As those of `moirai.pressure.start`, but for `on_stall`.
+
+    Raises:
+        InvalidArgument: An option is outside its range, or there is none of that name.
     """
+    if "on_stall" in options:
+        raise WrongType(f"on_stall: must be left to the hook, got {options['on_stall']!r}")
+    check_options(**options)
 
     def hook(arbiter: Any, worker: Any) -> None:
         def leave(guard: pressure.Guard) -> None:

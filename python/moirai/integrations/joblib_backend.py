@@ -15,8 +15,11 @@ from joblib.parallel import (  # type: ignore[import-untyped]
     SequentialBackend,
 )
 
+from moirai._arguments import check_bool, check_instance
 from moirai.errors import Timeout
 from moirai.executor import Executor, Priority
+from moirai.executor.interface import BaseExecutor
+from moirai.executor.lanes import lane_of
 
 __all__ = ["MoiraiBackend", "register"]
 
@@ -35,6 +38,9 @@ class MoiraiBackend(ParallelBackendBase):  # type: ignore[misc]
         priority: How urgent the batches are.
         kwargs: As of joblib's other backends; `inner_max_num_threads` is the `blas_threads` of an
             executor of the backend's own.
+
+    Raises:
+        InvalidArgument: An argument is outside its range.
     """
 
     supports_sharedmem = True
@@ -50,6 +56,8 @@ class MoiraiBackend(ParallelBackendBase):  # type: ignore[misc]
         priority: Priority | None = None,
         **kwargs: Any,
     ) -> None:
+        check_instance("executor", executor, BaseExecutor, or_none=True)
+        lane_of(priority)
         super().__init__(**kwargs)
         self._given, self._executor = executor, executor
         self._priority = priority
@@ -134,4 +142,6 @@ def register(name: str = "moirai", *, make_default: bool = False) -> None:
         name: What the backend is called.
         make_default: Whether `Parallel` uses it unless told.
     """
+    check_instance("name", name, str)
+    check_bool("make_default", make_default)
     joblib.register_parallel_backend(name, MoiraiBackend, make_default=make_default)

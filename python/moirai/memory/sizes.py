@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from moirai._arguments import wrong_type
 from moirai.errors import InvalidArgument
 
 __all__ = ["optional_bytes", "parse_bytes"]
@@ -41,14 +42,14 @@ def parse_bytes(size: int | str, *, argument: str = "size") -> int:
 
     Raises:
         InvalidArgument: It is negative or no such text.
-        TypeError: It is neither an int nor a str.
+        WrongType: It is neither an int nor a str.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         if size < 0:
             raise InvalidArgument(f"{argument}: must be at least 0, got {size}")
         return size
     if not isinstance(size, str):
-        raise TypeError(f"{argument}: must be an int or a str, got {type(size).__name__}")
+        raise wrong_type(argument, "an int or a str", size)
     match = _SIZE.fullmatch(size)
     factor = _UNITS.get(match[2].upper()) if match else None
     if match is None or factor is None or len(size) > _LONGEST_SIZE:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moirai import _native
+from moirai._arguments import check_bool, check_callable, check_instance
 from moirai.pressure.own import trim_idle_pools, trim_pools
 from moirai.pressure.registry import Registration, Registry
 from moirai.pressure.stages import Stage
@@ -95,6 +96,14 @@ class Action:
     size: Callable[[], int | None] = lambda: None
     ready: Callable[[int], bool] = lambda limit_bytes: True
     backoff: Backoff = field(default_factory=Backoff)
+
+    def __post_init__(self) -> None:
+        check_instance("name", self.name, str)
+        check_instance("stage", self.stage, Stage)
+        check_callable("run", self.run)
+        check_bool("is_irreversible", self.is_irreversible)
+        check_callable("size", self.size)
+        check_callable("ready", self.ready)
 
 
 class _CollectionBudget:

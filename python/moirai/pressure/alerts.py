@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
+from moirai._arguments import check_instance, check_number, wrong_type
 from moirai.errors import InvalidArgument
 from moirai.pressure.samples import Sample
 from moirai.pressure.stages import Stage
@@ -55,6 +56,11 @@ class Webhook:
         """
         if not _is_address(url):
             raise InvalidArgument(f"url: must be http:// or https:// with a host, got {url!r}")
+        check_instance("from_stage", from_stage, Stage)
+        check_number("repeat_seconds", repeat_seconds)
+        check_number("timeout_seconds", timeout_seconds)
+        if headers is not None and not isinstance(headers, Mapping):
+            raise wrong_type("headers", "a mapping or None", headers)
         if not (repeat_seconds >= 0 and timeout_seconds > 0):
             raise InvalidArgument(
                 "repeat_seconds, timeout_seconds: must be >= 0 and > 0, got "

@@ -9,6 +9,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from moirai._arguments import check_int, check_number
 from moirai.errors import InvalidArgument, Timeout
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class ConcurrencyCap:
 
     def __init__(self, maximum: int) -> None:
         """Allow `maximum` pieces of work until there is pressure; at least 1."""
-        if not isinstance(maximum, int) or isinstance(maximum, bool):
-            raise TypeError(f"maximum: must be an int, got {type(maximum).__name__}")
+        check_int("maximum", maximum)
         if maximum < 1:
             raise InvalidArgument(f"maximum: must be at least 1, got {maximum}")
         self._rhythm = Rhythm(maximum)
@@ -137,6 +137,7 @@ class ConcurrencyCap:
             InvalidArgument: The time is no number from 0 to 1e9.
             Timeout: The time has passed; nothing was begun.
         """
+        check_number("timeout_seconds", timeout_seconds, or_none=True)
         if timeout_seconds is not None and not 0 <= timeout_seconds <= 1e9:
             raise InvalidArgument(
                 f"timeout_seconds: must be None or a number from 0 to 1e9, got {timeout_seconds}"
@@ -174,6 +175,7 @@ class ConcurrencyCap:
 
     def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
         """Take the state of the memory into account; a guard calls this at each sample."""
+        check_number("time_seconds", time_seconds)
         with self._condition:
             before = self.limit
             self._rhythm.adapt(time_seconds, self._in_flight, under_pressure=under_pressure)

@@ -7,6 +7,8 @@ import os
 import tempfile
 
 from moirai import _native
+from moirai._arguments import check_instance, path_text, wrong_type
+from moirai.errors import InvalidArgument
 from moirai.pressure.source import optional_bytes
 
 __all__ = ["Fence"]
@@ -39,13 +41,16 @@ class Fence:
         """
         margin = optional_bytes(margin_bytes, "margin_bytes")
         if margin is None:
-            raise TypeError("margin_bytes: must be an int or a str, got NoneType")
+            raise wrong_type("margin_bytes", "an int or a str", None)
+        if margin >= 1 << 63:
+            raise InvalidArgument(f"margin_bytes: must be below 2**63, got {margin}")
         self.margin_bytes = margin
-        self.ledger = None if ledger is None else os.fsdecode(ledger)
+        self.ledger = None if ledger is None else path_text("ledger", ledger)
 
     @staticmethod
     def default_ledger(limit_name: str) -> str:
         """Name the file by which this user's processes under the limit of that name meet."""
+        check_instance("limit_name", limit_name, str)
         return shared_file("fence", limit_name)
 
     def __repr__(self) -> str:

@@ -8,20 +8,27 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from moirai.errors import Closed, InvalidArgument, OutOfMemory
-from moirai.pressure.actions import Action, ActionRecord, actions_for, built_in_actions
+from moirai._arguments import (
+    check_bool,
+    check_callable,
+    check_instance,
+    check_number,
+    wrong_type,
+)
+from moirai.errors import Closed, InvalidArgument
+from moirai.pressure.actions import Action, ActionRecord
 from moirai.pressure.concurrency import ConcurrencyCap
 from moirai.pressure.late_forecaster import LateForecaster
 from moirai.pressure.own import ExecutorCaps
 from moirai.pressure.promises import Promises
-from moirai.pressure.registry import REGISTRY, Registration, Registry
+from moirai.pressure.registry import REGISTRY, Registry
+from moirai.pressure.rounds import Round, Rounds
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.samples import ReadsSamples, Sample
 from moirai.pressure.source import optional_bytes
@@ -38,7 +45,6 @@ _ROUND_SECONDS = {Stage.GENTLE: 0.5, Stage.AGGRESSIVE: 0.2, Stage.EMERGENCY: 0.0
 _FOLLOW_SECONDS = 1.0
 # A round wants to free down to this share of the limit less than where gentle begins.
 _BELOW_GENTLE = 0.05
-_RECORDS_KEPT = 1000
 # What somebody does who was told something on the guard's thread is waited for so long by `stop`.
 _STOP_SECONDS = 5.0
 # Time between two decisions; while it is calm, until the next stage could be reached at this pace.
@@ -62,6 +68,8 @@ class GuardStatus:
         action_count: Actions taken so far.
         freed_bytes: What they freed, as far as they could tell.
         stall_count: Times that the last resort was called.
+        ledger_error: Why the fence does not know of the other processes under its limit; None if it
+            does, or stands for one process alone.
     """
 
     stage: Stage
@@ -72,6 +80,7 @@ class GuardStatus:
     action_count: int
     freed_bytes: int
     stall_count: int
+    ledger_error: str | None = None
 
 
 class Guard:
@@ -124,21 +133,21 @@ class Guard:
 
         Raises:
             InvalidArgument: A number is outside its range.
-            TypeError: What is to be called cannot be, or an argument is of another kind.
+            WrongType: What is to be called cannot be, or an argument is of another kind.
         """
         listeners = {
             "on_stage": on_stage, "on_action": on_action, "on_stall": on_stall, "leads": leads
         }  # fmt: skip
         for name, listener in listeners.items():
-            if listener is not None and not callable(listener):
-                raise TypeError(f"{name}: must be callable or None, got {type(listener).__name__}")
-        kinds = (
-            ("thresholds", thresholds or Thresholds(), Thresholds),
-            ("registry", registry, Registry),
-        )
-        for name, given, kind in kinds:
-            if not isinstance(given, kind):
-                raise TypeError(f"{name}: must be {kind.__name__}, got {type(given).__name__}")
+            check_callable(name, listener, or_none=True)
+        check_instance("thresholds", thresholds, Thresholds, or_none=True)
+        check_instance("registry", registry, Registry)
+        if source is not None and not callable(getattr(source, "read", None)):
+            raise wrong_type("source", "something that reads samples, or None", source)
+        check_bool("dry_run", dry_run)
+        check_number("stall_seconds", stall_seconds)
+        check_number("action_timeout_seconds", action_timeout_seconds)
+        check_number("forecast_seconds", forecast_seconds)
         if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
             raise InvalidArgument(
                 "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
@@ -159,9 +168,15 @@ class Guard:
             raise InvalidArgument(
                 f'forecaster: must be "default", a forecaster or None, got {forecaster!r}'
             )
-        self._built_in = tuple(built_in_actions() if built_in is None else built_in)
+        self._rounds = Rounds(
+            registry,
+            built_in,
+            call=self._call,
+            is_ending=self._is_ending,
+            resident_bytes=self._resident_bytes,
+            on_record=lambda record: self._tell(on_action, record),
+        )
         self._on_stage = on_stage
-        self._on_action = on_action
         self._on_stall = on_stall
         self._stall_seconds = stall_seconds
         self._action_timeout_seconds = action_timeout_seconds
@@ -169,11 +184,8 @@ class Guard:
         self._leads = leads
         self._pressed_since: float | None = None
         self._clock = StageClock(self.thresholds)
-        self._known: dict[Registration, Action] = {}
-        self._busy: dict[int, Call] = {}
         self._caps: list[ConcurrencyCap] = []
         self._executors = ExecutorCaps()
-        self._records: deque[ActionRecord] = deque(maxlen=_RECORDS_KEPT)
         self._outlook: Outlook | None = None
         self._forecast_failures = 0
         self._observed_seconds = float("-inf")
@@ -183,8 +195,6 @@ class Guard:
         self._stalled_since: tuple[float, int] | None = None
         self._has_stalled = False
         self._stall_count = 0
-        self._action_count = 0
-        self._freed_bytes = 0
         self._is_wanted = False
         self._is_relief_asked = False
         self._renew_threads()
@@ -298,11 +308,13 @@ class Guard:
         wanted = optional_bytes(size, "size")
         spare = optional_bytes(margin, "margin")
         if wanted is None or spare is None:
-            raise TypeError("size, margin: must be an int or a str, got NoneType")
+            name = "size" if wanted is None else "margin"
+            raise wrong_type(name, "an int or a str", None)
+        check_number("timeout_seconds", timeout_seconds)
         if not timeout_seconds >= 0:
             raise InvalidArgument(f"timeout_seconds: must be at least 0, got {timeout_seconds}")
         promises = self._promises
-        self._promise(promises, wanted, spare, timeout_seconds)
+        promises.make(wanted, spare, timeout_seconds, read_now=self._read_now, free=self._free_now)
         try:
             yield wanted
         finally:
@@ -317,7 +329,7 @@ class Guard:
 
     def records(self) -> tuple[ActionRecord, ...]:
         """Give the last thousand actions, oldest first."""
-        return tuple(self._records.copy())
+        return self._rounds.records()
 
     def status(self) -> GuardStatus:
         """Say what it sees and did."""
@@ -327,9 +339,10 @@ class Guard:
             self._sample,
             dict(self._p_critical()),
             self._promises.total_bytes,
-            self._action_count,
-            self._freed_bytes,
+            self._rounds.action_count,
+            self._rounds.freed_bytes,
             self._stall_count,
+            self.source.statistics().ledger_error if isinstance(self.source, Sampler) else None,
         )
 
     @property
@@ -356,6 +369,7 @@ class Guard:
 
         Samples must come in the order of their times.
         """
+        check_instance("sample", sample, Sample)
         with self._lock:
             self._sample = sample
             self._look_ahead(sample)
@@ -433,63 +447,11 @@ class Guard:
         """Take the actions of a stage until enough is freed; give the bytes known to be freed."""
         self._round_seconds = sample.time_seconds
         may_be_irreversible = self.thresholds.allows_irreversible(sample, self._p_critical())
-        limit = sample.limit_bytes or 0
-        freed = 0
-        registered = actions_for(self.registry, self._known)
-        # What the registered ones let go of lands in the heaps that the built-in ones then trim.
-        ordered = [(each, False) for each in registered] + [(each, True) for each in self._built_in]
-        for action, is_ours in ordered:
-            if self._is_ending():
-                break
-            if action.stage > stage or (action.is_irreversible and not may_be_irreversible):
-                continue
-            if freed >= wanted and not is_ours:
-                continue
-            if action.backoff.rests(sample.time_seconds, stage) or not self._is_free(action):
-                continue
-            freed += self._take(action, sample, stage, max(wanted - freed, 1), limit)
-        return freed
+        return self._rounds.take(Round(sample, stage, wanted, may_be_irreversible, self.dry_run))
 
     def _is_ending(self) -> bool:
         """Whether this is the guard's thread, and somebody stops it."""
         return self._stopping.is_set() and threading.current_thread() is self._watcher
-
-    def _is_free(self, action: Action) -> bool:
-        call = self._busy.get(id(action))
-        if call is not None and not call.done.is_set():
-            return False
-        self._busy.pop(id(action), None)
-        return True
-
-    def _take(self, action: Action, sample: Sample, stage: Stage, wanted: int, limit: int) -> int:
-        """Take one action if there is something in it; give the bytes known to be freed."""
-        try:
-            if action.size() == 0 or not action.ready(limit):
-                return 0
-        except Exception as error:
-            self._record(action, sample, stage, wanted, None, 0.0, "failed", error)
-            action.backoff.judge(sample.time_seconds, 0, 0.0)
-            return 0
-        if self.dry_run:
-            self._record(action, sample, stage, wanted, None, 0.0, "dry run", None)
-            action.backoff.judge(sample.time_seconds, None, 0.0)
-            return 0
-        before = self._resident_bytes()
-        start = time.perf_counter()
-        call = self._call(lambda: action.run(wanted))
-        duration = time.perf_counter() - start
-        if not call.done.is_set():
-            self._busy[id(action)] = call
-            outcome, freed = "timed out", None
-        elif call.error is not None:
-            outcome, freed = "failed", None
-        else:
-            outcome, freed = "done", call.result
-            if freed is None and before is not None:
-                freed = max(0, before - (self._resident_bytes() or before))
-        action.backoff.judge(sample.time_seconds, freed, duration)
-        self._record(action, sample, stage, wanted, freed, duration, outcome, call.error)
-        return freed or 0
 
     def _resident_bytes(self) -> int | None:
         """What the process has in memory, or None where samples are not of this process now."""
@@ -504,30 +466,6 @@ class Guard:
                 raise call.error  # Ctrl-C, say: it is for who called.
             return call
         return worker.call(function, timeout_seconds=self._action_timeout_seconds)
-
-    def _record(
-        self,
-        action: Action,
-        sample: Sample,
-        stage: Stage,
-        wanted: int,
-        freed: int | None,
-        duration: float,
-        outcome: str,
-        error: BaseException | None,
-    ) -> None:
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        record = ActionRecord(
-            sample.time_seconds, stage, action.name, wanted, freed, duration, outcome, text
-        )
-        self._records.append(record)
-        self._action_count += outcome != "dry run"
-        self._freed_bytes += freed or 0
-        if text is None:
-            log.info("%s: %s %s, %s bytes freed", stage.name.lower(), action.name, outcome, freed)
-        else:
-            log.warning("%s: %s %s: %s", stage.name.lower(), action.name, outcome, text)
-        self._tell(self._on_action, record)
 
     def _watch_for_stall(self, sample: Sample, stage: Stage) -> None:
         """Call for the last resort when an emergency lasts and the use does not fall."""
@@ -560,28 +498,9 @@ class Guard:
 
     # Reservations.
 
-    def _promise(self, promises: Promises, wanted: int, spare: int, timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
-        least: int | None = None
-        while True:
-            sample = self._read_now()
-            missing = promises.take(wanted, _room_above(sample, spare))
-            if missing == 0:
-                return
-            # What actions say that they freed may be in use again by now: only room counts.
-            has_more_room = least is None or missing < least
-            is_late = time.monotonic() >= deadline
-            if is_late and not has_more_room:
-                raise OutOfMemory(
-                    f"cannot reserve {wanted} bytes: {sample.used_bytes} of {sample.limit_bytes} "
-                    f"are in use, {promises.total_bytes} reserved, {spare} kept free, and nothing "
-                    "more could be freed"
-                )
-            least = missing if least is None else min(least, missing)
-            with self._lock:
-                freed = self._round(sample, Stage.EMERGENCY, missing)
-            if freed == 0 and not is_late:
-                time.sleep(0.05)
+    def _free_now(self, sample: Sample, missing: int) -> int:
+        with self._lock:
+            return self._round(sample, Stage.EMERGENCY, missing)
 
     def _read_now(self) -> Sample:
         if isinstance(self.source, Sampler):
@@ -598,6 +517,7 @@ class Guard:
             began = time.monotonic()
             try:
                 self.step(sampler.next(timeout_seconds=1.0))
+                sampler.look_at_ledger()
             except Closed:
                 return
             except TimeoutError:
@@ -632,16 +552,12 @@ class Guard:
 
     def _after_fork(self) -> None:
         self._renew_threads()
-        self._busy.clear()
+        self._rounds.after_fork()
         self._executors.after_fork()
         if isinstance(self._forecaster, LateForecaster):
             self._forecaster.after_fork()
         if self._is_wanted:
             self.start()
-
-
-def _room_above(sample: Sample, spare: int) -> int | None:
-    return None if sample.room_bytes is None else sample.room_bytes - spare
 
 
 def _describe(sample: Sample) -> str:

@@ -10,17 +10,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from moirai import _native
-from moirai.errors import Closed, InvalidArgument, OutOfMemory
+from moirai._arguments import wrong_type
+from moirai.errors import Closed, InvalidArgument, OutOfMemory, WrongType
 from moirai.pressure.fence import Fence, sweep_ledgers
 from moirai.pressure.guard import Guard
 from moirai.pressure.leader import Leader, sweep_leaders
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.service_manager import PressureNotices
-from moirai.pressure.source import Source, optional_limit
+from moirai.pressure.source import Source, optional_limit, optional_process
 
-__all__ = ["current", "reserve", "start", "stop"]
+__all__ = ["check_options", "current", "reserve", "start", "stop"]
 
 log = logging.getLogger("moirai.pressure")
+
+# What `Guard` takes by name alone: all but its source.
+_GUARD_OPTIONS = tuple(Guard.__init__.__kwdefaults__ or ())
 
 _current: Guard | None = None
 _notices: PressureNotices | None = None
@@ -53,13 +57,42 @@ def start(
         InvalidArgument: This process has a guard already, or an argument is outside its range.
         Unsupported: A sampler of this process keeps a fence already.
     """
-    if not isinstance(fence, bool | Fence):
-        raise TypeError(f"fence: must be a bool or a Fence, got {type(fence).__name__}")
-    budget = optional_limit(limit, "limit")
+    budget = _checked_limit(limit, fence, main_process_id, options)
     with _lock:
         if _current is not None:
             raise InvalidArgument("start: this process has a guard already: stop it first")
         return _start(budget, fence, root, main_process_id, options)
+
+
+def check_options(
+    *,
+    limit: int | str | None = None,
+    fence: bool | Fence = False,
+    root: str | os.PathLike[str] = "/",
+    main_process_id: int | None = None,
+    **options: Any,
+) -> None:
+    """Refuse what `start` would refuse in any process; for who calls it later, in others.
+
+    Raises:
+        InvalidArgument: An argument is outside its range.
+    """
+    budget = _checked_limit(limit, fence, main_process_id, options)
+    Guard(Sampler(root=root, budget_bytes=budget), **options)
+
+
+def _checked_limit(
+    limit: int | str | None, fence: object, main_process_id: int | None, options: dict[str, Any]
+) -> int | None:
+    """Give the limit in bytes, once nothing is wrong with what came with it."""
+    if not isinstance(fence, bool | Fence):
+        raise wrong_type("fence", "a bool or a Fence", fence)
+    optional_process(main_process_id, "main_process_id")
+    for name, value in options.items():
+        if name not in _GUARD_OPTIONS:
+            known = ", ".join(_GUARD_OPTIONS)
+            raise WrongType(f"{name}: must be an option of a guard ({known}), got {value!r}")
+    return optional_limit(limit, "limit")
 
 
 def _start(

@@ -7,7 +7,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from moirai.errors import InvalidArgument
+from moirai._arguments import (
+    check_bool,
+    check_callable,
+    check_instance,
+)
+from moirai.errors import InvalidArgument, WrongType
 
 __all__ = ["Registration", "Registry", "register"]
 
@@ -66,12 +71,10 @@ class Registry:
         owner: object | None = None,
     ) -> Registration:
         """See `moirai.pressure.register`."""
-        if not callable(shrink):
-            raise TypeError(f"shrink: must be callable, got {type(shrink).__name__}")
-        if size is not None and not callable(size):
-            raise TypeError(f"size: must be callable or None, got {type(size).__name__}")
-        if not isinstance(name, str):
-            raise TypeError(f"name: must be a str, got {type(name).__name__}")
+        check_callable("shrink", shrink)
+        check_callable("size", size, or_none=True)
+        check_instance("name", name, str)
+        check_bool("irreversible", irreversible)
         if not (isinstance(cost, (int, float)) and math.isfinite(cost) and cost >= 0):
             raise InvalidArgument(f"cost: must be a number of at least 0, got {cost!r}")
         kept_size = None if size is None else _weakly(size, owner)
@@ -95,10 +98,10 @@ class Registry:
 def _weakly(function: Callable[..., Any], owner: object | None) -> Callable[[], Any]:
     """Hold a bound method, or a function of an owner, only as long as the object lives."""
     if owner is not None:
-        owner_reference = _reference("owner", owner)
+        owner_reference = _reference("owner: must be one", owner)
         return lambda: function if owner_reference() is not None else None
     if hasattr(function, "__func__"):
-        _reference(f"shrink, size: the object of {function.__name__}", function.__self__)  # type: ignore[attr-defined]
+        _reference("shrink, size: must be methods of an object", function.__self__)  # type: ignore[attr-defined]
         return weakref.WeakMethod(function)
     try:  # A method of a compiled class: made anew from its object each time.
         reference = weakref.ref(function.__self__)  # type: ignore[attr-defined]
@@ -113,7 +116,7 @@ def _reference(what: str, target: object) -> weakref.ref[object]:
         return weakref.ref(target)
     except TypeError:
         kind = type(target).__name__
-        raise TypeError(f"{what} must be one that can be held weakly, got {kind}") from None
+        raise WrongType(f"{what} that can be held weakly, got {kind}") from None
 
 
 REGISTRY = Registry()
@@ -146,7 +149,7 @@ def register(
 
     Raises:
         InvalidArgument: `cost` is negative or no number.
-        TypeError: `shrink` or `size` cannot be called.
+        WrongType: `shrink` or `size` cannot be called, or an argument is of another kind.
     """
     return REGISTRY.register(
         name, shrink, size=size, cost=cost, irreversible=irreversible, owner=owner

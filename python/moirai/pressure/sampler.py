@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from dataclasses import dataclass
 
 from moirai import _native
+from moirai._arguments import check_instance, check_number, path_text
 from moirai.errors import Closed, InvalidArgument, Timeout
 from moirai.pressure.fence import Fence
 from moirai.pressure.samples import Sample
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler", "SamplerStatistics"]
 
+log = logging.getLogger("moirai.pressure")
+
 _samplers: weakref.WeakSet[Sampler] = weakref.WeakSet()
 
 
@@ -40,6 +44,8 @@ class SamplerStatistics:
         fence_room_bytes: What the fence still lets the process map; None without a fence.
         sharer_count: Processes that share the fence's room, this one included.
         is_leader: Whether this one is to act for those that share.
+        ledger_error: Why the fence's ledger cannot be opened, so that this process counts as alone;
+            None if it can, or there is none.
     """
 
     sample_count: int
@@ -49,6 +55,7 @@ class SamplerStatistics:
     fence_room_bytes: int | None
     sharer_count: int
     is_leader: bool
+    ledger_error: str | None
 
 
 class Sampler:
@@ -88,13 +95,14 @@ class Sampler:
         Raises:
             InvalidArgument: An argument is outside its range.
         """
+        check_number("shortest_seconds", shortest_seconds)
+        check_number("longest_seconds", longest_seconds)
         if not 0 < shortest_seconds <= longest_seconds <= 3600:
             raise InvalidArgument(
                 "shortest_seconds, longest_seconds: must be 0 < shortest <= longest <= 3600, got "
                 f"{shortest_seconds} and {longest_seconds}"
             )
-        if fence is not None and not isinstance(fence, Fence):
-            raise TypeError(f"fence: must be a Fence or None, got {type(fence).__name__}")
+        check_instance("fence", fence, Fence, or_none=True)
         if fence is not None and process_id is not None:
             raise InvalidArgument(
                 f"fence: only this process can be fenced in, got process_id={process_id}"
@@ -105,10 +113,11 @@ class Sampler:
         eldest = optional_process(budget_process_id, "budget_process_id") or (
             os.getpid() if process_id is None else process_id
         )
-        self._arguments = (root, process_id, budget, eldest)
+        folder = path_text("root", root)
+        self._arguments = (folder, process_id, budget, eldest)
         self._source: Source | None = None
         self._native = _native.PressureSampler(
-            root=os.fspath(root),
+            root=folder,
             process=process,
             budget_bytes=budget,
             eldest=eldest,
@@ -119,6 +128,7 @@ class Sampler:
             fence_ledger=None if fence is None else fence.ledger,
         )
         self.fence = fence
+        self._has_told_of_ledger = False
         self._is_wanted = False
 
     def start(self) -> None:
@@ -134,6 +144,7 @@ class Sampler:
         self._native.start()
         self._is_wanted = True
         _samplers.add(self)
+        self.look_at_ledger()
 
     def stop(self) -> None:
         """End the thread and take the fence down; does nothing if it does not run."""
@@ -202,6 +213,7 @@ class Sampler:
             Closed: The sampler is stopped, or the process that it samples is gone.
             Timeout: The time has passed; nothing is left behind.
         """
+        check_number("timeout_seconds", timeout_seconds, or_none=True)
         number, _ = self._newest()
         found = self._native.wait(number, timeout_seconds=timeout_seconds)
         if found is None:
@@ -216,7 +228,24 @@ class Sampler:
 
     def statistics(self) -> SamplerStatistics:
         """Say what sampling cost since `start`."""
-        return SamplerStatistics(*self._native.statistics())
+        found = self._native.statistics()
+        error = None if found[7] is None else os.strerror(found[7])
+        return SamplerStatistics(*found[:7], ledger_error=error)
+
+    def look_at_ledger(self) -> None:
+        """Log once that the fence's ledger cannot be opened, if it cannot; a guard calls this."""
+        fence = self.fence
+        if fence is None or fence.ledger is None or self._has_told_of_ledger:
+            return
+        error = self.statistics().ledger_error
+        if error is not None:
+            self._has_told_of_ledger = True
+            log.warning(
+                "the ledger %s cannot be opened (%s): the fence stands as if this process were "
+                "alone under its limit",
+                fence.ledger,
+                error,
+            )
 
 
 def _after_fork_in_child() -> None:

@@ -6,6 +6,7 @@ import csv
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from moirai._arguments import path_text
 from moirai.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class TraceSource:
             InvalidArgument: A column is missing or a value is no number.
             OSError: The file cannot be read.
         """
-        with open(path, newline="") as file:
+        with open(path_text("path", path), newline="") as file:
             self._samples = tuple(_recorded(csv.DictReader(file), path))
         self._next = 0
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
+from moirai._arguments import check_callable, check_instance, check_number
 from moirai.errors import InvalidArgument
 from moirai.pressure.concurrency import ConcurrencyCap
 
@@ -21,7 +22,11 @@ _WsgiApplication = Callable[[dict[str, Any], _StartResponse], Iterable[bytes]]
 _BODY = b"Over capacity, try again later.\n"
 
 
-def _whole_seconds(retry_after_seconds: float) -> str:
+def _checked(app: object, cap: object, retry_after_seconds: float) -> str:
+    """Refuse what cannot be served with; give the header's whole seconds."""
+    check_callable("app", app)
+    check_instance("cap", cap, ConcurrencyCap)
+    check_number("retry_after_seconds", retry_after_seconds)
     if not 0 <= retry_after_seconds <= 1e6:
         raise InvalidArgument(
             f"retry_after_seconds: must be from 0 to 1e6, got {retry_after_seconds}"
@@ -42,10 +47,11 @@ class AsgiCap:
 
         Raises:
             InvalidArgument: `retry_after_seconds` is not from 0 to 1e6.
+            WrongType: `app` cannot be called, or `cap` is no `ConcurrencyCap`.
         """
+        self._retry_after = _checked(app, cap, retry_after_seconds)
         self.cap = cap
         self._app = app
-        self._retry_after = _whole_seconds(retry_after_seconds)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Serve, or refuse, one request."""
@@ -79,10 +85,11 @@ class WsgiCap:
 
         Raises:
             InvalidArgument: `retry_after_seconds` is not from 0 to 1e6.
+            WrongType: `app` cannot be called, or `cap` is no `ConcurrencyCap`.
         """
+        self._retry_after = _checked(app, cap, retry_after_seconds)
         self.cap = cap
         self._app = app
-        self._retry_after = _whole_seconds(retry_after_seconds)
 
     def __call__(self, environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
         """Serve, or refuse, one request."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from moirai import _native
+from moirai._arguments import check_int, path_text
 from moirai.errors import Closed
 from moirai.pressure.samples import Bound, Sample
 
 if TYPE_CHECKING:
+    import os
     from pathlib import Path
     from typing import Any
 
@@ -46,7 +47,7 @@ class Source:
         """
         self._process = process_text(process_id)
         self._native = _native.PressureSource(
-            root=os.fspath(root),
+            root=path_text("root", root),
             process=self._process,
             budget_bytes=optional_limit(budget_bytes, "budget_bytes"),
             eldest=optional_process(budget_process_id, "budget_process_id"),
@@ -95,8 +96,7 @@ def optional_process(process_id: int | None, argument: str) -> int | None:
 
     if process_id is None:
         return None
-    if not isinstance(process_id, int) or isinstance(process_id, bool):
-        raise TypeError(f"{argument}: must be an int or None, got {type(process_id).__name__}")
+    check_int(argument, process_id, or_none=True)
     if not 1 <= process_id < 1 << 31:
         raise InvalidArgument(f"{argument}: must be from 1 to 2147483647, got {process_id}")
     return process_id

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Protocol
 
+from moirai._arguments import check_number
 from moirai.errors import InvalidArgument
 from moirai.pressure.samples import Sample
 
@@ -74,6 +75,8 @@ class Thresholds:
     calm_seconds: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_number(f"thresholds: {field.name}", getattr(self, field.name))
         shares = (self.monitor, self.gentle, self.aggressive, self.emergency)
         if not 0 < shares[0] < shares[1] < shares[2] < shares[3] <= 1:
             raise InvalidArgument(f"thresholds: shares must grow within (0, 1], got {shares}")

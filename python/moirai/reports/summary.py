@@ -45,7 +45,8 @@ class Guarded:
 
     `actions` holds (name, how often, bytes it said it freed); `highest_stage` is one of calm,
     monitor, gentle, aggressive, emergency; `used_bytes` is what was used of the limit at last;
-    `alarms` is (raised, true, false) of its forecaster, None if that was not called for.
+    `alarms` is (raised, true, false) of its forecaster, None if that was not called for;
+    `ledger_error` says why its fence did not know of other processes, None if it could.
     """
 
     limit_bytes: int | None
@@ -57,6 +58,7 @@ class Guarded:
     actions: tuple[tuple[str, int, int], ...]
     alarms: tuple[int, int, int] | None = None
     median_lead_seconds: float | None = None
+    ledger_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ def _guard_rows(summary: Summary) -> list[tuple[str, str]]:
         if guarded.median_lead_seconds is not None:
             text += f"; median lead {seconds_text(guarded.median_lead_seconds)}"
         rows.append(("forecast", text))
+    if guarded.ledger_error is not None:
+        text = f"other processes unknown: the ledger cannot be opened ({guarded.ledger_error})"
+        rows.append(("fence", text))
     return rows
 
 

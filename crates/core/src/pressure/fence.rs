@@ -11,6 +11,7 @@
 use super::source::Sample;
 use crate::os::{process, shared};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -52,6 +53,8 @@ pub(super) struct Fence {
     current: Option<u64>,
     untouched: Untouched,
     ledger: Option<Ledger>,
+    /// Why there is none, though it was asked for, as the system's number; 0 if it said none.
+    ledger_error: Option<i32>,
     sharers: u64,
     counted_at: u64,
 }
@@ -70,16 +73,19 @@ impl Fence {
             .compare_exchange(standing, owner, Ordering::Relaxed, Ordering::Relaxed)
             .ok()?;
         BEFORE.store(before.unwrap_or(u64::MAX), Ordering::Relaxed);
-        Some(Fence {
-            ledger: settings.ledger.as_deref().and_then(Ledger::join),
+        let mut fence = Fence {
             settings,
             owner,
             before,
             current: None,
             untouched: Untouched::default(),
+            ledger: None,
+            ledger_error: None,
             sharers: 1,
             counted_at: 0,
-        })
+        };
+        fence.join();
+        Some(fence)
     }
 
     /// The soft limit before it stood.
@@ -108,13 +114,25 @@ impl Fence {
     }
 
     fn count_sharers(&mut self) {
-        let Some(path) = self.settings.ledger.as_deref() else {
-            return;
-        };
         if self.ledger.as_ref().is_none_or(Ledger::is_gone) {
-            self.ledger = Ledger::join(path);
+            self.join();
         }
         self.sharers = self.ledger.as_ref().map_or(1, Ledger::count);
+    }
+
+    /// Go where the others are; without a ledger, or one that cannot be opened, this one is alone.
+    fn join(&mut self) {
+        let joined = self.settings.ledger.as_deref().map(Ledger::join);
+        (self.ledger, self.ledger_error) = match joined {
+            None => (None, None),
+            Some(Ok(ledger)) => (Some(ledger), None),
+            Some(Err(error)) => (None, Some(error.raw_os_error().unwrap_or(0))),
+        };
+    }
+
+    /// Why the ledger could not be opened or locked, as the system's number.
+    pub(super) fn ledger_error(&self) -> Option<i32> {
+        self.ledger_error
     }
 
     /// How many processes share the room, as last counted.
@@ -177,16 +195,16 @@ struct Ledger {
 }
 
 impl Ledger {
-    /// Lock a byte of the file, which is made if it is not there. `None` if it cannot be.
-    fn join(path: &Path) -> Option<Self> {
+    /// Lock a byte of the file, which is made if it is not there.
+    fn join(path: &Path) -> io::Result<Self> {
         for _ in 0..DOOR_TRIES {
             let mut ledger = Ledger::open(path)?;
-            if shared::try_lock(&ledger.file, DOOR).unwrap_or(false) {
+            if shared::try_lock(&ledger.file, DOOR)? {
                 // Whoever took it away meanwhile has found nobody in it.
                 if !ledger.is_gone() {
                     ledger.take_slot();
                     shared::unlock(&ledger.file, DOOR);
-                    return Some(ledger);
+                    return Ok(ledger);
                 }
             } else {
                 std::thread::sleep(Duration::from_millis(1));
@@ -195,18 +213,18 @@ impl Ledger {
         // Somebody was stopped at the door. Should the file go, that is noticed at the next count.
         let mut ledger = Ledger::open(path)?;
         ledger.take_slot();
-        Some(ledger)
+        Ok(ledger)
     }
 
-    fn open(path: &Path) -> Option<Self> {
+    fn open(path: &Path) -> io::Result<Self> {
         let made = std::fs::OpenOptions::new()
             .create(true)
             .truncate(false)
             .read(true)
             .write(true)
             .open(path);
-        let file = OwnedFd::from(made.ok()?);
-        Some(Ledger { file, own: None })
+        let file = OwnedFd::from(made?);
+        Ok(Ledger { file, own: None })
     }
 
     fn take_slot(&mut self) {

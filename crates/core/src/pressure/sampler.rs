@@ -63,6 +63,8 @@ pub struct SamplerStatistics {
     pub sharers: u64,
     /// Whether this process is to act for those that share.
     pub is_leader: bool,
+    /// Why the fence's ledger cannot be opened, as the system's number; `None` if it can.
+    pub ledger_error: Option<i32>,
 }
 
 /// How a wait for a sample ended.
@@ -252,7 +254,15 @@ impl Run {
         interval: Duration,
         fence: Option<&mut Fence>,
     ) {
-        let fenced = fence.map(|fence| (fence.follow(&sample), fence.sharers(), fence.is_leader()));
+        let fenced = fence.map(|fence| {
+            let room = fence.follow(&sample);
+            (
+                room,
+                fence.sharers(),
+                fence.is_leader(),
+                fence.ledger_error(),
+            )
+        });
         let mut kept = self.kept.lock();
         if kept.samples.len() == self.capacity {
             kept.samples.pop_front();
@@ -264,8 +274,9 @@ impl Run {
         statistics.latest_nanoseconds = statistics.latest_nanoseconds.max(late);
         statistics.interval_nanoseconds = interval.as_nanos() as u64;
         statistics.fence_room = fenced.map(|(room, ..)| room);
-        statistics.sharers = fenced.map_or(1, |(_, sharers, _)| sharers);
-        statistics.is_leader = fenced.is_none_or(|(.., leads)| leads);
+        statistics.sharers = fenced.map_or(1, |(_, sharers, ..)| sharers);
+        statistics.is_leader = fenced.is_none_or(|(_, _, leads, _)| leads);
+        statistics.ledger_error = fenced.and_then(|(.., error)| error);
         drop(kept);
         self.sequence.fetch_add(1, Ordering::Release);
         os::process::wake_all(&self.sequence);

@@ -5,6 +5,7 @@ use super::limits::Limits;
 use super::maker::{refers, remember, set_attribute};
 use super::wait::{self, help};
 use super::{Task, TaskHandle};
+use crate::argument::number;
 use crate::attached::{self, Attached};
 use crate::errors::Timeout;
 use moirai_core::executor::task::{Audience, Cancel, Stage};
@@ -249,7 +250,8 @@ impl Future {
     }
 
     /// Wait until it is over.
-    fn wait(slf: &Bound<'_, Future>, timeout: Option<f64>) -> PyResult<()> {
+    fn wait(slf: &Bound<'_, Future>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let timeout = timeout.map(|value| number("timeout", value)).transpose()?;
         let future = slf.get();
         if future.task.is_over() {
             return Ok(());
@@ -353,7 +355,7 @@ impl Future {
 
     /// What the task returned, or its exception raised; waits for the end.
     #[pyo3(signature = (timeout = None))]
-    fn result(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
+    fn result(slf: &Bound<'_, Self>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Py<PyAny>> {
         Self::wait(slf, timeout)?;
         let outcome = slf.get().outcome(slf.py())?;
         outcome.map_err(|error| PyErr::from_value(error.into_bound(slf.py())))
@@ -361,7 +363,10 @@ impl Future {
 
     /// The exception that the task raised, or None; waits for the end.
     #[pyo3(signature = (timeout = None))]
-    fn exception(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Option<Py<PyAny>>> {
+    fn exception(
+        slf: &Bound<'_, Self>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<Py<PyAny>>> {
         Self::wait(slf, timeout)?;
         Ok(slf.get().outcome(slf.py())?.err())
     }

@@ -6,7 +6,7 @@ use super::future::{Future, Outcome};
 use super::limits::Terms;
 use super::maker::Maker;
 use super::{Shared, future_of};
-use crate::argument::{choice, count, timeout};
+use crate::argument::{choice, count, number, timeout};
 use crate::errors::InvalidArgument;
 use crate::lane;
 use crate::numpy::scope::Use;
@@ -57,8 +57,8 @@ pub(super) struct Options {
 struct Given<'a, 'py> {
     priority: Option<&'a Bound<'py, PyAny>>,
     node: Option<&'a Bound<'py, PyAny>>,
-    timeout_seconds: Option<f64>,
-    deadline: Option<f64>,
+    timeout_seconds: Option<&'a Bound<'py, PyAny>>,
+    deadline: Option<&'a Bound<'py, PyAny>>,
 }
 
 const PRIORITIES: [Priority; PRIORITY_COUNT] = [
@@ -122,9 +122,16 @@ impl BareExecutor {
             })
         };
         let node = given.node.map(place).transpose()?;
+        let seconds = |name, given: Option<&Bound<'_, PyAny>>| {
+            given.map(|value| number(name, value)).transpose()
+        };
+        let deadline = seconds("deadline", given.deadline)?;
         let terms = Terms {
-            timeout: timeout("timeout_seconds", given.timeout_seconds)?,
-            deadline_nanoseconds: given.deadline.map(moment).transpose()?,
+            timeout: timeout(
+                "timeout_seconds",
+                seconds("timeout_seconds", given.timeout_seconds)?,
+            )?,
+            deadline_nanoseconds: deadline.map(moment).transpose()?,
         };
         Ok(Options {
             priority,
@@ -272,13 +279,11 @@ impl BareExecutor {
                 }
                 Ok(found.filter(|found| !found.is_none()))
             };
-            let seconds =
-                |name| -> PyResult<Option<f64>> { take(name)?.map(|it| it.extract()).transpose() };
             options = this.options(Given {
                 priority: take(intern!(py, "priority"))?.as_ref(),
                 node: take(intern!(py, "node"))?.as_ref(),
-                timeout_seconds: seconds(intern!(py, "timeout_seconds"))?,
-                deadline: seconds(intern!(py, "deadline"))?,
+                timeout_seconds: take(intern!(py, "timeout_seconds"))?.as_ref(),
+                deadline: take(intern!(py, "deadline"))?.as_ref(),
             })?;
             if !keywords.is_empty() {
                 rest = Some(keywords.unbind());
@@ -305,8 +310,8 @@ impl BareExecutor {
         star: bool,
         priority: Option<&Bound<'_, PyAny>>,
         node: Option<&Bound<'_, PyAny>>,
-        timeout_seconds: Option<f64>,
-        deadline: Option<f64>,
+        timeout_seconds: Option<&Bound<'_, PyAny>>,
+        deadline: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Py<Future>>> {
         let this = slf.get();
         let py = slf.py();
@@ -338,8 +343,8 @@ impl BareExecutor {
         calls: &Bound<'_, PyAny>,
         priority: Option<&Bound<'_, PyAny>>,
         node: Option<&Bound<'_, PyAny>>,
-        timeout_seconds: Option<f64>,
-        deadline: Option<f64>,
+        timeout_seconds: Option<&Bound<'_, PyAny>>,
+        deadline: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Py<Future>>> {
         let this = slf.get();
         let options = this.options(Given {

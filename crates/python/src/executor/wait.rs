@@ -138,7 +138,8 @@ fn inherited() -> PyErr {
 /// Sleep until the task is over, with the interpreter released. False: not in time.
 pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyResult<bool> {
     // concurrent.futures takes less than nothing for nothing.
-    let limit = timeout("timeout", seconds.map(|seconds| seconds.max(0.0)))?;
+    let seconds = seconds.map(|given| if given < 0.0 { 0.0 } else { given });
+    let limit = timeout("timeout", seconds)?;
     if future.shared().is_some_and(|shared| shared.is_inherited()) {
         return Err(inherited());
     }
