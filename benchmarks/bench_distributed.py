@@ -1,8 +1,10 @@
 """What does the executor over a Dask cluster add to what the cluster itself takes?
 
 One cluster on this machine, of two workers in processes of their own, and one client. In each
-round every subject runs each workload once, subjects in turn; garbage collection is off within a
-workload.
+round every subject runs each workload once, subjects in turn, each on a cluster that has forgotten
+what came before: the client's futures are dropped when their results are there, and what it takes
+the scheduler to forget them would be charged to the next subject. Garbage collection is off within
+a workload.
 
 - latency: one call, and waiting for its result, for many in turn;
 - submit and gather: a future for each of many trivial calls, then all results;
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,6 +55,17 @@ def workloads(
     }
 
 
+def count_tasks(dask_scheduler: Any) -> int:
+    """How many the scheduler knows; run there."""
+    return len(dask_scheduler.tasks)
+
+
+def forget_all(client: Any) -> None:
+    """Wait until nothing is left of what was sent."""
+    while client.run_on_scheduler(count_tasks):
+        time.sleep(0.05)
+
+
 def measured(client: Any, rounds: int, waits: int, tasks: int) -> dict[str, Samples]:
     """Microseconds of a call, by workload, subject and round."""
     found: dict[str, Samples] = {}
@@ -63,6 +77,7 @@ def measured(client: Any, rounds: int, waits: int, tasks: int) -> dict[str, Samp
         harness.progress("latency")
         waited: Samples = defaultdict(list)
         for _, name in harness.interleaved(singles, rounds):
+            forget_all(client)
             waited[name].append(harness.median(latencies(singles[name], waits)))
         found["latency"] = dict(waited)
         for workload, bodies in workloads(client, executor).items():
@@ -70,6 +85,7 @@ def measured(client: Any, rounds: int, waits: int, tasks: int) -> dict[str, Samp
             samples: Samples = defaultdict(list)
             for _, name in harness.interleaved(bodies, rounds):
                 body = bodies[name]
+                forget_all(client)
                 samples[name].append(timed(lambda body=body: body(tasks), tasks))
             found[workload] = dict(samples)
     return found

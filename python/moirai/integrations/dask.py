@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import os
-import queue
-import threading
 import traceback
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import distributed
 
-from moirai.errors import Closed, Disconnected, InvalidArgument, Unsupported, WorkerFailed
+from moirai.errors import Disconnected, InvalidArgument, Unsupported
 from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.progress import Counter, Progress
 from moirai.executor.remote import RemoteFuture
+from moirai.integrations.dask_results import Results
 from moirai.memory import Priority
 
 __all__ = ["DistributedExecutor", "DistributedStatistics", "make_executor"]
@@ -33,7 +29,6 @@ _PRIORITIES = {
     Priority.NORMAL: 0,
     Priority.BACKGROUND: -10,
 }
-_executors: weakref.WeakSet[DistributedExecutor] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -55,13 +50,6 @@ class DistributedStatistics:
     cancelled: int
 
 
-@dataclass(eq=False)
-class _Task:
-    future: RemoteFuture[Any]
-    remote: Any
-    call_count: int
-
-
 class DistributedExecutor(BaseExecutor):
     """A `concurrent.futures.Executor` over an existing client of a Dask cluster.
 
@@ -81,14 +69,7 @@ class DistributedExecutor(BaseExecutor):
         self._client: Any = client
         self._process_id = os.getpid()
         self._counter = Counter()
-        # Reentrant: dropping an object may call back in the thread that drops it.
-        self._lock = threading.RLock()
-        self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
-        self._tasks: dict[Any, _Task] = {}
-        self._is_closed = False
-        self._ended: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._collector: threading.Thread | None = None
-        _executors.add(self)
+        self._results = Results(client, self._counter)
 
     @property
     def max_workers(self) -> int:
@@ -141,7 +122,7 @@ class DistributedExecutor(BaseExecutor):
             remote = self._client.submit(
                 fn, *args, pure=False, priority=_PRIORITIES[lane_of(priority)]
             )
-        return self._track([remote], [1])[0]
+        return self._results.follow([remote], [1])[0]
 
     def submit_many(
         self,
@@ -165,7 +146,7 @@ class DistributedExecutor(BaseExecutor):
         remotes = self._client.map(
             fn, *columns, pure=False, priority=_PRIORITIES[lane_of(priority)]
         )
-        return self._track(remotes, [1] * len(remotes))
+        return self._results.follow(remotes, [1] * len(remotes))
 
     def submit_group(
         self,
@@ -201,7 +182,7 @@ class DistributedExecutor(BaseExecutor):
             pure=False,
             priority=_PRIORITIES[lane_of(priority)],
         )
-        return self._track(remotes, [1] * len(found))
+        return self._results.follow(remotes, [1] * len(found))
 
     def _queue_chunks(
         self,
@@ -217,7 +198,8 @@ class DistributedExecutor(BaseExecutor):
         chunks = in_chunks(items, size)
         run = _chunk_runner(fn, star)
         remotes = self._client.map(run, chunks, pure=False, priority=_PRIORITIES[lane_of(priority)])
-        return self._track(remotes, list(map(len, chunks)))
+        # Who reads the results in order waits for all of them.
+        return self._results.follow(remotes, list(map(len, chunks)), is_wanted=True)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; those that were sent still run, unless they are cancelled.
@@ -226,25 +208,11 @@ class DistributedExecutor(BaseExecutor):
             wait: Whether to wait until they have ended. Ctrl-C ends the wait.
             cancel_futures: Whether to cancel what has not ended.
         """
-        self._is_closed = True
-        with self._lock:
-            futures = [task.future for task in self._tasks.values()]
-        if cancel_futures:
-            for future in futures:
-                future.cancel()
-        if wait:
-            concurrent.futures.wait(futures)
-        with self._lock:
-            collector = self._collector
-            if not self._tasks:
-                self._ended.put(None)
-        if wait and collector is not None and collector is not threading.current_thread():
-            collector.join()
+        self._results.shutdown(wait, cancel_futures)
 
     def statistics(self) -> DistributedStatistics:
         """Counts since the executor was made."""
-        with self._lock:
-            return DistributedStatistics(**self._counts)
+        return DistributedStatistics(**self._results.counts())
 
     def progress(self, interval_seconds: float = 0.1) -> Iterator[Progress]:
         """Wait for what was given to the executor, counting: for progress bars.
@@ -260,70 +228,7 @@ class DistributedExecutor(BaseExecutor):
     def _check_open(self) -> None:
         if os.getpid() != self._process_id:
             raise Disconnected("client: belongs to the parent process; a child makes its own")
-        if self._is_closed:
-            raise Closed("cannot schedule new futures after shutdown")
-
-    def _track(self, remotes: Sequence[Any], call_counts: Sequence[int]) -> list[RemoteFuture[Any]]:
-        tasks = [
-            _Task(RemoteFuture(), remote, call_count)
-            for remote, call_count in zip(remotes, call_counts, strict=True)
-        ]
-        with self._lock:
-            self._counts["submitted"] += len(tasks)
-            self._tasks.update((task.remote.key, task) for task in tasks)
-            if self._collector is None:
-                self._collector = threading.Thread(
-                    target=_collect, args=(self,), name="moirai-dask-results"
-                )
-                self._collector.start()
-        self._counter.add(sum(call_counts))
-        for task in tasks:
-            # In Dask's thread for callbacks, which must not wait.
-            task.remote.add_done_callback(functools.partial(_put, self._ended, task))
-            task.future.add_done_callback(functools.partial(_cancel, self._client, task.remote))
-        return [task.future for task in tasks]
-
-    def _settle(self, batch: Sequence[_Task]) -> None:
-        """Fetch what ended, results in one message, and end the futures."""
-        finished = [task for task in batch if task.remote.status == "finished"]
-        try:
-            values = dict(
-                zip(finished, self._client.gather([it.remote for it in finished]), strict=True)
-            )
-        except Exception:
-            values = {}  # a worker that had one of them is gone: one by one
-        for task in batch:
-            try:
-                value = values[task] if task in values else task.remote.result()
-            except BaseException as error:
-                self._end(task, None, error)
-            else:
-                self._end(task, value, None)
-
-    def _end(self, task: _Task, value: Any, error: BaseException | None) -> None:
-        future = task.future
-        is_ours = future.set_running_or_notify_cancel()
-        count = "cancelled" if not is_ours else "succeeded" if error is None else "failed"
-        with self._lock:
-            del self._tasks[task.remote.key]
-            self._counts[count] += 1
-            if self._is_closed and not self._tasks:
-                self._ended.put(None)
-        self._counter.complete(task.call_count)
-        if not is_ours:
-            return
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(_as_ours(error))
-
-    def _after_fork(self) -> None:
-        futures = [task.future for task in self._tasks.values()]
-        self._tasks, self._lock = {}, threading.RLock()
-        self._collector = None
-        self._counter.reset()
-        for future in futures:
-            future.disconnect()
+        self._results.check_open()
 
 
 def make_executor(
@@ -373,51 +278,3 @@ def _keyword_caller() -> Callable[..., Any]:
         return fn(*args, **kwargs)
 
     return call
-
-
-def _as_ours(error: BaseException) -> BaseException:
-    if isinstance(error, distributed.KilledWorker):
-        failed: Disconnected = WorkerFailed(f"workers that had this call died: {error}")
-    elif isinstance(error, concurrent.futures.CancelledError):
-        failed = Disconnected(f"the cluster dropped this call: {error}")
-    else:
-        return error
-    failed.__cause__ = error
-    return failed
-
-
-def _put(ended: queue.SimpleQueue[_Task | None], task: _Task, _: object) -> None:
-    ended.put(task)
-
-
-def _cancel(client: Any, remote: Any, future: RemoteFuture[Any]) -> None:
-    if future.cancelled():
-        client.cancel([remote])
-
-
-def _collect(executor: DistributedExecutor) -> None:
-    ended = executor._ended
-    while True:
-        batch = [ended.get()]
-        while not ended.empty():
-            batch.append(ended.get())
-        tasks = [task for task in batch if task is not None]
-        if tasks:
-            executor._settle(tasks)
-        if None in batch and not executor._tasks:
-            return
-
-
-def _end_all() -> None:
-    """Before the interpreter waits for its threads: wait for what was sent."""
-    for executor in list(_executors):
-        executor.shutdown()
-
-
-def _after_fork_in_child() -> None:
-    for executor in list(_executors):
-        executor._after_fork()
-
-
-threading._register_atexit(_end_all)  # type: ignore[attr-defined]
-os.register_at_fork(after_in_child=_after_fork_in_child)
