@@ -1662,6 +1662,11 @@ class Future:
         """
     def set_running_or_notify_cancel(self) -> bool:
         """For executors that run a future's task: whether to run it."""
+    def disconnect(self, exception: BaseException) -> None:
+        """In a forked child, of one that was made by hand: nobody here will end it.
+
+        It gets this exception, if it has no end. No callback is called.
+        """
     def set_result(self, result: Any) -> None:
         """Set the result of a future that was made by hand."""
     def set_exception(self, exception: BaseException) -> None:

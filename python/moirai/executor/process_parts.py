@@ -15,8 +15,8 @@ from typing import Any
 from moirai import errors
 from moirai.channels import SharedChannel, SharedSender
 from moirai.executor import process_messages as messages
+from moirai.executor.future import Future
 from moirai.executor.process_messages import Content
-from moirai.executor.remote import RemoteFuture
 from moirai.executor.room import WhenFull
 from moirai.executor.sizing import Seats
 from moirai.memory import Priority
@@ -58,7 +58,7 @@ class Settings:
 class Task:
     """A call, or several in a chunk, on the way to its result."""
 
-    future: RemoteFuture[Any]
+    future: Future[Any]
     content: Content
     priority: Priority
     call_count: int = 1

@@ -375,7 +375,11 @@ class ProcessPool:
             tasks += worker.tasks.values()
         self._reset()
         for task in tasks:
-            task.future.disconnect()
+            task.future.disconnect(
+                errors.Disconnected(
+                    "the task was queued in the parent process, and is not run in a forked child"
+                )
+            )
 
 
 def _end_all() -> None:

@@ -14,6 +14,7 @@ from moirai._arguments import check_instance, check_int, wrong_type
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
+from moirai.executor.future import Future
 from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.process_parts import Settings, Task
@@ -21,7 +22,6 @@ from moirai.executor.process_pool import ProcessPool
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_worker import run_chunk
 from moirai.executor.progress import Progress
-from moirai.executor.remote import RemoteFuture
 from moirai.executor.room import WhenFull, check_limit
 from moirai.executor.sizing import (
     Affinity,
@@ -137,7 +137,7 @@ class ProcessExecutor(BaseExecutor):
         timeout_seconds: float | None = None,
         deadline: float | None = None,
         **kwargs: Any,
-    ) -> RemoteFuture[_Result]:
+    ) -> Future[_Result]:
         """Queue a call of a function; its future.
 
         The call is pickled at once, by cloudpickle if it is installed and nothing else can; what
@@ -169,7 +169,7 @@ class ProcessExecutor(BaseExecutor):
         node: int | None = None,
         timeout_seconds: float | None = None,
         deadline: float | None = None,
-    ) -> list[RemoteFuture[_Result]]:
+    ) -> list[Future[_Result]]:
         """Queue a call of a function for each item of the iterables; their futures, in order.
 
         As `submit`; all are queued or, after `shutdown`, none. With `max_pending`, they are queued
@@ -188,7 +188,7 @@ class ProcessExecutor(BaseExecutor):
         node: int | None = None,
         timeout_seconds: float | None = None,
         deadline: float | None = None,
-    ) -> list[RemoteFuture[Any]]:
+    ) -> list[Future[Any]]:
         """Queue calls of any functions, all of them at once or none; their futures, in order.
 
         With `max_pending`, room for all of them is taken in one step, and who waits for it is
@@ -217,7 +217,7 @@ class ProcessExecutor(BaseExecutor):
         star: bool,
         priority: Priority | None,
         node: int | None,
-    ) -> Sequence[RemoteFuture[Any]]:
+    ) -> Sequence[Future[Any]]:
         calls: list[_Call] = [
             (run_chunk, (fn, chunk, star), {}, len(chunk)) for chunk in in_chunks(items, size)
         ]
@@ -230,12 +230,12 @@ class ProcessExecutor(BaseExecutor):
         node: int | None,
         *,
         is_whole: bool = False,
-    ) -> list[RemoteFuture[Any]]:
+    ) -> list[Future[Any]]:
         lane, settings = lane_of(priority), self._pool.settings
         place = settings.seats.place_of(node)
         if settings.max_pending is None or settings.when_full == "raise" or is_whole:
             return self._queue_whole(calls, lane, place)
-        futures: list[RemoteFuture[Any]] = []
+        futures: list[Future[Any]] = []
         try:
             for call in calls:
                 futures += self._queue_whole([call], lane, place)
@@ -247,7 +247,7 @@ class ProcessExecutor(BaseExecutor):
 
     def _queue_whole(
         self, calls: Sequence[_Call], lane: Priority, place: int | None
-    ) -> list[RemoteFuture[Any]]:
+    ) -> list[Future[Any]]:
         """Queue all of the calls or none; or run them, if there is no room and they are to be."""
         pool, has_room = self._pool, self._pool.settings.max_pending is not None
         pool.check_open()
@@ -256,7 +256,7 @@ class ProcessExecutor(BaseExecutor):
         futures, tasks, failures = [], [], []
         try:
             for fn, args, kwargs, call_count in calls:
-                future: RemoteFuture[Any] = RemoteFuture()
+                future: Future[Any] = Future()
                 futures.append(future)
                 try:
                     content = messages.dump((fn, args, kwargs))
@@ -297,9 +297,10 @@ class ProcessExecutor(BaseExecutor):
         room.wait(count)
         return True
 
-    def _run_here(self, call: _Call) -> RemoteFuture[Any]:
+    def _run_here(self, call: _Call) -> Future[Any]:
         fn, args, kwargs, call_count = call
-        pool, future = self._pool, RemoteFuture[Any]()
+        pool = self._pool
+        future: Future[Any] = Future()
         pool.backlog.count(submitted=1, ran_by_submitter=1)
         pool.counter.add(call_count)
         future.set_running_or_notify_cancel()

@@ -1,4 +1,4 @@
-"""The future of a call that another process runs."""
+"""The future of a call that another machine may run."""
 
 from __future__ import annotations
 

@@ -74,6 +74,20 @@ impl<C> Task<C> {
         }
     }
 
+    /// A task that waits until whoever has it begins it; there is no call to take.
+    pub fn by_hand() -> Self {
+        Task {
+            word: AtomicU32::new(PENDING),
+            runner: AtomicU32::new(0),
+            call: SharedCell::new(None),
+        }
+    }
+
+    /// Begin one that is made by hand. False: somebody did, or it is over.
+    pub fn begin(&self) -> bool {
+        self.leave_pending(RUNNING, 0).is_ok()
+    }
+
     /// A task that is made, or run, by whoever has it: nobody takes it.
     pub fn empty() -> Self {
         Task {

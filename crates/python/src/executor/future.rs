@@ -43,9 +43,16 @@ struct Watchers {
 #[derive(Default)]
 struct Watch {
     watchers: Mutex<Watchers>,
-    condition: OnceLock<Py<PyAny>>,
+    condition: Attached<Option<Py<PyAny>>>,
     waiters: OnceLock<Py<PyList>>,
     limits: OnceLock<Limits>,
+}
+
+impl Watch {
+    fn condition(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        let clone = |it: &mut Option<Py<PyAny>>| it.as_ref().map(|it| it.clone_ref(py));
+        self.condition.with(py, clone)
+    }
 }
 
 thread_local! {
@@ -171,9 +178,10 @@ impl Future {
     ) -> Option<Audience> {
         let py = slf.py();
         let watch = self.watch();
-        let Some(condition) = watch.condition.get().map(|it| it.bind(py)) else {
+        let Some(condition) = watch.condition(py) else {
             return end();
         };
+        let condition = condition.bind(py);
         let acquired = condition.call_method0(intern!(py, "acquire"));
         if let Err(error) = &acquired {
             error.clone_ref(py).write_unraisable(py, Some(slf));
@@ -271,12 +279,19 @@ impl Future {
         )))
     }
 
+    /// Whether its task is one that nobody else runs.
+    fn is_by_hand(&self) -> bool {
+        self.shared.is_none()
+    }
+
     fn end_by_hand(slf: &Bound<'_, Future>, outcome: Outcome) -> PyResult<()> {
         let future = slf.get();
-        // One that nobody runs: it was made by hand.
-        let by_hand = future.shared.is_none() && !future.task.is_over();
-        if by_hand && future.finish(slf, outcome, &[]) {
-            return Ok(());
+        if future.is_by_hand() {
+            future.task.begin();
+            // Now whoever stores an outcome first ends it, unless it was cancelled before.
+            if !future.task.is_over() && future.finish(slf, outcome, &[]) {
+                return Ok(());
+            }
         }
         let state = future.state();
         Err(InvalidStateError::new_err(format!(
@@ -323,7 +338,7 @@ impl Future {
     fn new() -> Self {
         let (task, shared) = match NEXT.take() {
             Some((task, shared)) => (task, Some(shared)),
-            None => (TaskHandle::new(Task::empty()), None),
+            None => (TaskHandle::new(Task::by_hand()), None),
         };
         Future {
             task,
@@ -387,9 +402,11 @@ impl Future {
 
     /// For executors that run a future's task: whether to run it.
     fn set_running_or_notify_cancel(&self) -> PyResult<bool> {
+        if self.is_by_hand() && self.task.begin() {
+            return Ok(true);
+        }
         match self.task.stage() {
             Stage::Cancelled => Ok(false),
-            Stage::Running if self.shared.is_none() => Ok(true),
             _ => Err(PyRuntimeError::new_err("Future in unexpected state")),
         }
     }
@@ -397,6 +414,28 @@ impl Future {
     /// Set the result of a future that was made by hand.
     fn set_result(slf: &Bound<'_, Self>, result: Py<PyAny>) -> PyResult<()> {
         Self::end_by_hand(slf, Outcome::Value(result))
+    }
+
+    /// In a forked child, of one that was made by hand: nobody here will end it.
+    fn disconnect(slf: &Bound<'_, Self>, exception: Py<PyAny>) -> PyResult<()> {
+        let (py, future) = (slf.py(), slf.get());
+        if let Some(watch) = future.watch.get() {
+            // Threads that are not here may have had its lock, and wait for it.
+            let condition = watch.condition.with(py, Option::take);
+            let watchers = std::mem::take(&mut *lock(&watch.watchers));
+            if let Some(waiters) = watch.waiters.get() {
+                let waiters = waiters.bind(py);
+                waiters.del_slice(0, waiters.len())?;
+            }
+            drop((condition, watchers));
+        }
+        future.task.begin();
+        if future.task.is_over() || future.finish(slf, Outcome::Failure(exception), &[]) {
+            return Ok(());
+        }
+        // One of those threads has stored the outcome, and was about to say so.
+        future.task.finish_locked(false);
+        Ok(())
     }
 
     /// Set the exception of a future that was made by hand.
@@ -422,13 +461,16 @@ impl Future {
     fn condition(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
         let (py, future) = (slf.py(), slf.get());
         let watch = future.watch();
-        if let Some(condition) = watch.condition.get() {
-            return Ok(condition.clone_ref(py));
+        if let Some(condition) = watch.condition(py) {
+            return Ok(condition);
         }
         remember(slf);
         let threading = py.import(intern!(py, "threading"))?;
         let made = threading.call_method0(intern!(py, "Condition"))?.unbind();
-        let condition = watch.condition.get_or_init(|| made).clone_ref(py);
+        let (condition, _superfluous) = watch.condition.with(py, |place| match place {
+            Some(condition) => (condition.clone_ref(py), Some(made)),
+            None => (place.insert(made).clone_ref(py), None),
+        });
         // After the condition is there: whoever finds the lock finds the condition.
         future.task.lock_end();
         Ok(condition)
@@ -500,7 +542,8 @@ impl Future {
         });
         seen.unwrap_or(Ok(()))?;
         if let Some(watch) = self.watch.get() {
-            visit.call(watch.condition.get())?;
+            let condition = watch.condition.visit(&visit, |it| visit.call(it.as_ref()));
+            condition.unwrap_or(Ok(()))?;
             visit.call(watch.waiters.get())?;
             if let Ok(watchers) = watch.watchers.try_lock() {
                 for callback in &watchers.callbacks {
