@@ -33,6 +33,23 @@ def test_time_limits_are_the_executors_and_reach_every_kind_of_submit():
         assert [future.result() for future in futures] == [8, 8, 8]
 
 
+def shut_down_while(executor, submit):
+    """Shut an executor down while another thread waits for room in it, or comes late: refused."""
+    raised = []
+
+    def run():
+        try:
+            submit()
+        except errors.Closed as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    executor.shutdown(wait=False)
+    wait_until_gone(thread)
+    assert len(raised) == 1
+
+
 # === how many wait ==============================================================================
 
 
@@ -75,19 +92,7 @@ def test_waiting_for_room_ends_at_the_deadline_and_at_the_end_of_the_executor(ga
     executor.submit(abs, 1)
     with pytest.raises(errors.Timeout, match="waited for room; nothing is queued"):
         executor.submit(abs, 2, deadline=time.monotonic() + 0.001)
-    raised = []
-
-    def submit():
-        try:
-            executor.submit(abs, 3)
-        except errors.Closed as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=submit)
-    thread.start()
-    executor.shutdown(wait=False)
-    wait_until_gone(thread)
-    assert len(raised) == 1
+    shut_down_while(executor, lambda: executor.submit(abs, 3))
     opened.set()
     executor.shutdown()
     assert assert_counts_add_up(executor).succeeded == 2
@@ -147,19 +152,7 @@ def test_map_is_fed_as_there_is_room():
 def test_many_that_cannot_all_be_queued_are_cancelled(gate):
     executor = Executor(1, max_pending=2)
     opened = gate(executor)
-    raised = []
-
-    def submit():
-        try:
-            executor.submit_many(abs, range(5))
-        except errors.Closed as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=submit)
-    thread.start()
-    executor.shutdown(wait=False)
-    wait_until_gone(thread)
-    assert len(raised) == 1
+    shut_down_while(executor, lambda: executor.submit_many(abs, range(5)))
     opened.set()
     executor.shutdown()
     counts = assert_counts_add_up(executor)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Closed, InvalidArgument
 
 __all__ = ["BatchingSender", "BatchingStatistics", "TrafficClass"]
@@ -75,7 +76,7 @@ def traffic_class(tick_per_second: float, average_per_second: float) -> TrafficC
     return "medium" if average_per_second < HIGH_PER_SECOND else "high"
 
 
-class BatchingSender(Generic[_Item]):
+class BatchingSender(ClosesAtExit, Generic[_Item]):
     """Collects messages and passes them on by the channel's `send_many`.
 
     A batch goes when it is full, and at the latest when its first message is `max_delay_seconds`
@@ -218,12 +219,6 @@ class BatchingSender(Generic[_Item]):
                 rate_per_second=self._rate_per_second,
                 traffic=self._traffic,
             )
-
-    def __enter__(self) -> BatchingSender[_Item]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _flush_full(self) -> None:
         with self._lock:

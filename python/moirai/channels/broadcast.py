@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any, Generic, Literal, TypeVar
 
 from moirai import _native
+from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
 
 __all__ = ["Broadcast", "SlowPolicy", "Subscription"]
@@ -46,7 +47,7 @@ class Subscription(_native.Receiver[_Item]):
         return self._slow
 
 
-class Broadcast(Generic[_Item]):
+class Broadcast(ClosesAtExit, Generic[_Item]):
     """Sends each message to every subscriber, in one order for all of them.
 
     Any number of threads may send; one at a time does. A message for nobody is gone.
@@ -157,9 +158,3 @@ class Broadcast(Generic[_Item]):
     def subscriptions(self) -> tuple[Subscription[_Item], ...]:
         """Those who are subscribed now."""
         return self._subscriptions
-
-    def __enter__(self) -> Broadcast[_Item]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

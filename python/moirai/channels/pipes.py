@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterable
 from multiprocessing import BufferTooShort
 from multiprocessing.reduction import DupFd
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from moirai.channels import parcels
+from moirai.channels.closing import ClosesAtExit
 from moirai.channels.shared import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Closed, Disconnected, Timeout
 
@@ -44,7 +44,7 @@ def Pipe(  # noqa: N802 - the name that multiprocessing gives it
     return Connection(first, there, back), Connection(second, back, there)
 
 
-class Connection:
+class Connection(ClosesAtExit):
     """One end of a pipe: what `multiprocessing.connection.Connection` is, over shared memory.
 
     Every process that has it, by inheritance or by a pickle, has the same end. One thread of one
@@ -327,17 +327,6 @@ class Connection:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was not made
             self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._closed:

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from moirai import _native
 from moirai._native import ReceivedView, ReservedArray
+from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Disconnected, InvalidArgument, Timeout
 from moirai.memory import parse_bytes
 
@@ -36,7 +36,7 @@ _PROBE_SECONDS = 0.04
 """How often one who waits in an event loop looks whether the others are alive."""
 
 
-class SharedChannel(_native.SharedChannel):
+class SharedChannel(_native.SharedChannel, ClosesAtExit):
     """A bounded channel between any number of processes, in shared memory.
 
     Made by `create`, found by `open`. A handle pickles to any process: a named one by its name, one
@@ -88,17 +88,6 @@ class SharedChannel(_native.SharedChannel):
         """Open a receiving end; it is a context manager."""
         return SharedReceiver(self)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         if self.name is not None:
             return type(self).open, (self.name,)
@@ -124,7 +113,7 @@ def _adopt(kind: type[SharedChannel], descriptor: Any) -> SharedChannel:
     return kind(fd=descriptor.detach())
 
 
-class SharedSender(_native.SharedSender):
+class SharedSender(_native.SharedSender, ClosesAtExit):
     """The sending end of a channel in this process; a context manager.
 
     When the last sender of all processes is closed, receivers get what was sent and are then told.
@@ -197,19 +186,8 @@ class SharedSender(_native.SharedSender):
         """Send as `send_bytes` does, while the event loop goes on."""
         await _until(self, functools.partial(self.send_bytes, data, 0), timeout_seconds)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class SharedReceiver(_native.SharedReceiver):
+class SharedReceiver(_native.SharedReceiver, ClosesAtExit):
     """The receiving end of a channel in this process; a context manager and an iterator.
 
     Each message goes to one receiver. Iteration ends when every sender has closed; a sender that
@@ -299,17 +277,6 @@ class SharedReceiver(_native.SharedReceiver):
                     return
                 raise
             yield item
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # === arrays =====================================================================================

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickle
 import threading
 from time import monotonic
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from moirai.channels.broadcast import SlowPolicy, check_policy
+from moirai.channels.closing import ClosesAtExit
 from moirai.channels.shared import SharedChannel, SharedReceiver
 from moirai.errors import Closed, Disconnected, Timeout
 
@@ -106,7 +106,7 @@ def _subscribed(channel: SharedChannel, slow: SlowPolicy) -> SharedSubscription:
     return subscription
 
 
-class SharedBroadcast:
+class SharedBroadcast(ClosesAtExit):
     """Sends each message to every subscriber, whatever process it is in.
 
     Each subscriber has a channel of its own, so that what one does is no other's loss: a message is
@@ -207,14 +207,3 @@ class SharedBroadcast:
             subscriptions, self._subscriptions = self._subscriptions, ()
         for subscription in subscriptions:
             subscription._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from moirai._arguments import check_callable, check_instance, check_number
 from moirai.errors import InvalidArgument
@@ -19,29 +19,16 @@ _AsgiApplication = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 _StartResponse = Callable[..., Any]
 _WsgiApplication = Callable[[dict[str, Any], _StartResponse], Iterable[bytes]]
 
+_Application = TypeVar("_Application", bound=Callable[..., Any])
+
 _BODY = b"Over capacity, try again later.\n"
 
 
-def _checked(app: object, cap: object, retry_after_seconds: float) -> str:
-    """Refuse what cannot be served with; give the header's whole seconds."""
-    check_callable("app", app)
-    check_instance("cap", cap, ConcurrencyCap)
-    check_number("retry_after_seconds", retry_after_seconds)
-    if not 0 <= retry_after_seconds <= 1e6:
-        raise InvalidArgument(
-            f"retry_after_seconds: must be from 0 to 1e6, got {retry_after_seconds}"
-        )
-    return str(math.ceil(retry_after_seconds))
-
-
-class AsgiCap:
-    """An ASGI application that serves as many requests at once as a cap allows, and refuses others.
-
-    Websockets and the application's own life cycle pass. Any number of tasks may use it at once.
-    """
+class _Cap(Generic[_Application]):
+    """An application that serves as many requests at once as a cap allows, and refuses others."""
 
     def __init__(
-        self, app: _AsgiApplication, cap: ConcurrencyCap, *, retry_after_seconds: float = 1.0
+        self, app: _Application, cap: ConcurrencyCap, *, retry_after_seconds: float = 1.0
     ) -> None:
         """Wrap `app`; refusals ask to come back after `retry_after_seconds`, rounded up.
 
@@ -49,9 +36,23 @@ class AsgiCap:
             InvalidArgument: `retry_after_seconds` is not from 0 to 1e6.
             WrongType: `app` cannot be called, or `cap` is no `ConcurrencyCap`.
         """
-        self._retry_after = _checked(app, cap, retry_after_seconds)
+        check_callable("app", app)
+        check_instance("cap", cap, ConcurrencyCap)
+        check_number("retry_after_seconds", retry_after_seconds)
+        if not 0 <= retry_after_seconds <= 1e6:
+            raise InvalidArgument(
+                f"retry_after_seconds: must be from 0 to 1e6, got {retry_after_seconds}"
+            )
         self.cap = cap
         self._app = app
+        self._retry_after = str(math.ceil(retry_after_seconds))
+
+
+class AsgiCap(_Cap[_AsgiApplication]):
+    """An ASGI application that serves as many requests at once as a cap allows, and refuses others.
+
+    Websockets and the application's own life cycle pass. Any number of tasks may use it at once.
+    """
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Serve, or refuse, one request."""
@@ -72,24 +73,11 @@ class AsgiCap:
             await send({"type": "http.response.body", "body": _BODY})
 
 
-class WsgiCap:
+class WsgiCap(_Cap[_WsgiApplication]):
     """A WSGI application that serves as many requests at once as a cap allows, and refuses others.
 
     A request counts until its answer is closed. Any number of threads may use it at once.
     """
-
-    def __init__(
-        self, app: _WsgiApplication, cap: ConcurrencyCap, *, retry_after_seconds: float = 1.0
-    ) -> None:
-        """Wrap `app`; refusals ask to come back after `retry_after_seconds`, rounded up.
-
-        Raises:
-            InvalidArgument: `retry_after_seconds` is not from 0 to 1e6.
-            WrongType: `app` cannot be called, or `cap` is no `ConcurrencyCap`.
-        """
-        self._retry_after = _checked(app, cap, retry_after_seconds)
-        self.cap = cap
-        self._app = app
 
     def __call__(self, environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
         """Serve, or refuse, one request."""

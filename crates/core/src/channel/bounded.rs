@@ -278,10 +278,7 @@ where
 {
     /// A channel over an empty store, whole after a fork.
     pub fn shared(store: S) -> std::sync::Arc<Self> {
-        let channel = std::sync::Arc::new(Self::new(store));
-        let weak: std::sync::Weak<Self> = std::sync::Arc::downgrade(&channel);
-        crate::resource::fork::register(weak);
-        channel
+        crate::resource::fork::shared(Self::new(store))
     }
 }
 

@@ -3,7 +3,7 @@
 //! Held weakly, and asked without our lock. Any thread may call anything here; a forked child
 //! inherits the list.
 
-use crate::resource::fork::{self, ForkLocks};
+use crate::resource::fork;
 use crate::sync::Lock;
 use std::sync::{Arc, LazyLock, Weak};
 
@@ -17,12 +17,7 @@ pub trait KeepsMemory: Send + Sync {
 
 type List = Lock<Vec<Weak<dyn KeepsMemory>>>;
 
-static LIVE: LazyLock<Arc<List>> = LazyLock::new(|| {
-    let live = Arc::<List>::default();
-    let locks: Weak<dyn ForkLocks> = Arc::downgrade(&live) as Weak<dyn ForkLocks>;
-    fork::register(locks);
-    live
-});
+static LIVE: LazyLock<Arc<List>> = LazyLock::new(|| fork::shared(List::default()));
 
 /// Have a channel asked for as long as it lives.
 pub(crate) fn enter(channel: Weak<dyn KeepsMemory>) {

@@ -88,9 +88,6 @@ impl<W: Send> crate::resource::fork::ForkLocks for Tasks<W> {
 impl<W: Send> Tasks<W> {
     /// No tasks yet; whole after a fork.
     pub fn shared() -> std::sync::Arc<Self> {
-        let tasks = std::sync::Arc::new(Self::default());
-        let weak: std::sync::Weak<Self> = std::sync::Arc::downgrade(&tasks);
-        crate::resource::fork::register(weak);
-        tasks
+        crate::resource::fork::shared(Self::default())
     }
 }

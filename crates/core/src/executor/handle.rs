@@ -131,12 +131,7 @@ type Packs = Lock<Vec<Vec<Block>>>;
 /// What threads have given away.
 fn shared() -> &'static Arc<Packs> {
     static SHARED: OnceLock<Arc<Packs>> = OnceLock::new();
-    SHARED.get_or_init(|| {
-        let packs: Arc<Packs> = Arc::new(Lock::new(Vec::new()));
-        let locks = Arc::downgrade(&packs);
-        fork::register(locks);
-        packs
-    })
+    SHARED.get_or_init(|| fork::shared(Lock::new(Vec::new())))
 }
 
 #[inline]

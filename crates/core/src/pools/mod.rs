@@ -456,13 +456,10 @@ impl<K: Kind> Pool<K> {
     /// An empty pool.
     pub fn new(options: Options) -> Arc<Self> {
         debug_assert!(options.max_count >= 1 && options.min_count <= options.max_count);
-        let pool = Arc::new(Pool {
+        fork::shared(Pool {
             options,
             state: Lock::new(State::new(1, false)),
-        });
-        let weak: std::sync::Weak<Self> = Arc::downgrade(&pool);
-        fork::register(weak);
-        pool
+        })
     }
 
     /// The bounds given at construction.

@@ -10,11 +10,11 @@ use super::fence::{Fence, FenceSettings};
 use super::source::{Sample, Source};
 use crate::error::{Error, Result};
 use crate::os::{self, WaitEnd};
-use crate::resource::fork::{self, ForkLocks};
+use crate::resource::fork;
 use crate::sync::{AtomicU32, Lock, Ordering};
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Share of the time to the limit after which to look again.
@@ -107,9 +107,7 @@ pub struct Sampler {
 impl Sampler {
     /// A sampler that is not started.
     pub fn new(settings: SamplerSettings) -> Self {
-        let run = Arc::new(Lock::new(None));
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&run) as Weak<dyn ForkLocks>;
-        fork::register(locks);
+        let run = fork::shared(Lock::new(None));
         Sampler { settings, run }
     }
 

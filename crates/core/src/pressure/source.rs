@@ -10,10 +10,10 @@ use super::cgroup::{self, Group, Shortage};
 use super::family::Family;
 use super::kept::{Kept, Page, fields, number, words};
 use crate::os;
-use crate::resource::fork::{self, ForkLocks};
+use crate::resource::fork;
 use crate::sync::Lock;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// Time after which a glance becomes a full reading.
 const FULL_NANOSECONDS: u64 = 1_000_000_000;
@@ -164,9 +164,7 @@ pub struct SharedSource(Arc<Lock<Source>>);
 impl SharedSource {
     /// Share a source.
     pub fn new(source: Source) -> Self {
-        let lock = Arc::new(Lock::new(source));
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&lock) as Weak<dyn ForkLocks>;
-        fork::register(locks);
+        let lock = fork::shared(Lock::new(source));
         SharedSource(lock)
     }
 

@@ -6,7 +6,7 @@
 
 use crate::os;
 use crate::sync::{AtomicU64, Lock, Ordering};
-use std::sync::{Once, Weak};
+use std::sync::{Arc, Once, Weak};
 
 /// Something with locks that a fork must not tear.
 pub(crate) trait ForkLocks: Send + Sync {
@@ -34,7 +34,7 @@ impl<T: Send> ForkLocks for Lock<T> {
 static REGISTERED: Lock<Vec<Weak<dyn ForkLocks>>> = Lock::new(Vec::new());
 static ONCE: Once = Once::new();
 /// What `prepare` locked, for the forking thread's `parent` and `child`.
-static HELD: Lock<Vec<std::sync::Arc<dyn ForkLocks>>> = Lock::new(Vec::new());
+static HELD: Lock<Vec<Arc<dyn ForkLocks>>> = Lock::new(Vec::new());
 
 /// Forks between the first process and this one. Written in a child before it has a second thread,
 /// so `Relaxed` suffices.
@@ -46,10 +46,14 @@ pub(crate) fn generation() -> u64 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Have `locks` taken and released around every fork for as long as it lives.
-pub(crate) fn register(locks: Weak<dyn ForkLocks>) {
+/// Something that is shared, and whose locks are taken and released around every fork for as long
+/// as it lives.
+pub(crate) fn shared<T: ForkLocks + 'static>(locks: T) -> Arc<T> {
     ONCE.call_once(|| os::at_fork(prepare, parent, child));
-    push_live(&mut REGISTERED.lock(), locks);
+    let shared = Arc::new(locks);
+    let weak: Weak<T> = Arc::downgrade(&shared);
+    push_live(&mut REGISTERED.lock(), weak);
+    shared
 }
 
 /// Add to a list of what may go at any time. What is gone is dropped only when the list would grow,

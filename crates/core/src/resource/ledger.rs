@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::sync::Lock;
 use std::collections::HashSet;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 const SHARDS: usize = 16;
 
@@ -39,8 +39,7 @@ impl ForkLocks for Shards {
 impl LedgerAdaptor {
     /// Remember what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        let shards = Arc::<Shards>::default();
-        fork::register(Arc::downgrade(&shards) as Weak<dyn ForkLocks>);
+        let shards = fork::shared(Shards::default());
         LedgerAdaptor { upstream, shards }
     }
 

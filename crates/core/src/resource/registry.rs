@@ -64,11 +64,7 @@ struct Registry {
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-static REGISTRY: LazyLock<Arc<Registry>> = LazyLock::new(|| {
-    let registry = Arc::<Registry>::default();
-    fork::register(Arc::downgrade(&registry) as Weak<dyn ForkLocks>);
-    registry
-});
+static REGISTRY: LazyLock<Arc<Registry>> = LazyLock::new(|| fork::shared(Registry::default()));
 
 impl ForkLocks for Registry {
     fn lock_all(&self) {

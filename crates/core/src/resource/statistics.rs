@@ -1,12 +1,12 @@
 //! Counting: shared counters, and the adaptor that counts what passes through it.
 
 use super::adaptor::Adaptor;
-use super::fork::{self, ForkLocks};
+use super::fork;
 use super::{Block, HealthReport, Request, Resource, Statistics};
 use crate::error::Result;
 use crate::sync::Lock;
 use crate::sync::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// Exact counters that any thread may bump. Read by reports only, so `Relaxed` suffices.
 #[derive(Default)]
@@ -136,8 +136,7 @@ pub struct StatisticsAdaptor {
 impl StatisticsAdaptor {
     /// Count what is drawn from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>) -> Self {
-        let scopes = Arc::<Lock<Scopes>>::default();
-        fork::register(Arc::downgrade(&scopes) as Weak<dyn ForkLocks>);
+        let scopes = fork::shared(Lock::<Scopes>::default());
         StatisticsAdaptor {
             upstream,
             counters: Counters::default(),

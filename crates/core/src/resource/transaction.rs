@@ -14,7 +14,7 @@ use crate::sync::{AtomicU8, AtomicU64, AtomicUsize, Lock, Ordering, Ordering::Re
 use crate::sync::{Quota, QuotaRefusal};
 use std::collections::HashMap;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// Requests and frees that one recording has room for.
 const MOST_EVENTS: usize = 1 << 16;
@@ -62,7 +62,7 @@ impl TransactionStore {
         keep_bytes: usize,
         record_every: u64,
     ) -> Result<Arc<Self>> {
-        let store = Arc::new(TransactionStore {
+        let store = fork::shared(TransactionStore {
             store: Store::new(upstream, keep_bytes)?,
             total: Arc::new(Quota::new(usize::MAX, None)),
             record_every,
@@ -72,8 +72,6 @@ impl TransactionStore {
             rollbacks: AtomicU64::new(0),
             outliving: AtomicU64::new(0),
         });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&store) as Weak<dyn ForkLocks>;
-        fork::register(locks);
         Ok(store)
     }
 

@@ -7,7 +7,7 @@
 mod judge;
 
 use super::composite::{Choose, Composite, distinct};
-use super::fork::{self, ForkLocks};
+use super::fork;
 use super::pattern::{CLASS_COUNT, Pattern, Sample, class_of};
 use super::{Block, HealthReport, Ownership, Request, Resource, Statistics};
 use crate::error::Result;
@@ -15,7 +15,7 @@ use crate::os;
 use crate::sync::{AtomicU8, Lock, Ordering::Relaxed};
 use judge::Judge;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 pub use judge::{Decision, Effect, Outcome, Rules, Standing, Workload};
 
@@ -53,8 +53,7 @@ impl AdaptiveResource {
         let choice = Routes {
             parts: Arc::clone(&routes),
         };
-        let judge = Arc::new(Lock::new(Judge::new(rules, initial)));
-        fork::register(Arc::downgrade(&judge) as Weak<dyn ForkLocks>);
+        let judge = fork::shared(Lock::new(Judge::new(rules, initial)));
         Ok(AdaptiveResource {
             parts: Composite::new(choice, parts.into()),
             routes,

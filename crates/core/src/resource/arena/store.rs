@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Deref;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// A chunk as the threads that cut from it see it.
 pub(super) struct Slot {
@@ -125,7 +125,7 @@ impl Store {
         crate::resource::may_divide(&*upstream)?;
         let map = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for an arena's map"))?;
-        let store = Arc::new(Store {
+        let store = fork::shared(Store {
             upstream,
             map,
             shelf: Lock::default(),
@@ -133,8 +133,6 @@ impl Store {
             keep_bytes,
             drawn_bytes: AtomicUsize::new(0),
         });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&store) as Weak<dyn ForkLocks>;
-        fork::register(locks);
         Ok(store)
     }
 

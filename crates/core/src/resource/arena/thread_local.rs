@@ -106,14 +106,12 @@ impl ThreadLocalArena {
     /// Arenas that draw chunks of `bytes` (rounded up to pages) from `upstream`.
     pub fn new(upstream: Arc<dyn Resource>, bytes: usize) -> Result<Self> {
         let growth = Growth::Even(chunk_bytes(bytes)?);
-        let shared = Arc::new(Shared {
+        let shared = fork::shared(Shared {
             id: NEXT_ID.fetch_add(1, Relaxed),
             store: Store::new(upstream, usize::MAX)?,
             growth,
             arenas: Lock::default(),
         });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
-        fork::register(locks);
         Ok(ThreadLocalArena { shared })
     }
 

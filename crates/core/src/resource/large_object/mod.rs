@@ -82,14 +82,12 @@ impl LargeObjectResource {
         }
         let map = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 21, "no address space for the page map"))?;
-        let shared = Arc::new(Shared {
+        let shared = fork::shared(Shared {
             options,
             heap: Lock::new(Heap::new(&options)),
             map,
             kept: AtomicUsize::new(0),
         });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
-        fork::register(locks);
         if options.decay_milliseconds.is_some() {
             let ages: Weak<dyn Ages> = Arc::downgrade(&shared) as Weak<dyn Ages>;
             background::register(ages);

@@ -11,14 +11,14 @@ mod book;
 mod tally;
 
 use super::adaptor::Adaptor;
-use super::fork::{self, ForkLocks};
+use super::fork;
 use super::{Block, HealthReport, Ownership, Request, Resource};
 use crate::error::Result;
 use crate::os;
 use crate::sync::{AtomicU8, AtomicU32, AtomicU64, Lock, Ordering::Relaxed};
 use book::Book;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use tally::Tallies;
 
 pub use book::{Evidence, Lifetimes, Sample};
@@ -80,10 +80,8 @@ impl Pattern {
     /// which a block that lives for `long_nanoseconds` lives long.
     pub fn new(window_nanoseconds: u64, long_nanoseconds: u64) -> Self {
         let now = os::now_nanoseconds();
-        let book = Arc::new(Lock::new(Book::new(now, long_nanoseconds)));
-        let tallies = Tallies::new();
-        fork::register(Arc::downgrade(&book) as Weak<dyn ForkLocks>);
-        fork::register(Arc::downgrade(&tallies) as Weak<dyn ForkLocks>);
+        let book = fork::shared(Lock::new(Book::new(now, long_nanoseconds)));
+        let tallies = fork::shared(Tallies::new());
         Pattern {
             tallies,
             marks: (0..MARKS).map(|_| AtomicU8::new(0)).collect(),

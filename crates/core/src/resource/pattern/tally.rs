@@ -148,15 +148,15 @@ impl ForkLocks for Tallies {
 }
 
 impl Tallies {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new() -> Self {
         let list = List {
             all: vec![Arc::new(Tally::new(1))],
             free: Vec::new(),
         };
-        Arc::new(Tallies {
+        Tallies {
             id: NEXT_ID.fetch_add(1, Relaxed),
             list: Lock::new(list),
-        })
+        }
     }
 
     /// Run `body` with the calling thread's tally.
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn every_request_is_counted_once_whoever_asks() {
-        let (tallies, gap) = (Tallies::new(), AtomicU32::new(4));
+        let (tallies, gap) = (Arc::new(Tallies::new()), AtomicU32::new(4));
         let sizes = [1, 64, 65, 16_384, 16_385, 1 << 20, (1 << 20) + 1];
         for _ in 0..3 {
             std::thread::scope(|scope| {

@@ -16,7 +16,7 @@ use crate::os::{self, PAGE_BYTES, locked};
 use crate::resource::tlsf::{self, MAX_GRANULES, Tag, Tlsf};
 use crate::sync::{AtomicU64, Lock, Ordering::Relaxed};
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// What sizes and positions are multiples of.
 const GRANULE: usize = DEFAULT_ALIGNMENT;
@@ -146,14 +146,13 @@ impl RealtimeResource {
         };
         // SAFETY: nobody else has the region yet.
         let lists = Tlsf::new(unsafe { region.tags() });
-        let shared = Arc::new(Shared {
+        let shared = fork::shared(Shared {
             region,
             lists: Lock::new(lists),
             counters: Counters::default(),
             invalid_frees: AtomicU64::new(0),
             locked_by,
         });
-        fork::register(Arc::downgrade(&shared) as Weak<dyn ForkLocks>);
         Ok(RealtimeResource { shared })
     }
 

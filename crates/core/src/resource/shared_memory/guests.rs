@@ -4,18 +4,14 @@ use super::holding::Holding;
 use super::segment::Segment;
 use crate::error::{Error, Result};
 use crate::os::shared;
-use crate::resource::fork::{self, ForkLocks};
+use crate::resource::fork;
 use crate::sync::Lock;
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Weak};
 
 type Known = Lock<HashMap<u64, Weak<Holding>>>;
 
-static KNOWN: LazyLock<Arc<Known>> = LazyLock::new(|| {
-    let known = Arc::<Known>::default();
-    fork::register(Arc::downgrade(&known) as Weak<dyn ForkLocks>);
-    known
-});
+static KNOWN: LazyLock<Arc<Known>> = LazyLock::new(|| fork::shared(Known::default()));
 
 /// Where a segment can be found: its number, and a process that has its file open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

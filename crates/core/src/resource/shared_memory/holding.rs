@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// The slot of the process that made the segment, and of nobody else.
 const MAKER: usize = 0;
@@ -115,8 +115,7 @@ impl Holding {
         };
         let seat = holding.take_seat(slots)?;
         holding.state.lock().seat = Some(seat);
-        let holding = Arc::new(holding);
-        fork::register(Arc::downgrade(&holding) as Weak<dyn ForkLocks>);
+        let holding = fork::shared(holding);
         Ok(holding)
     }
 

@@ -30,7 +30,7 @@ use layout::{CHUNK_BYTES, CHUNK_PAGES, Header};
 use segment::Segment;
 use std::collections::VecDeque;
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// Blocks that are looked at, for each that is handed out, whether the others have let go of them.
 const LOOKS: usize = 8;
@@ -198,7 +198,7 @@ impl SharedMemoryResource {
     pub fn new(capacity: usize) -> Result<Self> {
         // What cannot be is refused now.
         let heap = Heap::new(capacity)?;
-        let shared = Arc::new(Shared {
+        let shared = fork::shared(Shared {
             capacity,
             state: Lock::new(State {
                 heap: Some(heap),
@@ -210,7 +210,6 @@ impl SharedMemoryResource {
             decommitted_bytes: AtomicU64::new(0),
             invalid_frees: AtomicU64::new(0),
         });
-        fork::register(Arc::downgrade(&shared) as Weak<dyn ForkLocks>);
         Ok(SharedMemoryResource { shared })
     }
 

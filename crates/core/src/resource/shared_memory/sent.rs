@@ -5,10 +5,10 @@
 
 use super::holders::Parcel;
 use super::holding::Holding;
-use crate::resource::fork::{self, ForkLocks};
+use crate::resource::fork;
 use crate::sync::Lock;
 use std::collections::VecDeque;
-use std::sync::{Arc, LazyLock, Weak};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 /// What carries messages to other processes.
@@ -37,11 +37,7 @@ impl Sent {
 
 type List = Lock<VecDeque<Sent>>;
 
-static SENT: LazyLock<Arc<List>> = LazyLock::new(|| {
-    let list = Arc::<List>::default();
-    fork::register(Arc::downgrade(&list) as Weak<dyn ForkLocks>);
-    list
-});
+static SENT: LazyLock<Arc<List>> = LazyLock::new(|| fork::shared(List::default()));
 
 /// Note a parcel that was sent.
 pub fn note(holding: &Arc<Holding>, parcel: Parcel, carrier: Arc<dyn Carrier>) {

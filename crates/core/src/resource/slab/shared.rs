@@ -58,7 +58,7 @@ impl Shared {
         crate::resource::may_divide(&*upstream)?;
         let units = AddressMap::new()
             .ok_or_else(|| Error::out_of_memory(1 << 19, "no address space for the slab's map"))?;
-        let shared = Arc::new(Shared {
+        let shared = fork::shared(Shared {
             id: NEXT_ID.fetch_add(1, Relaxed),
             upstream,
             units,
@@ -77,8 +77,6 @@ impl Shared {
             tick: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
         });
-        let locks: Weak<dyn ForkLocks> = Arc::downgrade(&shared) as Weak<dyn ForkLocks>;
-        fork::register(locks);
         let ages: Weak<dyn Ages> = Arc::downgrade(&shared) as Weak<dyn Ages>;
         background::register(ages);
         Ok(shared)

@@ -198,9 +198,7 @@ impl Attachment {
 
     fn register(self) -> Arc<Self> {
         guests::prepare();
-        let attachment = Arc::new(self);
-        let weak: Weak<dyn ForkLocks> = Arc::downgrade(&attachment) as Weak<dyn ForkLocks>;
-        fork::register(weak);
+        let attachment = fork::shared(self);
         let weak: Weak<dyn KeepsMemory> = Arc::downgrade(&attachment) as Weak<dyn KeepsMemory>;
         live::enter(weak);
         attachment
