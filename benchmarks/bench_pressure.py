@@ -183,14 +183,15 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     groups = pressure_groups.measure(quick=arguments.quick)
     fresh = fresh_runs(quick=arguments.quick)
     step = 8 if arguments.quick else training.STEP
-    table = training.describe_traces(traces, step)
-    folds = training.program_folds(traces, arguments.folds)
+    shown = training.lessons(traces)
+    table = training.describe_traces(shown, step)
+    folds = training.program_folds(shown, arguments.folds)
     ratios = cases(traces)
     replays: list[Replay] = []
     for fold in range(arguments.folds):
         harness.progress(f"fold {fold + 1} of {arguments.folds}")
-        model = Model(training.train(table.where(folds[table.trace] != fold), traces))
-        for number in np.flatnonzero(folds == fold):
+        model = Model(training.train(table.where(folds[table.trace] != fold), shown))
+        for number in np.flatnonzero(folds[: len(traces)] == fold):
             trace = traces[number]
             replays += [replay(trace, ratio, model) for ratio in ratios[number]]
     results = {

@@ -80,7 +80,12 @@ def fit(rows: Array, target: Array, weights: Array, settings: Settings) -> dict[
         count = max(1, int(len(edges) * settings.column_share))
         columns = random.permutation(len(edges))[:count]
         questions = _questions(
-            bins[:, chosen], gradient[chosen], curvature[chosen], columns, edges, settings
+            bins[np.ix_(columns, chosen)],
+            gradient[chosen],
+            curvature[chosen],
+            columns,
+            edges,
+            settings,
         )
         leaf = np.zeros(len(rows), dtype=np.int64)
         for column, index in questions:
@@ -124,19 +129,19 @@ def _questions(
     width = settings.bins + 1
     for level in range(settings.depth):
         cells = (1 << level) * width
-        best = (-1.0, 0, 0)
-        for column in columns:
+        best = (-1.0, 0, 0, 0)
+        for place, column in enumerate(columns):
             if not len(edges[column]):
                 continue
-            cell = leaf * width + bins[column]
+            cell = leaf * width + bins[place]
             low = np.bincount(cell, gradient, cells).reshape(1 << level, -1).cumsum(1)
             mass = np.bincount(cell, curvature, cells).reshape(1 << level, -1).cumsum(1)
             high, rest = low[:, -1:] - low, mass[:, -1:] - mass
             gains = (low**2 / (mass + PENALTY) + high**2 / (rest + PENALTY)).sum(0)
             index = int(gains[: len(edges[column])].argmax())
             if gains[index] > best[0]:
-                best = (float(gains[index]), int(column), index)
-        _, column, index = best
+                best = (float(gains[index]), place, int(column), index)
+        _, place, column, index = best
         found.append((column, index))
-        leaf = leaf * 2 + (bins[column] > index)
+        leaf = leaf * 2 + (bins[place] > index)
     return found

@@ -19,6 +19,7 @@ from moirai.pressure.features import CROSSING_NAMES, HORIZONS, NAMES, crossing_f
 from moirai.pressure.history import WINDOW_BINS, History
 from moirai.pressure.model import Ensemble
 from moirai.pressure.record import Record
+from moirai.pressure.straight import straight_odds
 from moirai.pressure.trend import Trend
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,54 @@ def test_forecasts_do_not_depend_on_the_unit_of_bytes():
     assert scaled.p_critical == pytest.approx(once.p_critical)
     assert scaled.at(60).value_bytes == pytest.approx(1024 * once.at(60).value_bytes)
     assert scaled.trend == once.trend
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("begin", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("percent", [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0, 1.3, 2.0])
+def test_a_straight_climb_is_foreseen(percent, begin, noise):
+    """Likelier than not from 45 s before the line on, once 30 s of it were seen; ever more so."""
+    speed = percent / 100
+    count = int((0.9 - begin) / speed)
+    random = np.random.default_rng(5)
+    forecaster, odds = Forecaster(), []
+    for second in range(count):
+        used = begin + speed * (second + noise * random.normal())
+        forecaster.observe(float(second), used * LIMIT, LIMIT)
+        left = (0.9 - begin) / speed - second
+        if second >= 40 and 45 >= left > 2:
+            odds.append(forecaster.forecast().p_critical[60])
+        elif second >= 40 and left > 180 and second % 10 == 0:
+            assert forecaster.forecast().p_critical[60] < 0.5
+
+    assert not odds or min(odds) >= 0.5
+    # Trees answer in steps; what was foreseen is not taken back.
+    highest = np.maximum.accumulate(np.array([0.0, *odds]))
+    assert (highest[1:] - odds < 0.2).all()
+
+
+def test_a_climb_that_stopped_is_no_longer_foreseen():
+    stopped = [*ramp(160, per_second=0.003), *((160.0 + t, 0.78 * LIMIT, LIMIT) for t in range(60))]
+    climbing = fed(stopped[:160]).forecast()
+
+    assert climbing.p_critical[60] > 0.5 > fed(stopped).forecast().p_critical[60]
+
+
+def test_a_straight_climb_counts_only_where_nothing_fell_before():
+    line = np.linspace(0.3, 0.7, 100)
+
+    def odds(series, gap):
+        rows, scale = describe(np.asarray(series))
+        return straight_odds(rows, gap / scale)
+
+    assert odds(line, 0.1)[1] > 0.5
+    assert odds(line, 5.0).max() < 0.01
+    assert odds(line[:25], 0.01).max() == 0.0  # too young
+    assert odds([*line, *line], 0.1).max() == 0.0  # fell
+    assert odds(line[::-1], 0.1).max() == 0.0  # falls
+    assert odds([*line, *[line[-1]] * 15], 0.1).max() == 0.0  # stopped
+    by_gap = [odds(line, gap)[1] for gap in np.linspace(0.01, 2.0, 50)]
+    assert by_gap == sorted(by_gap, reverse=True)
 
 
 # === what comes in ==============================================================================
@@ -324,6 +373,31 @@ def test_every_feature_of_a_single_bin_is_finite():
     assert rows.shape == (len(HORIZONS), len(NAMES))
 
 
+@pytest.mark.parametrize(("period", "fall_bins"), [(40, 1), (50, 6)])
+def test_a_sawtooth_goes_on_as_its_cycles_before(period, fall_bins):
+    rise = np.linspace(0.2, 1.0, period - fall_bins, endpoint=False)
+    cycle = np.concatenate([rise, np.linspace(1.0, 0.2, fall_bins, endpoint=False)])
+    series = np.tile(cycle, 12)
+    end = 5 * period + period // 4
+    rows, scale = describe(series[max(0, end - WINDOW_BINS) : end])
+
+    columns = {name: rows[:, index] for index, name in enumerate(NAMES)}
+    then = np.array([series[end - 1 + horizon] for horizon in HORIZONS])
+    assert columns["period"] == pytest.approx(period)
+    assert columns["cycle_change"] * scale == pytest.approx(then - series[end - 1], abs=0.01)
+    assert columns["height"] == pytest.approx((series[end - 1] - 0.2) / 0.8, abs=0.05)
+    assert np.diff(columns["cycles_ahead"]) == pytest.approx([30 / period, 60 / period])
+
+
+def test_quantiles_are_those_of_the_window():
+    rows, _ = describe(np.arange(1.0, 101.0))
+    columns = {name: rows[0, index] for index, name in enumerate(NAMES)}
+    assert columns["rank"] == pytest.approx(0.99)
+    assert columns["quantile_0.5"] == pytest.approx(-0.5)
+    assert columns["recent_quantile_0.1"] == pytest.approx(-0.54)
+    assert columns["falls"] == 0
+
+
 def test_trees_answer_as_written():
     tree = [[0, 1], [10.0, 20.0], [1.0, 2.0, 3.0, 4.0]]
     ensemble = Ensemble([{"base": 0.5, "trees": [tree]}, {"base": 0.0, "trees": [tree, tree]}])
@@ -435,6 +509,44 @@ def test_folds_never_split_a_program(training):
     folds = training.program_folds(doubled, 2)
     assert folds[: len(traces)].tolist() == folds[len(traces) :].tolist()
     assert set(folds.tolist()) == {0, 1}
+
+
+def test_recordings_are_also_learnt_from_at_other_speeds(training):
+    traces = training.read_traces(TRACES)
+    shown = training.with_other_speeds(traces)
+    assert shown[: len(traces)] == traces
+    assert len(shown) == len(traces) * (1 + len(training.SPEEDS))
+    copies = shown[len(traces) :: len(traces)]
+    for speed, copy in zip(training.SPEEDS, copies, strict=True):
+        assert copy.program == traces[0].program
+        assert copy.weight < traces[0].weight
+        assert len(copy.used) == pytest.approx(speed * len(traces[0].used), abs=2)
+        half = len(traces[0].used) // 2
+        assert copy.used[round(half * speed)] == pytest.approx(traces[0].used[half], abs=0.05)
+
+
+def test_ramps_are_learnt_from_and_never_judged(training):
+    traces = training.read_traces(TRACES)
+    shown = training.lessons(traces)
+    ramps = [trace for trace in shown if trace.program == training.RAMP]
+    assert len(ramps) == training.RAMP_COUNT
+    assert [trace.name for trace in ramps] == [trace.name for trace in training.ramps()]
+
+    folds = training.program_folds(shown, 2)
+    assert folds[-len(ramps) :].tolist() == [-1] * len(ramps)
+    assert folds[: len(traces)].tolist() == training.program_folds(traces, 2).tolist()
+
+    table = training.describe_traces(ramps[:3], 8)
+    assert len(training.find_crossings(table, ramps[:3]).label) == 0
+    share = np.mean([trace.used.max() < 0.9 for trace in ramps])
+    assert 0.05 < share < training.RAMPS_THAT_STOP + 0.01
+
+
+def test_odds_are_sharpened_towards_what_came(training):
+    random = np.random.default_rng(2)
+    logits = random.normal(0.0, 2.0, 20_000)
+    label = (random.random(20_000) < 1 / (1 + np.exp(-1.5 * logits))).astype(float)
+    assert training._sharpness(logits, label) == pytest.approx(1.5, abs=0.1)
 
 
 def test_the_shipped_constants_fit_the_features():

@@ -40,8 +40,20 @@ def test_a_leak_is_answered_before_the_level_calls_for_it() -> None:
     assert guard.status().p_critical == guard.outlook.p_critical
 
 
+class Certain:
+    """Is sure of a crossing, always."""
+
+    p_critical = dict.fromkeys((30, 60, 120), 1.0)
+
+    def observe(self, time_seconds: float, used_bytes: float, limit_bytes: float | None) -> None:
+        """Forget it."""
+
+    def forecast(self) -> Certain:
+        return self
+
+
 def test_below_half_of_the_limit_a_forecast_is_no_reason() -> None:
-    guard = guard_of_trace()
+    guard = Guard(TraceSource("/dev/null"), registry=Registry(), built_in=(), forecaster=Certain())
     for sample in leak(60):
         stage = guard.step(sample)
         if sample.used_ratio < 0.5:

@@ -28,11 +28,21 @@ LEAST_BINS = 5
 GRAIN = 1e-3
 # A series is old from here on: what happens later has no age.
 AGE_BINS = 60
+# A fall is a loss of this much within so many bins; a cycle goes from fall to fall.
+FALL_SHARE = 0.1
+FALL_BINS = 10
+RECENT_BINS = 60
+# How far ahead a cycle's outcome lies, if there is but one of them.
+LONE_SPREAD = 0.3
 
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_RECENT_SHARES = (0.1, 0.5, 0.9)
 _LAST = np.array(WINDOWS) - 1
 _AGO = np.arange(WINDOW_BINS, dtype=np.float64)
 _AGO_SUMS = np.cumsum(_AGO)
 _AGO_SQUARES = np.cumsum(_AGO * _AGO)
+_SHARES_OF_ALL = np.array(_SHARES)
+_SHARES_OF_RECENT = np.array(_RECENT_SHARES)
 
 _COMMON = (
     "level",
@@ -50,6 +60,16 @@ _COMMON = (
     *(f"rms_{w}" for w in WINDOWS),
     *(f"below_max_{w}" for w in WINDOWS),
     *(f"above_min_{w}" for w in WINDOWS),
+    "rank",
+    *(f"quantile_{share:.2g}" for share in _SHARES),
+    *(f"recent_quantile_{share:.2g}" for share in _RECENT_SHARES),
+    "falls",
+    "since_fall",
+    "period",
+    "last_top",
+    "mean_top",
+    "mean_bottom",
+    "height",
 )
 _OWN = (
     "horizon",
@@ -61,6 +81,11 @@ _OWN = (
     "similar",
     "similar_distance",
     "similar_spread",
+    "cycles_ahead",
+    "phase_ahead",
+    "cycle_change",
+    "cycle_spread",
+    "cycle_count",
 )
 NAMES = _COMMON + _OWN
 
@@ -76,10 +101,17 @@ _OVER_GAP = (
     "similar_spread",
     "largest_rise",
     "roughness",
+    "last_top",
+    "mean_top",
+    "quantile_0.9",
+    "cycle_change",
 )
-CROSSING_NAMES = ("horizon", "age", "gap", *(f"{name}_over_gap" for name in _OVER_GAP))
+# What counts as it is.
+_PLAIN = ("horizon", "age", "rank", "height", "phase_ahead")
+CROSSING_NAMES = (*_PLAIN, "gap", *(f"{name}_over_gap" for name in _OVER_GAP))
 _OVER_GAP_COLUMNS = [NAMES.index(name) for name in _OVER_GAP]
-_PLAIN_COLUMNS = [NAMES.index("horizon"), NAMES.index("age")]
+_PLAIN_COLUMNS = [NAMES.index(name) for name in _PLAIN]
+_OWN_START = len(_COMMON)
 
 
 def describe(window: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
@@ -145,12 +177,16 @@ def describe(window: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     rows[:, 12:18] = rms
     rows[:, 18:24] = highs
     rows[:, 24:30] = -lows
+    _quantiles(w, rows[:, 30:39])
+    starts, cycles = _cycles(w)
+    rows[:, 39:_OWN_START] = cycles
     distances = _distances(w) if n > SHAPE_BINS else None
     for index, horizon in enumerate(HORIZONS):
-        row = rows[index]
-        row[30] = horizon
-        row[31:37] = slopes * horizon
-        row[37:] = _past(w, distances, horizon)
+        row = rows[index, _OWN_START:]
+        row[0] = horizon
+        row[1:7] = slopes * horizon
+        row[7:14] = _past(w, distances, horizon)
+        row[14:] = _next_cycle(w, starts, cycles, horizon)
     return rows, scale
 
 
@@ -167,10 +203,71 @@ def crossing_features(
         Shape (n, len(CROSSING_NAMES)).
     """
     found = np.empty((len(rows), len(CROSSING_NAMES)))
-    found[:, :2] = rows[:, _PLAIN_COLUMNS]
-    found[:, 2] = gap
-    np.divide(rows[:, _OVER_GAP_COLUMNS], found[:, 2:3], out=found[:, 3:])
+    plain = len(_PLAIN)
+    found[:, :plain] = rows[:, _PLAIN_COLUMNS]
+    found[:, plain] = gap
+    np.divide(rows[:, _OVER_GAP_COLUMNS], found[:, plain : plain + 1], out=found[:, plain + 1 :])
     return found
+
+
+def _quantiles(w: NDArray[np.float64], found: NDArray[np.float64]) -> None:
+    """The newest value's rank among all, and quantiles of all and of the last minute, above it."""
+    ordered, recent = np.sort(w), np.sort(w[-RECENT_BINS:])
+    n = len(ordered)
+    found[:, 0] = ordered.searchsorted(w[-1]) / n
+    found[:, 1:6] = ordered[(_SHARES_OF_ALL * (n - 1)).astype(np.int64)]
+    found[:, 6:] = recent[(_SHARES_OF_RECENT * (len(recent) - 1)).astype(np.int64)]
+    found[:, 1:] -= w[-1]
+
+
+def _cycles(w: NDArray[np.float64]) -> tuple[NDArray[np.int64], tuple[float, ...]]:
+    """Where falls began, and what the cycles between them have in common."""
+    # The highest of the last FALL_BINS + 1 bins, for each bin.
+    tops = w.copy()
+    covered = 1
+    while covered <= FALL_BINS:
+        shift = min(covered, FALL_BINS + 1 - covered)
+        tops[shift:] = np.maximum(tops[shift:], tops[:-shift])
+        covered += shift
+    falling = w < tops - FALL_SHARE
+    starts = (falling[1:] & ~falling[:-1]).nonzero()[0] + 1
+    count = len(starts)
+    if not count:
+        return starts, (0.0, 2.0 * WINDOW_BINS, -1.0, 2.0, 2.0, -2.0, -1.0)
+    now = w[-1]
+    since = len(w) - 1 - int(starts[-1])
+    period = float(starts[-1] - starts[0]) / (count - 1) if count > 1 else -1.0
+    reached = tops[starts]
+    top = float(reached.sum()) / count
+    bottom = float(np.minimum.reduceat(w, starts).sum()) / count
+    height = (now - bottom) / max(top - bottom, 0.05)
+    return starts, (count, since, period, reached[-1] - now, top - now, bottom - now, height)
+
+
+def _next_cycle(
+    w: NDArray[np.float64],
+    starts: NDArray[np.int64],
+    cycles: tuple[float, ...],
+    horizon: int,
+) -> tuple[float, ...]:
+    """How many cycles ahead the horizon lies, and the change if cycles go as those before."""
+    if len(starts) < 2:
+        return (-1.0, -1.0, 0.0, 0.0, 0.0)
+    _, since, period, *_ = cycles
+    ahead = (since + horizon) / period
+    now = w[-1]
+    places = starts[:-1] + int(since + horizon)
+    places = places[places < len(w)]
+    count = len(places)
+    if not count:
+        place = int(starts[-2]) + round((since + horizon) % period)
+        return (ahead, ahead % 1.0, w[min(place, len(w) - 1)] - now, LONE_SPREAD, 0.0)
+    then = w[places]
+    mean = float(then.sum()) / count
+    spread = LONE_SPREAD
+    if count > 1:
+        spread = max(float(then @ then) / count - mean * mean, 0.0) ** 0.5
+    return (ahead, ahead % 1.0, mean - now, spread, count)
 
 
 def _distances(w: NDArray[np.float64]) -> NDArray[np.float64]:

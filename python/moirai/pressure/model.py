@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moirai.pressure.features import HORIZONS, crossing_features
+from moirai.pressure.straight import straight_odds
 
 __all__ = ["Ensemble", "Model", "trained"]
 
@@ -61,6 +62,7 @@ class Model:
         self._value = Ensemble([value["low"], value["middle"], value["high"]])
         self._crossing = Ensemble([constants["crossing"]])
         self._margins = np.array([constants["margins"][str(h)] for h in HORIZONS])
+        self._sharpness = np.array([constants["sharpness"][str(h)] for h in HORIZONS])
         self._confidence = [np.array(constants["confidence"][str(h)]) for h in HORIZONS]
 
     def changes(self, rows: Array) -> Array:
@@ -93,7 +95,8 @@ class Model:
 
     def crossing(self, rows: Array, gap: float) -> Array:
         """Probability of a rise by `gap` (in units of the scale) within each horizon."""
-        found = _probability(self._crossing.predict(crossing_features(rows, gap))[:, 0])
+        logits = self._crossing.predict(crossing_features(rows, gap))[:, 0]
+        found = np.maximum(_probability(logits * self._sharpness), straight_odds(rows, gap))
         return np.maximum.accumulate(found)
 
 
