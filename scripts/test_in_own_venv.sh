@@ -38,7 +38,7 @@ if [ "$kind" = freethreaded ] && "$python" -c 'import sys; sys.exit(sys.version_
     rm -rf "$source" && mkdir -p "$source"
     git ls-files -z | xargs -0 cp --parents -t "$source"
     manifest=$source/$manifest
-    cargo update --quiet --manifest-path "$manifest" --package pyo3 --precise 0.28.3
+    sed -i '/^pyo3/s/>=0.28, <0.31/=0.28.3/' "$manifest"
 fi
 rm -rf "build/wheel-$kind"
 "$venv/bin/python" -m maturin build --release --quiet --manifest-path "$manifest" \
