@@ -30,6 +30,13 @@ const WORKER_LEAVES_NANOSECONDS: u64 = 1_000;
 /// How long the first thread sleeps before it looks for a signal that came just before it slept.
 /// Only Python's main thread handles signals; the others sleep undisturbed.
 const NAP: Duration = Duration::from_millis(500);
+/// Without an interpreter lock, what a thread has made is freed by itself, if others have done with
+/// it: in its sleep, large results too. It wakes after this time, then after twice as long.
+const FIRST_NAP: Option<Duration> = if cfg!(Py_GIL_DISABLED) {
+    Some(Duration::from_millis(10))
+} else {
+    None
+};
 
 fn may_go_deeper(depth: u32) -> bool {
     depth < DEEP || stack_left() > STACK_LEFT
@@ -165,7 +172,7 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
     if !future.call_at_end(&parker) {
         return Ok(true);
     }
-    let longest = is_first_thread().then_some(NAP);
+    let mut longest = FIRST_NAP.or(is_first_thread().then_some(NAP));
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
@@ -178,6 +185,11 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
         };
         if py.detach(|| parker.park(nap)) == Parked::Called {
             return Ok(true);
+        }
+        if FIRST_NAP.is_some() {
+            longest = longest.map(|nap| (2 * nap).min(NAP));
+            // Running anything lets the interpreter free it.
+            py.eval(c"None", None, None)?;
         }
         if let Err(signal) = py.check_signals() {
             future.leave(&parker);
