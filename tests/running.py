@@ -29,7 +29,7 @@ def in_forked_child(body: Callable[[], None]) -> None:
     verdict = os.read(reader, 1000) if answered else b"the child hangs"
     os.close(reader)
     _, status = os.waitpid(child, 0)
-    assert (verdict, status) == (b"ok", 0)
+    assert (verdict, status) == (b"ok", 0), (verdict, status)
 
 
 def wait_until(

@@ -20,6 +20,7 @@ from worker_gate import CALLS_AT_WORKER, Gate
 from moirai import errors, memory
 from moirai.executor import Priority, ProcessExecutor
 from moirai.executor.process_messages import Placer
+from moirai.executor.process_watch import Watch
 
 # From 3.12 on forking is warned of where there are threads, as there are in every executor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -702,3 +703,11 @@ def test_ctrl_c_ends_the_wait_and_the_call(run_python):
         """
     )
     assert told.splitlines() == ["interrupted", "KeyboardInterrupt()", "1 0"]
+
+
+def test_watch_whose_thread_ended_before_it_was_told_is_stopped():
+    watch = Watch(lambda number: None, "watch")
+    watch._is_over = True
+    os.eventfd_write(watch._changed, 1)
+    watch._thread.join()
+    watch.stop()

@@ -324,8 +324,10 @@ def test_a_forked_child_goes_on_with_any_stack(stack: Stack, steps: list[tuple])
             for step in steps:
                 life.take(step)
             life.end()
-            assert made[-1].check().ok
-            assert memory.health().ok
+            report = made[-1].check()
+            assert report.ok, report
+            report = memory.health()
+            assert report.ok, report
 
         in_forked_child(child)
         stop.set()

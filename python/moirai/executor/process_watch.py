@@ -44,6 +44,8 @@ class Watch:
         self._is_over = True
         os.eventfd_write(self._changed, 1)
         self._thread.join()
+        # Not by the thread, which may end before it is told.
+        os.close(self._changed)
 
     def _run(self) -> None:
         while not self._is_over:
@@ -59,7 +61,7 @@ class Watch:
                     number = self._numbers.pop(descriptor)
                 os.close(descriptor)
                 self._tell(number)
-        for descriptor in [*self._numbers, self._changed]:
+        for descriptor in self._numbers:
             os.close(descriptor)
 
 
