@@ -325,7 +325,7 @@ def test_a_forked_child_goes_on_with_any_stack(stack: Stack, steps: list[tuple])
                 life.take(step)
             life.end()
 
-        def healthy_child() -> None:
+        def healthy_child(child: Callable[[], None] = child) -> None:
             child()
             report = made[-1].check()
             assert report.ok, report
