@@ -12,6 +12,7 @@ import time
 import weakref
 
 import pytest
+from held import WAIT_SECONDS, hold
 
 from moirai import errors
 
@@ -20,44 +21,11 @@ distributed = pytest.importorskip("distributed", reason="distributed is not inst
 from moirai.integrations import dask_results  # noqa: E402
 from moirai.integrations.dask import DistributedExecutor  # noqa: E402
 
-WAIT_SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
-        ) as cluster,
-        distributed.Client(cluster) as made,
-    ):
-        yield made
-
-
-@pytest.fixture
-def executor(client):
-    with DistributedExecutor(client) as made:
-        yield made
-
 
 @pytest.fixture
 def unasked(monkeypatch):
     """Results that nobody asks for are not fetched."""
     monkeypatch.setattr(dask_results, "_LINGER_SECONDS", 1e6)
-
-
-@pytest.fixture
-def gate(tmp_path):
-    """A file that calls wait for."""
-    path = tmp_path / "gate"
-    yield path
-    path.touch()
-
-
-def hold(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "held"
 
 
 def raise_error(text):

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from held import WAIT_SECONDS, hold
 from running import in_forked_child
 
 from moirai import errors
@@ -15,39 +16,6 @@ from moirai.executor import Priority
 distributed = pytest.importorskip("distributed", reason="distributed is not installed")
 
 from moirai.integrations.dask import DistributedExecutor, make_executor  # noqa: E402
-
-WAIT_SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
-        ) as cluster,
-        distributed.Client(cluster) as made,
-    ):
-        yield made
-
-
-@pytest.fixture
-def executor(client):
-    with DistributedExecutor(client) as made:
-        yield made
-
-
-@pytest.fixture
-def gate(tmp_path):
-    """A file that calls wait for."""
-    path = tmp_path / "gate"
-    yield path
-    path.touch()
-
-
-def hold(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return "held"
 
 
 def same(item, *, and_then=None):
