@@ -16,6 +16,7 @@ __all__ = [
     "check_number",
     "check_timeout",
     "path_text",
+    "wrong_type",
 ]
 
 _LONGEST_SECONDS = 1e9

@@ -38,6 +38,7 @@ from moirai.executor.process_worker import (
     WAKE,
 )
 from moirai.executor.progress import Counter
+from moirai.executor.remote import not_run_here
 
 __all__ = ["ProcessPool"]
 
@@ -375,11 +376,7 @@ class ProcessPool:
             tasks += worker.tasks.values()
         self._reset()
         for task in tasks:
-            task.future.disconnect(
-                errors.Disconnected(
-                    "the task was queued in the parent process, and is not run in a forked child"
-                )
-            )
+            task.future.disconnect(not_run_here())
 
 
 def _end_all() -> None:

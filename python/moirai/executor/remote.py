@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from moirai._arguments import check_timeout
 from moirai.errors import Disconnected, Timeout
 
-__all__ = ["RemoteFuture"]
+__all__ = ["RemoteFuture", "not_run_here"]
 
 _Result = TypeVar("_Result")
 
@@ -55,8 +55,14 @@ class RemoteFuture(concurrent.futures.Future[_Result]):
         self._waiters = []
         self._done_callbacks: list[Any] = []
         if not self.done():
-            message = "the task was queued in the parent process, and is not run in a forked child"
-            self.set_exception(Disconnected(message))
+            self.set_exception(not_run_here())
+
+
+def not_run_here() -> Disconnected:
+    """What becomes of a task in a forked child."""
+    return Disconnected(
+        "the task was queued in the parent process, and is not run in a forked child"
+    )
 
 
 def _timed_out(timeout: float | None) -> Timeout:
