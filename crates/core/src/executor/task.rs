@@ -65,22 +65,22 @@ unsafe impl<C: Send> Sync for Task<C> {}
 unsafe impl<C: Send> Send for Task<C> {}
 
 impl<C> Task<C> {
+    fn at(word: u32, call: Option<C>) -> Self {
+        Task {
+            word: AtomicU32::new(word),
+            runner: AtomicU32::new(0),
+            call: SharedCell::new(call),
+        }
+    }
+
     /// A task that waits to be taken.
     pub fn new(call: C) -> Self {
-        Task {
-            word: AtomicU32::new(PENDING),
-            runner: AtomicU32::new(0),
-            call: SharedCell::new(Some(call)),
-        }
+        Self::at(PENDING, Some(call))
     }
 
     /// A task that waits until whoever has it begins it; there is no call to take.
     pub fn by_hand() -> Self {
-        Task {
-            word: AtomicU32::new(PENDING),
-            runner: AtomicU32::new(0),
-            call: SharedCell::new(None),
-        }
+        Self::at(PENDING, None)
     }
 
     /// Begin one that is made by hand. False: somebody did, or it is over.
@@ -90,11 +90,7 @@ impl<C> Task<C> {
 
     /// A task that is made, or run, by whoever has it: nobody takes it.
     pub fn empty() -> Self {
-        Task {
-            word: AtomicU32::new(RUNNING | EMPTY),
-            runner: AtomicU32::new(0),
-            call: SharedCell::new(None),
-        }
+        Self::at(RUNNING | EMPTY, None)
     }
 
     /// Let an empty task wait to be taken; gives the call back if it is not empty any more.

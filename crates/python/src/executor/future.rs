@@ -136,17 +136,15 @@ impl Future {
         if let Outcome::Value(it) | Outcome::Failure(it) = &outcome {
             refers(slf, it.bind(slf.py()));
         }
-        {
-            let refused = self.outcome.with(slf.py(), |place| match place {
-                Outcome::None => {
-                    *place = outcome;
-                    None
-                }
-                _ => Some(outcome),
-            });
-            if refused.is_some() {
-                return false;
+        let refused = self.outcome.with(slf.py(), |place| match place {
+            Outcome::None => {
+                *place = outcome;
+                None
             }
+            _ => Some(outcome),
+        });
+        if refused.is_some() {
+            return false;
         }
         for count in counts {
             attached::add(slf.py(), count, 1);
