@@ -71,7 +71,6 @@ __all__ = [
     "WorkerHandle",
     "build_profile",
     "current_lane",
-    "current_token",
     "handler_of",
     "idle_channel_bytes",
     "install",
@@ -89,6 +88,7 @@ __all__ = [
     "select_channels_async",
     "stop_background",
     "sweep_fence_ledger",
+    "task_token",
     "trim_channels",
     "trim_libc_heap",
     "trim_resources",
@@ -1671,6 +1671,13 @@ class Future:
         """Set the result of a future that was made by hand."""
     def set_exception(self, exception: BaseException) -> None:
         """Set the exception of a future that was made by hand."""
+    def call_when_asked(self, fn: Callable[[Any], object]) -> None:
+        """Of one made by hand, which somebody is at: call a function once it is asked to end.
+
+        With this future; at once if it was asked. It is called in the thread that asks.
+        """
+    def set_cancelled(self) -> None:
+        """Of one made by hand, which was asked to end: it ended for that, and is cancelled."""
     @property
     def _state(self) -> str: ...
     @property
@@ -1864,8 +1871,17 @@ class TimerHandle:
 
 @final
 class CancelToken:
-    """By which the function of a task learns that it is to end. Any thread may use it."""
+    """By which the function of a task learns that it is to end. Any thread may use it.
 
+    Args:
+        is_asked: What says whether a call that is no task of this process is asked to end; None:
+            nobody asks it.
+        deadline: The moment of `time.monotonic()` at which its time is over; None: none.
+    """
+
+    def __new__(
+        cls, is_asked: Callable[[], bool] | None = None, deadline: float | None = None
+    ) -> Self: ...
     @property
     def is_cancelled(self) -> bool:
         """Whether the task is asked to end, or its time is over."""
@@ -1881,11 +1897,8 @@ class CancelToken:
             Timeout: Its time is over.
         """
 
-def current_token() -> CancelToken:
-    """The token of the task that this thread is running, the innermost one.
-
-    Outside of a task, one that is never cancelled.
-    """
+def task_token() -> CancelToken | None:
+    """The token of the task that this thread is running, the innermost one; None: it runs none."""
 
 @final
 class LoopDoorbell:

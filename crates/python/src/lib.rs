@@ -49,7 +49,7 @@ mod _native {
     #[pymodule_export]
     use super::executor::future::Future;
     #[pymodule_export]
-    use super::executor::limits::{CancelToken, TimerHandle, current_token};
+    use super::executor::limits::{CancelToken, TimerHandle, task_token};
     #[pymodule_export]
     use super::executor::pool::BareExecutor;
     #[pymodule_export]

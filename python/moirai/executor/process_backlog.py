@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from moirai.errors import Timeout
 from moirai.executor.lanes import NodeLanes
+from moirai.executor.process_deadlines import Deadlines
 from moirai.executor.process_parts import Settings, Task
 from moirai.executor.progress import Counter
 from moirai.executor.room import Room
 
 __all__ = ["Backlog"]
+
+_COUNTS = (
+    "submitted",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "timed_out",
+    "ran_by_submitter",
+    "refused",
+)
 
 _MANY_CANCELLED = 64
 """So many tasks that are over may lie in the lanes, or half as many as there are others."""
@@ -39,8 +51,8 @@ class Backlog:
         self._wake = weakref.WeakMethod(wake)
         self._lanes: NodeLanes[Task] = NodeLanes(settings.seats.steal_order, settings.seats.places)
         self._cancelled_count = 0
-        names = ("submitted", "succeeded", "failed", "cancelled", "ran_by_submitter", "refused")
-        self._counts = dict.fromkeys(names, 0)
+        self._deadlines = Deadlines()
+        self._counts = dict.fromkeys(_COUNTS, 0)
 
     # === waiting ================================================================================
 
@@ -55,6 +67,9 @@ class Backlog:
         call_count = 0
         for task in tasks:
             task.number = next(numbers)
+            if task.limits is not None:
+                task.due = task.limits.deadline
+                self._deadlines.put(task)
             task.place = self._lanes.append(task, task.priority, task.place)
             call_count += task.call_count
         self._counts["submitted"] += len(tasks) + failed_count
@@ -62,9 +77,9 @@ class Backlog:
         self._counter.add(call_count)
 
     def watch(self, tasks: Sequence[Task]) -> None:
-        """See to it that tasks which are cancelled give their room back."""
-        if self._is_bounded:
-            for task in tasks:
+        """See to it that tasks which are cancelled give their room back, and are not waited for."""
+        for task in tasks:
+            if self._is_bounded or task.limits is not None:
                 task.future.add_done_callback(functools.partial(self._note_cancelled, task))
 
     def put_back(self, tasks: Sequence[Task]) -> None:
@@ -87,6 +102,8 @@ class Backlog:
     def cancel(self) -> None:
         """Cancel all that can be."""
         for task in self.clear():
+            if task.is_late:
+                continue
             if task.is_running or not task.future.cancel():
                 # A worker died and gave it back, or the manager was faster.
                 with self.lock:
@@ -95,7 +112,7 @@ class Backlog:
             self.drop(task)
 
     def sweep(self) -> None:
-        """Take those that were cancelled out of the lanes, if they are many."""
+        """Take those that were cancelled, or are late, out of the lanes, if they are many."""
         if not self._cancelled_count:
             return
         with self.lock:
@@ -106,7 +123,7 @@ class Backlog:
             for task in self._lanes.clear():
                 if task.future.cancelled():
                     cancelled.append(task)
-                else:
+                elif not task.is_late:
                     self._lanes.append(task, task.priority, task.place)
         for task in cancelled:
             self.drop(task)
@@ -128,6 +145,7 @@ class Backlog:
             return
         self.give_back_room(task)
         with self.lock:
+            self._deadlines.drop(task)
             self._cancelled_count += 1
             are_many = self._are_many_cancelled()
         wake = self._wake() if are_many else None
@@ -143,6 +161,39 @@ class Backlog:
             had_room, task.has_room = task.has_room, False
         if had_room:
             self.room.give_back(1)
+
+    # === time limits ============================================================================
+
+    def note_begin(self, task: Task, begun: float) -> None:
+        """A worker has begun a task that has time limits."""
+        assert task.limits is not None, "nothing else is told of"
+        task.is_begun = True
+        with self.lock:
+            task.due = task.limits.due(begun)
+            if not task.is_late:
+                self._deadlines.put(task)
+
+    def earliest_due(self) -> float:
+        """When the time of the next task is over; infinity: none has a limit."""
+        with self.lock:
+            return self._deadlines.earliest()
+
+    def take_due(self, now: float) -> Task | None:
+        """Take a task whose time is over."""
+        with self.lock:
+            return self._deadlines.take(now)
+
+    def expire(self, task: Task, error: Timeout) -> None:
+        """The time of a task is over: it fails, now, whoever has it; not if it was cancelled."""
+        if not task.is_running:
+            if not task.future.set_running_or_notify_cancel():
+                return  # and is counted when it comes out of its lane
+            self.give_back_room(task)
+            with self.lock:
+                self._cancelled_count += 1  # no less in the way
+        task.is_late = True
+        self.count(timed_out=1)
+        self.fail(task, error)
 
     # === counting ===============================================================================
 
@@ -179,4 +230,6 @@ class Backlog:
         """Count a task that has ended."""
         with self.lock:
             self._counts[count] += 1
+            if task.limits is not None:
+                self._deadlines.drop(task)
         self._counter.complete(task.call_count)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from moirai.channels import SharedChannel
+from moirai.executor.process_numbers import SharedNumbers
 from moirai.executor.process_parts import Settings, Worker
 from moirai.executor.process_worker import Start, work
 
@@ -27,12 +28,14 @@ class Crew:
     def __init__(self, settings: Settings, name: str) -> None:
         self._settings, self._name = settings, name
         self._numbers = itertools.count()
+        # At each seat, the call that is asked to end, if the worker there runs it.
+        self._asked: SharedNumbers | None = None
         self.workers: dict[int, Worker] = {}
         # Those that get no more tasks, and end.
         self._leaving: dict[int, Worker] = {}
         # Any thread may set it.
         self.allowed_count = settings.max_workers
-        self.started_count = self.lost_count = 0
+        self.started_count = self.lost_count = self.killed_count = 0
 
     def __iter__(self) -> itertools.chain[Worker]:
         """All of them, those that leave last."""
@@ -94,6 +97,8 @@ class Crew:
         """Start a process; what it gives comes by a channel that all have in common."""
         settings, number = self._settings, next(self._numbers)
         at = settings.seats.workers[seat]
+        if self._asked is None:
+            self._asked = SharedNumbers(settings.max_workers)
         calls = SharedChannel.create(capacity_bytes=_CALLS_BYTES)
         start = Start(
             number,
@@ -104,6 +109,9 @@ class Crew:
             at.cpus,
             settings.seats.node_ids[at.place],
             settings.blas_threads,
+            self._asked,
+            seat,
+            settings.kill_after_seconds,
             settings.initializer,
             settings.initargs,
         )
@@ -125,6 +133,13 @@ class Crew:
     def let_go(self, worker: Worker) -> None:
         """A worker has had all its tasks, and ends."""
         self._leaving[worker.number] = self.workers.pop(worker.number)
+
+    def ask(self, number: int, call: int) -> None:
+        """Ask a worker to end a call, if it is at it."""
+        worker = self.workers.get(number)
+        if worker is not None and call in worker.tasks:
+            assert self._asked is not None, "made with the first worker"
+            self._asked[worker.seat] = call
 
     def take_out(self, number: int) -> Worker:
         """Forget a worker whose process has ended: it."""

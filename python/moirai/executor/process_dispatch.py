@@ -97,7 +97,7 @@ class Dispatch:
 
     def _give(self, worker: Worker, task: Task) -> bool:
         """Send a task to a worker, or be done with it; false if it is queued again."""
-        if not task.is_running and not self._backlog.begin(task):
+        if task.is_late or (not task.is_running and not self._backlog.begin(task)):
             return True
         try:
             self._send(worker, task.content, task.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from moirai.executor.future import Future
 from moirai.executor.process_messages import Content
 from moirai.executor.room import WhenFull
 from moirai.executor.sizing import Seats
+from moirai.executor.time_limits import TimeLimits
 from moirai.memory import Priority
 
 __all__ = ["Settings", "Task", "Worker", "WorkerFailed", "end_of", "with_cause"]
@@ -47,6 +49,7 @@ class Settings:
     blas_threads: int | None
     max_pending: int | None
     when_full: WhenFull
+    kill_after_seconds: float | None
 
     @property
     def max_workers(self) -> int:
@@ -64,7 +67,14 @@ class Task:
     call_count: int = 1
     place: int | None = None
     number: int = 0
+    limits: TimeLimits | None = None
+    due: float = math.inf
+    """When its time is over, as far as that is known: a worker says when it began."""
     is_running: bool = False
+    """Whether it was sent to a worker, once at least."""
+    is_begun: bool = False
+    is_late: bool = False
+    """Whether its time was over before its end was known: nothing more comes of it."""
     has_room: bool = False
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import itertools
+import math
 import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from moirai import errors
 from moirai._arguments import check_int
@@ -29,8 +36,13 @@ from moirai.executor.process_parts import (
 from moirai.executor.process_statistics import ProcessStatistics
 from moirai.executor.process_watch import Watch
 from moirai.executor.process_worker import (
+    ASKS,
+    BEGAN,
+    CANCELLED,
     DIED,
     FAILED,
+    LATE,
+    NOT_BEGUN,
     READY,
     RETURNED,
     UNFIT,
@@ -39,6 +51,7 @@ from moirai.executor.process_worker import (
 )
 from moirai.executor.progress import Counter
 from moirai.executor.remote import not_run_here
+from moirai.executor.time_limits import late, not_begun
 
 __all__ = ["ProcessPool"]
 
@@ -52,6 +65,8 @@ _MOST_EARLY_DEATHS = 3
 
 _MEMORY_PROBE_SECONDS = 0.005
 """How often to look for memory that nobody tells of."""
+
+_LONGEST_WAIT_SECONDS = 3600.0
 
 _numbers = itertools.count()
 _pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
@@ -82,6 +97,8 @@ class ProcessPool:
         self.is_closed = False
         self.broken: str | None = None
         self._is_woken = False
+        # Workers and their calls, which somebody has cancelled after they began.
+        self._asked: collections.deque[tuple[int, int]] = collections.deque()
         self._results: SharedChannel | None = None
         self._receiver: SharedReceiver
         self._waker: SharedSender
@@ -179,6 +196,7 @@ class ProcessPool:
                 **self.backlog.counts(),
                 workers_started=self._crew.started_count,
                 workers_lost=self._crew.lost_count,
+                workers_killed=self._crew.killed_count,
                 taken_back=self._dispatch.taken_back,
                 copied_bytes=self._dispatch.copied_bytes,
                 lent_bytes=self._dispatch.lent_bytes,
@@ -232,7 +250,7 @@ class ProcessPool:
     def _manage(self) -> None:
         try:
             while self._go_on():
-                patience = _MEMORY_PROBE_SECONDS if self._dispatch.is_short_of_memory else None
+                patience = self._patience()
                 with contextlib.suppress(errors.Timeout):
                     for _ in range(_RESULTS_AT_ONCE):
                         head, packed = messages.receive(self._receiver, patience)
@@ -259,9 +277,20 @@ class ProcessPool:
         self._results.close()
         self._crew.clear()
 
+    def _patience(self) -> float | None:
+        """How long to wait for something to do; None: until it comes."""
+        if self._dispatch.is_short_of_memory:
+            return _MEMORY_PROBE_SECONDS
+        due = self.backlog.earliest_due()
+        if due == math.inf:
+            return None
+        return min(max(due - time.monotonic(), 0.0), _LONGEST_WAIT_SECONDS)
+
     def _go_on(self) -> bool:
         """Send tasks to workers; whether there is, or may be, anything to do."""
         self._is_woken = False
+        self._expire()
+        self._ask()
         self.backlog.sweep()
         self._dispatch.rein()
         with self.backlog.lock:
@@ -300,6 +329,11 @@ class ProcessPool:
         if head.kind == READY:
             worker.is_ready = True
             self._early_deaths = 0
+        elif head.kind == BEGAN:
+            self.backlog.note_begin(worker.tasks[head.call], messages.load(packed))
+        elif head.kind == ASKS:
+            note = functools.partial(self._note_asked, worker.number, head.call)
+            worker.tasks[head.call].future.call_when_asked(note)
         elif head.kind == UNFIT:
             worker.is_unfit = True  # and it ends, once what it logs has gone out
         else:
@@ -313,6 +347,18 @@ class ProcessPool:
                 self._dispatch.lent_bytes += len(buffer)
             else:
                 self._dispatch.copied_bytes += len(buffer)
+        if task.is_late:
+            return
+        if kind == LATE:
+            self.backlog.expire(task, late())
+            return
+        if kind == NOT_BEGUN:
+            self.backlog.expire(task, not_begun())
+            return
+        if kind == CANCELLED:
+            self.backlog.over(task, "cancelled")
+            task.future.set_cancelled()
+            return
         try:
             value = messages.load(packed)
         except BaseException as error:
@@ -338,11 +384,21 @@ class ProcessPool:
             unbegun = list(iter(worker.take_back, None))
         worker.close()
         self.backlog.put_back(unbegun)
+        is_killed = (
+            worker.process.exitcode == -signal.SIGALRM
+            and self.settings.kill_after_seconds is not None
+            and any(task.is_begun for task in worker.tasks.values())
+        )
         for task in worker.tasks.values():
-            self.backlog.fail(
-                task, WorkerFailed(f"{end_of(worker.process)} while it had this call")
-            )
-        if worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
+            if is_killed and not task.is_late:
+                self.backlog.expire(task, late(self._what_then()))
+            elif not task.is_late:
+                self.backlog.fail(
+                    task, WorkerFailed(f"{end_of(worker.process)} while it had this call")
+                )
+        if is_killed:
+            self._crew.killed_count += 1
+        elif worker.given_count != self.settings.max_tasks_per_child or worker.tasks:
             self._crew.lost_count += 1
         if worker.is_unfit:
             self._break("the initializer failed in a worker process")
@@ -362,10 +418,43 @@ class ProcessPool:
             worker.tasks.clear()
             worker.process.terminate()
         for task in tasks:
+            if task.is_late:
+                continue
             if task.is_running or task.future.set_running_or_notify_cancel():
                 self.backlog.fail(task, BrokenProcessPool(message))
             else:
                 self.backlog.over(task, "cancelled")
+
+    # === time limits, and asking to end =========================================================
+
+    def _expire(self) -> None:
+        """Fail those tasks whose time is over."""
+        now = time.monotonic()
+        while (task := self.backlog.take_due(now)) is not None:
+            # A worker may have begun its first without having said so yet.
+            firsts = [next(iter(worker.tasks.values()), None) for worker in self._crew]
+            if task.is_begun:
+                error = late(self._what_then())
+            elif task in firsts:
+                error = late("its call is not begun, or goes on")
+            else:
+                error = not_begun()
+            self.backlog.expire(task, error)
+
+    def _what_then(self) -> str:
+        seconds = self.settings.kill_after_seconds
+        if seconds is None:
+            return "its call goes on"
+        return "its worker is killed" if not seconds else f"its worker is killed in {seconds} s"
+
+    def _note_asked(self, number: int, call: int, future: Future[Any]) -> None:
+        """Somebody has cancelled a call that a worker has begun."""
+        self._asked.append((number, call))
+        self._wake()
+
+    def _ask(self) -> None:
+        while self._asked:
+            self._crew.ask(*self._asked.popleft())
 
     # === fork ===================================================================================
 

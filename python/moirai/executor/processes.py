@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextvars
+import functools
+import math
 import multiprocessing
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
-from moirai._arguments import check_instance, check_int, wrong_type
+from moirai._arguments import check_instance, check_int, check_number, wrong_type
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
 from moirai.executor.future import Future
-from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
+from moirai.executor.interface import BaseExecutor, in_chunks, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.process_parts import Settings, Task
 from moirai.executor.process_pool import ProcessPool
@@ -31,6 +34,8 @@ from moirai.executor.sizing import (
     default_worker_count,
     seats_of,
 )
+from moirai.executor.time_limits import TimeLimits, late, not_begun, time_limits
+from moirai.executor.token import CancelToken, call_token
 from moirai.memory import Priority, Topology, parse_bytes
 
 __all__ = ["ProcessExecutor"]
@@ -41,6 +46,8 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int]
 
 _MOST_WORKERS = 60
 """As many processes, and some more, can have blocks of one shared resource at once."""
+
+_LONGEST_SECONDS = 1e9
 
 _MOST_MEMORY_BYTES = 1 << 39
 """What a shared resource can have at most."""
@@ -76,6 +83,8 @@ class ProcessExecutor(BaseExecutor):
             workers. What is called back at a call's end never waits for room.
         memory_bytes: How much shared memory calls on their way may take, and in each process its
             results, if they are copied; an int or such as "2 GiB". It is taken as it is needed.
+        kill_after_seconds: How long a call may still run when its time is over (`timeout_seconds`,
+            `deadline`), until its worker is killed and replaced; None: as long as it likes.
 
     Raises:
         InvalidArgument: An argument is outside its range.
@@ -96,6 +105,7 @@ class ProcessExecutor(BaseExecutor):
         max_pending: int | None = None,
         when_full: WhenFull = "block",
         memory_bytes: int | str = "2 GiB",
+        kill_after_seconds: float | None = None,
     ) -> None:
         check_instance("topology", topology, Topology, or_none=True)
         check_initializer(initializer, initargs)
@@ -117,6 +127,7 @@ class ProcessExecutor(BaseExecutor):
             ),
             max_pending,
             when_full,
+            _checked_patience(kill_after_seconds),
         )
         self._pool = pool = ProcessPool(settings)
         # One that is dropped ends its workers, once they have run what is queued.
@@ -148,18 +159,18 @@ class ProcessExecutor(BaseExecutor):
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
             node: Id of the node whose workers are to take it first; None: any.
-            timeout_seconds: For executors of threads; here it must be None.
-            deadline: Likewise.
+            timeout_seconds: How long it may run, from its start; then its future raises Timeout.
+            deadline: The moment of `time.monotonic()` by which it is to have ended.
             kwargs: Its keyword arguments.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             BrokenProcessPool: The initializer failed, or workers do not start.
             Full: There is no room, and `when_full` is "raise".
-            Unsupported: There is a time limit.
+            Timeout: The deadline passed while it waited for room.
         """
-        refuse_time_limits(timeout_seconds, deadline)
-        return self._queue([(fn, args, kwargs, 1)], priority, node)[0]
+        limits = time_limits(timeout_seconds, deadline)
+        return self._queue([(fn, args, kwargs, 1)], priority, node, limits)[0]
 
     def submit_many(
         self,
@@ -176,9 +187,9 @@ class ProcessExecutor(BaseExecutor):
         as there is room; when the rest cannot be, those that were queued and have not begun are
         cancelled.
         """
-        refuse_time_limits(timeout_seconds, deadline)
+        limits = time_limits(timeout_seconds, deadline)
         items = zip(*iterables, strict=False)
-        return self._queue([(fn, arguments, {}, 1) for arguments in items], priority, node)
+        return self._queue([(fn, arguments, {}, 1) for arguments in items], priority, node, limits)
 
     def submit_group(
         self,
@@ -198,15 +209,18 @@ class ProcessExecutor(BaseExecutor):
             calls: Tuples of a function and its arguments.
             priority: As in `submit`, and so are the others.
             node: The node.
+            timeout_seconds: The time for each run.
+            deadline: The moment for all ends.
 
         Raises:
             Closed: After `shutdown`; a RuntimeError.
             InvalidArgument: A call is not such a tuple, or there are more than `max_pending`.
             Full: There is no room for all of them, and `when_full` is "raise".
+            Timeout: The deadline passed while it waited for room.
         """
-        refuse_time_limits(timeout_seconds, deadline)
+        limits = time_limits(timeout_seconds, deadline)
         found: list[_Call] = [(fn, args, {}, 1) for fn, args in map(split_call, calls)]
-        return self._queue(found, priority, node, is_whole=True)
+        return self._queue(found, priority, node, limits, is_whole=True)
 
     def _queue_chunks(
         self,
@@ -221,24 +235,25 @@ class ProcessExecutor(BaseExecutor):
         calls: list[_Call] = [
             (run_chunk, (fn, chunk, star), {}, len(chunk)) for chunk in in_chunks(items, size)
         ]
-        return self._queue(calls, priority, node)
+        return self._queue(calls, priority, node, None)
 
     def _queue(
         self,
         calls: Sequence[_Call],
         priority: Priority | None,
         node: int | None,
+        limits: TimeLimits | None,
         *,
         is_whole: bool = False,
     ) -> list[Future[Any]]:
         lane, settings = lane_of(priority), self._pool.settings
         place = settings.seats.place_of(node)
         if settings.max_pending is None or settings.when_full == "raise" or is_whole:
-            return self._queue_whole(calls, lane, place)
+            return self._queue_whole(calls, lane, place, limits)
         futures: list[Future[Any]] = []
         try:
             for call in calls:
-                futures += self._queue_whole([call], lane, place)
+                futures += self._queue_whole([call], lane, place, limits)
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -246,24 +261,31 @@ class ProcessExecutor(BaseExecutor):
         return futures
 
     def _queue_whole(
-        self, calls: Sequence[_Call], lane: Priority, place: int | None
+        self,
+        calls: Sequence[_Call],
+        lane: Priority,
+        place: int | None,
+        limits: TimeLimits | None,
     ) -> list[Future[Any]]:
         """Queue all of the calls or none; or run them, if there is no room and they are to be."""
         pool, has_room = self._pool, self._pool.settings.max_pending is not None
         pool.check_open()
-        if has_room and not self._take_room(len(calls)):
-            return [self._run_here(call) for call in calls]
+        deadline = math.inf if limits is None else limits.deadline
+        if has_room and not self._take_room(len(calls), deadline):
+            return [self._run_here(call, limits) for call in calls]
+        after = () if limits is None else (limits,)
         futures, tasks, failures = [], [], []
         try:
             for fn, args, kwargs, call_count in calls:
                 future: Future[Any] = Future()
                 futures.append(future)
                 try:
-                    content = messages.dump((fn, args, kwargs))
+                    content = messages.dump((fn, args, kwargs, *after))
                 except Exception as error:
                     failures.append((future, error))
                 else:
                     task = Task(future, content, lane, call_count, place, has_room=has_room)
+                    task.limits = limits
                     tasks.append(task)
             pool.add(tasks, failed_count=len(failures))
         except BaseException:
@@ -279,8 +301,8 @@ class ProcessExecutor(BaseExecutor):
             failed.set_exception(failure)
         return futures
 
-    def _take_room(self, count: int) -> bool:
-        """Take room for calls; false if they are to be run here."""
+    def _take_room(self, count: int, deadline: float) -> bool:
+        """Take room for calls, waiting until a moment; false if they are to be run here."""
         pool, room = self._pool, self._pool.backlog.room
         when_full = pool.settings.when_full
         # The manager calls back at the end of calls: it makes room, so it does not wait for any.
@@ -294,20 +316,17 @@ class ProcessExecutor(BaseExecutor):
             raise room.full(count)
         if count > room.most:
             raise InvalidArgument(f"calls: must be at most {room.most} (max_pending), got {count}")
-        room.wait(count)
+        room.wait(count, deadline)
         return True
 
-    def _run_here(self, call: _Call) -> Future[Any]:
-        fn, args, kwargs, call_count = call
-        pool = self._pool
+    def _run_here(self, call: _Call, limits: TimeLimits | None) -> Future[Any]:
+        pool, call_count = self._pool, call[3]
         future: Future[Any] = Future()
         pool.backlog.count(submitted=1, ran_by_submitter=1)
         pool.counter.add(call_count)
         future.set_running_or_notify_cancel()
         try:
-            if fn is run_chunk:
-                kwargs = {"is_sent": False}
-            value = contextvars.copy_context().run(fn, *args, **kwargs)
+            value = self._result_here(call, limits)
         except BaseException as error:
             pool.backlog.count(failed=1)
             future.set_exception(error)
@@ -319,6 +338,29 @@ class ProcessExecutor(BaseExecutor):
         finally:
             pool.counter.complete(call_count)
         return future
+
+    def _result_here(self, call: _Call, limits: TimeLimits | None) -> Any:
+        fn, args, kwargs, _ = call
+        if fn is run_chunk:
+            kwargs = {"is_sent": False}
+        context = contextvars.copy_context()
+        if limits is None:
+            return context.run(fn, *args, **kwargs)
+        if limits.has_passed:
+            self._pool.backlog.count(timed_out=1)
+            raise not_begun()
+        due = limits.due(time.monotonic())
+        context.run(call_token.set, functools.partial(CancelToken, None, due))
+        try:
+            value = context.run(fn, *args, **kwargs)
+        except Exception:
+            if due > time.monotonic():
+                raise
+        else:
+            if due > time.monotonic():
+                return value
+        self._pool.backlog.count(timed_out=1)
+        raise late("its call has ended")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; what is queued is still run, unless it is cancelled.
@@ -374,6 +416,15 @@ def _check_tasks_per_child(count: int | None) -> None:
     check_int("max_tasks_per_child", count, or_none=True)
     if count is not None and count < 1:
         raise InvalidArgument(f"max_tasks_per_child: must be at least 1, got {count}")
+
+
+def _checked_patience(seconds: float | None) -> float | None:
+    check_number("kill_after_seconds", seconds, or_none=True)
+    if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
+        raise InvalidArgument(
+            f"kill_after_seconds: must be None or a number from 0 to 1e9, got {seconds}"
+        )
+    return seconds
 
 
 def _checked_memory(size: int | str) -> int:

@@ -6,10 +6,11 @@ import collections
 import math
 import queue
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from moirai.errors import InvalidArgument
+from moirai.errors import InvalidArgument, Timeout
 
 __all__ = ["Room", "WhenFull", "check_limit", "check_when_full"]
 
@@ -87,14 +88,26 @@ class Room:
             self._taken += count
             return True
 
-    def wait(self, count: int) -> None:
-        """Wait in line for room and take it; come back without it once the room is closed."""
+    def wait(self, count: int, deadline: float = math.inf) -> None:
+        """Wait in line for room and take it; come back without it once the room is closed.
+
+        Args:
+            count: For how many tasks.
+            deadline: The moment of `time.monotonic()` until which to wait.
+
+        Raises:
+            Timeout: It has passed.
+        """
         waiter = _Waiter(count)
         try:
             with self._lock:
                 self._line.append(waiter)
                 self._serve()
-            waiter.is_told.wait()
+            while not waiter.is_told.wait(_seconds_until(deadline)):
+                if deadline <= time.monotonic():
+                    raise Timeout(
+                        "deadline: it passed while the submitter waited for room; nothing is queued"
+                    )
         except BaseException:
             with self._lock:
                 if waiter.is_served:
@@ -134,3 +147,9 @@ class Room:
                 first.is_served = True
             self._line.popleft()
             first.is_told.set()
+
+
+def _seconds_until(deadline: float) -> float | None:
+    if deadline == math.inf:
+        return None
+    return min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)

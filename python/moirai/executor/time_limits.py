@@ -64,6 +64,6 @@ def not_begun() -> Timeout:
     return Timeout("deadline: it passed before the task began; the task is not run")
 
 
-def late() -> Timeout:
+def late(what_then: str = "its call goes on") -> Timeout:
     """What becomes of a call whose time is over while it runs."""
-    return Timeout("the task has not ended in the time it was given; its call goes on")
+    return Timeout(f"the task has not ended in the time it was given; {what_then}")

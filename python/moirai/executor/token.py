@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from moirai._native import CancelToken, current_token
+import contextvars
+from collections.abc import Callable
 
-__all__ = ["CancelToken", "current_token"]
+from moirai._native import CancelToken, task_token
+
+__all__ = ["CancelToken", "call_token", "current_token"]
+
+call_token: contextvars.ContextVar[Callable[[], CancelToken] | None] = contextvars.ContextVar(
+    "call_token", default=None
+)
+"""What gives the token of a call that is no task of threads."""
+
+
+def current_token() -> CancelToken:
+    """The token of the task that this thread is running, the innermost one.
+
+    Outside of a task, one that is never cancelled.
+    """
+    token = task_token()
+    if token is not None:
+        return token
+    give = call_token.get()
+    return CancelToken() if give is None else give()

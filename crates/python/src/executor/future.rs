@@ -37,6 +37,8 @@ pub(super) enum Outcome {
 struct Watchers {
     parkers: Vec<Arc<Parker>>,
     callbacks: Vec<Py<PyAny>>,
+    /// Of one made by hand: who is told that it is asked to end.
+    asked: Option<Py<PyAny>>,
 }
 
 /// What most futures never need.
@@ -233,7 +235,7 @@ impl Future {
             }
         };
         let Some(audience) = audience else {
-            self.task.ask_to_end();
+            self.ask_to_end(slf);
             return self.task.stage() == Stage::Cancelled;
         };
         if let Some(shared) = &self.shared {
@@ -244,6 +246,18 @@ impl Future {
         self.tell(slf, audience);
         drop(call);
         true
+    }
+
+    /// Whoever is at it is to learn that it should end.
+    fn ask_to_end(&self, slf: &Bound<'_, Future>) {
+        self.task.ask_to_end();
+        if !self.is_by_hand() || self.task.is_over() {
+            return;
+        }
+        let asked = lock(&self.watch().watchers).asked.take();
+        if let Some(asked) = asked {
+            call_back(slf, asked.bind(slf.py()));
+        }
     }
 
     /// The outcome of one that is over.
@@ -436,6 +450,29 @@ impl Future {
         Ok(())
     }
 
+    /// Of one made by hand, which somebody is at: call a function with this future once it is asked
+    /// to end, or now if it was.
+    fn call_when_asked(slf: &Bound<'_, Self>, r#fn: Py<PyAny>) {
+        let future = slf.get();
+        remember(slf);
+        {
+            let mut watchers = lock(&future.watch().watchers);
+            if !future.task.watch() {
+                return;
+            }
+            // Whoever asks takes the lock after asking, so one of the two sees the other.
+            watchers.asked = Some(r#fn);
+        }
+        if future.task.is_asked_to_end() {
+            future.ask_to_end(slf);
+        }
+    }
+
+    /// Of one made by hand, which was asked to end: it ended for that, and is cancelled after all.
+    fn set_cancelled(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::end_by_hand(slf, Outcome::Cancelled)
+    }
+
     /// Set the exception of a future that was made by hand.
     fn set_exception(slf: &Bound<'_, Self>, exception: Bound<'_, PyAny>) -> PyResult<()> {
         let py = slf.py();
@@ -544,7 +581,7 @@ impl Future {
             condition.unwrap_or(Ok(()))?;
             visit.call(watch.waiters.get())?;
             if let Ok(watchers) = watch.watchers.try_lock() {
-                for callback in &watchers.callbacks {
+                for callback in watchers.callbacks.iter().chain(&watchers.asked) {
                     visit.call(callback)?;
                 }
             }

@@ -2,11 +2,13 @@
 
 use super::call::current_future;
 use super::future::{CancelledError, Future, Outcome};
+use super::pool::moment;
 use super::{Shared, TaskHandle};
 use crate::errors::Timeout;
 use moirai_core::executor::timer::{Key, NEVER};
 use moirai_core::os::now_nanoseconds;
 use moirai_core::sync::Mutex;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -138,11 +140,19 @@ impl TimerHandle {
     }
 }
 
+/// Who says that a task is to end.
+enum Asked {
+    /// Nobody does.
+    Never,
+    Task(TaskHandle),
+    /// A function without arguments that says so of a call which is no task here.
+    Elsewhere(Py<PyAny>),
+}
+
 /// By which the function of a task learns that it is to end. Any thread may use it.
 #[pyclass(frozen, module = "moirai.executor")]
 pub struct CancelToken {
-    /// None: of code that is no task, which nobody cancels.
-    task: Option<TaskHandle>,
+    asked: Asked,
     due_nanoseconds: Option<u64>,
 }
 
@@ -152,17 +162,31 @@ impl CancelToken {
             .is_some_and(|due| due <= now_nanoseconds())
     }
 
-    fn is_asked(&self) -> bool {
-        self.task.as_ref().is_some_and(|it| it.is_asked_to_end())
+    fn is_asked(&self, py: Python<'_>) -> PyResult<bool> {
+        match &self.asked {
+            Asked::Never => Ok(false),
+            Asked::Task(task) => Ok(task.is_asked_to_end()),
+            Asked::Elsewhere(asked) => asked.bind(py).call0()?.is_truthy(),
+        }
     }
 }
 
 #[pymethods]
 impl CancelToken {
+    #[new]
+    #[pyo3(signature = (is_asked = None, deadline = None))]
+    fn new(is_asked: Option<Py<PyAny>>, deadline: Option<f64>) -> PyResult<Self> {
+        let due_nanoseconds = deadline.map(moment).transpose()?;
+        Ok(CancelToken {
+            asked: is_asked.map_or(Asked::Never, Asked::Elsewhere),
+            due_nanoseconds: due_nanoseconds.filter(|due| *due != NEVER),
+        })
+    }
+
     /// Whether the task is asked to end, or its time is over.
     #[getter]
-    fn is_cancelled(&self) -> bool {
-        self.is_asked() || self.is_late()
+    fn is_cancelled(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(self.is_late() || self.is_asked(py)?)
     }
 
     /// Seconds until the task's time is over, or None if that is not limited.
@@ -173,8 +197,8 @@ impl CancelToken {
     }
 
     /// Raise what ends the task, if it is to end.
-    fn check(&self) -> PyResult<()> {
-        if self.is_asked() {
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        if self.is_asked(py)? {
             return Err(CancelledError::new_err(()));
         }
         if self.is_late() {
@@ -183,20 +207,22 @@ impl CancelToken {
         }
         Ok(())
     }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.asked {
+            Asked::Elsewhere(asked) => visit.call(asked),
+            Asked::Never | Asked::Task(_) => Ok(()),
+        }
+    }
 }
 
-/// The token of the task that this thread is running, the innermost one.
+/// The token of the task that this thread is running, the innermost one; None: it runs none.
 #[pyfunction]
-pub fn current_token(py: Python<'_>) -> CancelToken {
-    let Some(future) = current_future(py) else {
-        return CancelToken {
-            task: None,
-            due_nanoseconds: None,
-        };
-    };
+pub fn task_token(py: Python<'_>) -> Option<CancelToken> {
+    let future = current_future(py)?;
     let future = future.get();
-    CancelToken {
-        task: Some(future.task().clone()),
+    Some(CancelToken {
+        asked: Asked::Task(future.task().clone()),
         due_nanoseconds: future.limits().and_then(Limits::due_nanoseconds),
-    }
+    })
 }

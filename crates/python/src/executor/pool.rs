@@ -143,7 +143,7 @@ impl BareExecutor {
 }
 
 /// A moment of `time.monotonic()` in nanoseconds.
-fn moment(seconds: f64) -> PyResult<u64> {
+pub(super) fn moment(seconds: f64) -> PyResult<u64> {
     if seconds.is_nan() {
         return Err(InvalidArgument::new_err(
             "deadline: must be a moment of time.monotonic(), got nan",
