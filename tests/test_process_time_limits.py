@@ -79,7 +79,7 @@ def hold_the_gil(tell=None):
 def test_call_that_takes_too_long_fails_and_learns_of_it(work):
     with ProcessExecutor(1, "fork") as executor:
         future = executor.submit(work, timeout_seconds=SOON_SECONDS)
-        with pytest.raises(errors.Timeout, match="in the time it was given; its call goes on"):
+        with pytest.raises(errors.Timeout, match=r"its call (goes on|has ended)"):
             future.result(WAIT_SECONDS)
         assert executor.submit(abs, -1).result(WAIT_SECONDS) == 1
         assert isinstance(future.exception(), errors.Timeout)
@@ -430,7 +430,7 @@ def test_call_that_nothing_ends_is_killed_and_its_worker_replaced():
 def test_call_that_ends_at_its_token_is_not_killed():
     with ProcessExecutor(1, "fork", kill_after_seconds=WAIT_SECONDS) as executor:
         late = executor.submit(until_cancelled, timeout_seconds=SOON_SECONDS)
-        with pytest.raises(errors.Timeout, match="its worker is killed in 60 s"):
+        with pytest.raises(errors.Timeout, match=r"killed in 60 s|its call has ended"):
             late.result(WAIT_SECONDS)
         assert executor.submit(signal.getitimer, signal.ITIMER_REAL).result()[0] == 0
     counts = assert_counts_add_up(executor)

@@ -350,7 +350,7 @@ class ProcessPool:
         if task.is_late:
             return
         if kind == LATE:
-            self.backlog.expire(task, late())
+            self.backlog.expire(task, late("its call has ended"))
             return
         if kind == NOT_BEGUN:
             self.backlog.expire(task, not_begun())
