@@ -173,6 +173,11 @@ class Backlog:
             if not task.is_late:
                 self._deadlines.put(task)
 
+    @property
+    def has_time_limits(self) -> bool:
+        """Whether any task is to end by some moment."""
+        return len(self._deadlines) > 0
+
     def earliest_due(self) -> float:
         """When the time of the next task is over; infinity: none has a limit."""
         with self.lock:

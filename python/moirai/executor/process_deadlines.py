@@ -20,6 +20,9 @@ class Deadlines:
         # Moments and tasks' numbers; those of tasks that were dropped or moved are left there.
         self._entries: list[tuple[float, int]] = []
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     def put(self, task: Task) -> None:
         """Keep a task until it is due, which may have changed."""
         if task.due == math.inf:

@@ -57,7 +57,7 @@ class Settings:
         return len(self.seats.workers)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Task:
     """A call, or several in a chunk, on the way to its result."""
 

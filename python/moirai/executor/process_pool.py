@@ -6,7 +6,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import math
 import os
 import signal
 import threading
@@ -281,9 +280,9 @@ class ProcessPool:
         """How long to wait for something to do; None: until it comes."""
         if self._dispatch.is_short_of_memory:
             return _MEMORY_PROBE_SECONDS
-        due = self.backlog.earliest_due()
-        if due == math.inf:
+        if not self.backlog.has_time_limits:
             return None
+        due = self.backlog.earliest_due()
         return min(max(due - time.monotonic(), 0.0), _LONGEST_WAIT_SECONDS)
 
     def _go_on(self) -> bool:
@@ -429,6 +428,8 @@ class ProcessPool:
 
     def _expire(self) -> None:
         """Fail those tasks whose time is over."""
+        if not self.backlog.has_time_limits:
+            return
         now = time.monotonic()
         while (task := self.backlog.take_due(now)) is not None:
             # A worker may have begun its first without having said so yet.
