@@ -89,14 +89,15 @@ numpy-suite: $(BUILT) ## NumPy's own tests, plain and under Moirai; QUICK=1 for 
 	$(PY) -m pip install --group numpy-suite
 	PATH=$(VENV)/bin:$$PATH $(PY) scripts/numpy_suite.py $(if $(QUICK),--quick)
 
-test-freethreaded: ## tests on a free-threaded interpreter: PYTHON=/path/to/python3.13t
-	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh freethreaded
+test-freethreaded: ## tests on a free-threaded interpreter, found or built; PYTHON= names one
+	python=$$(PYTHON=$(PYTHON) scripts/free_threaded_python.sh) && \
+	    PYTHON=$$python scripts/test_in_own_venv.sh freethreaded
 
 test-numpy25: ## tests with the newest NumPy: PYTHON=python3.12 or newer
 	PYTHON=$(PYTHON) scripts/test_in_own_venv.sh numpy25
 
-numa-guest: $(BUILT) ## where memory lies on two nodes, in an emulator: KERNEL=/path/to/vmlinuz
-	$(PY) scripts/numa_guest.py $(KERNEL)
+numa-guest: $(BUILT) ## where memory lies on two nodes, in an emulator; KERNEL= names a kernel
+	kernel=$$(KERNEL=$(KERNEL) scripts/guest_kernel.sh) && $(PY) scripts/numa_guest.py $$kernel
 
 clean: ## remove everything that was built
 	rm -rf .venv target build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
