@@ -1,6 +1,7 @@
 """The same program on threads, on processes and on a cluster, chosen by one word."""
 
 import os
+import time
 
 import pytest
 
@@ -95,18 +96,12 @@ def test_what_only_threads_have_is_refused_elsewhere(name):
         Executor(2, backend="processes", **{name: given})
 
 
-@pytest.mark.parametrize("name", ["timeout_seconds", "deadline"])
-def test_time_limits_are_refused_where_nobody_keeps_them(backend, name):
-    if backend != "dask":
-        pytest.skip("kept there")
+def test_time_limits_are_kept_on_each(backend):
     with Executor(1, backend=backend) as executor:
-        message = f"{name}: needs the backend threads, got 5.0"
-        for submit in (executor.submit, executor.submit_many):
-            with pytest.raises(errors.Unsupported, match=message):
-                submit(dict, [], **{name: 5.0})
-        with pytest.raises(errors.Unsupported, match=message):
-            executor.submit_group([(dict, [])], **{name: 5.0})
-        assert executor.statistics().submitted == 0
+        late = executor.submit(abs, -1, deadline=time.monotonic() - 1)
+        assert isinstance(late.exception(WAIT_SECONDS), errors.Timeout)
+        assert executor.submit(abs, -1, timeout_seconds=WAIT_SECONDS).result(WAIT_SECONDS) == 1
+        assert executor.statistics().timed_out == 1
 
 
 @pytest.mark.parametrize("name", ["max_pending", "blas_threads"])

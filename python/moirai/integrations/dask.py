@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import distributed
 
 from moirai.errors import Disconnected, InvalidArgument, Unsupported
-from moirai.executor.interface import BaseExecutor, in_chunks, refuse_time_limits, split_call
+from moirai.executor.interface import BaseExecutor, in_chunks, split_call
 from moirai.executor.lanes import lane_of
 from moirai.executor.progress import Counter, Progress
 from moirai.executor.remote import RemoteFuture
+from moirai.executor.time_limits import TimeLimits, time_limits
+from moirai.integrations.dask_limits import Announcements, announcing
 from moirai.integrations.dask_results import Results
 from moirai.memory import Priority
 
@@ -42,12 +44,14 @@ class DistributedStatistics:
         succeeded: Tasks that returned; a chunk of `map` is one task.
         failed: Tasks that raised, or that the cluster lost.
         cancelled: Tasks that were cancelled.
+        timed_out: Tasks whose time was over, within those that failed.
     """
 
     submitted: int
     succeeded: int
     failed: int
     cancelled: int
+    timed_out: int
 
 
 class DistributedExecutor(BaseExecutor):
@@ -70,6 +74,7 @@ class DistributedExecutor(BaseExecutor):
         self._process_id = os.getpid()
         self._counter = Counter()
         self._results = Results(client, self._counter)
+        self._announcements = Announcements(client)
 
     @property
     def max_workers(self) -> int:
@@ -97,17 +102,23 @@ class DistributedExecutor(BaseExecutor):
             args: Its arguments.
             priority: How urgent the task is; None: Priority.NORMAL.
             node: For executors of threads; here, the scheduler chooses.
-            timeout_seconds: For executors of threads; here it must be None.
-            deadline: Likewise.
+            timeout_seconds: How long it may run, from when a worker begins it; from 0 to 1e9; None:
+                as long as it likes. Then its future fails with Timeout, and a worker that has begun
+                it goes on.
+            deadline: The moment of `time.monotonic()` of this machine by which it is to have ended;
+                a call that was not begun by then is not run.
             kwargs: Its keyword arguments.
 
         Raises:
+            InvalidArgument: A time limit is outside its range.
             Closed: After `shutdown`; a RuntimeError.
             Disconnected: In a forked child.
-            Unsupported: There is a time limit.
         """
-        refuse_time_limits(timeout_seconds, deadline)
+        limits = time_limits(timeout_seconds, deadline)
         self._check_open()
+        if limits is not None:
+            call: list[list[Any]] = [[fn], [args], [kwargs]]
+            return self._send_limited(limits, _keyword_caller(), call, 1, priority)[0]
         if kwargs:
             # Some names are those of the client's own arguments.
             remote = self._client.submit(
@@ -137,12 +148,14 @@ class DistributedExecutor(BaseExecutor):
 
         As `submit`.
         """
-        refuse_time_limits(timeout_seconds, deadline)
+        limits = time_limits(timeout_seconds, deadline)
         self._check_open()
         items = list(zip(*iterables, strict=False))
         if not items:
             return []
         columns = [list(column) for column in zip(*items, strict=True)]
+        if limits is not None:
+            return self._send_limited(limits, fn, columns, len(items), priority)
         remotes = self._client.map(
             fn, *columns, pure=False, priority=_PRIORITIES[lane_of(priority)]
         )
@@ -163,26 +176,52 @@ class DistributedExecutor(BaseExecutor):
 
         Args:
             calls: Tuples of a function and its arguments.
-            priority: As in `submit`, and so is the other.
+            priority: As in `submit`, and so are the others.
             node: The node.
+            timeout_seconds: For each call on its own.
+            deadline: For all of them.
 
         Raises:
             InvalidArgument: A call is not such a tuple.
         """
-        refuse_time_limits(timeout_seconds, deadline)
+        limits = time_limits(timeout_seconds, deadline)
         self._check_open()
         found = [split_call(call) for call in calls]
         if not found:
             return []
-        remotes = self._client.map(
-            _keyword_caller(),
+        columns: list[list[Any]] = [
             [fn for fn, _ in found],
             [args for _, args in found],
             [{}] * len(found),
-            pure=False,
-            priority=_PRIORITIES[lane_of(priority)],
+        ]
+        if limits is not None:
+            return self._send_limited(limits, _keyword_caller(), columns, len(found), priority)
+        remotes = self._client.map(
+            _keyword_caller(), *columns, pure=False, priority=_PRIORITIES[lane_of(priority)]
         )
         return self._results.follow(remotes, [1] * len(found))
+
+    def _send_limited(
+        self,
+        limits: TimeLimits,
+        fn: Callable[..., Any],
+        columns: Sequence[Sequence[Any]],
+        count: int,
+        priority: Priority | None,
+    ) -> list[RemoteFuture[Any]]:
+        """Send so many calls, each with an item of each column."""
+        lane = _PRIORITIES[lane_of(priority)]
+        if limits.has_passed:
+            return self._results.refuse(count)
+        watches = self._announcements.watch(limits, count)
+        remotes = self._client.map(
+            announcing(fn, self._announcements.topic, limits.timeout_seconds),
+            [watch.number for watch in watches],
+            *columns,
+            pure=False,
+            priority=lane,
+        )
+        return self._results.follow(remotes, [1] * count, watches=watches)
 
     def _queue_chunks(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import os
 import queue
 import threading
@@ -16,6 +17,8 @@ import distributed
 from moirai.errors import Closed, Disconnected, WorkerFailed
 from moirai.executor.progress import Counter
 from moirai.executor.remote import RemoteFuture
+from moirai.executor.time_limits import late, not_begun
+from moirai.integrations.dask_limits import Watch, has_told_late
 
 __all__ = ["ClusterFuture", "Results"]
 
@@ -26,6 +29,9 @@ _Result = TypeVar("_Result")
 _LINGER_SECONDS = 0.1
 # While most calls are still out: at most a quarter of the time goes into asking for results.
 _RESTS_PER_FETCH = 3
+_COUNTS = ("submitted", "succeeded", "failed", "cancelled", "timed_out")
+# In place of the remote future of a call that is not sent.
+_NOTHING = object()
 _alive: weakref.WeakSet[Results] = weakref.WeakSet()
 
 
@@ -34,6 +40,9 @@ class ClusterFuture(RemoteFuture[_Result]):
 
     Its result is fetched when somebody asks for it, or a little later, with others.
     """
+
+    # Of a call with a time limit; guarded as what follows is.
+    watch: Watch | None = None
 
     def __init__(self, results: Results, remote: Any, call_count: int, is_wanted: bool) -> None:
         super().__init__()
@@ -113,7 +122,7 @@ class Results:
     def __init__(self, client: Any, counter: Counter) -> None:
         self._client = client
         self._counter = counter
-        self._counts = dict.fromkeys(("submitted", "succeeded", "failed", "cancelled"), 0)
+        self._counts = dict.fromkeys(_COUNTS, 0)
         # Those without an end. Dropping an object may call back in the thread that drops it, so
         # the lock is reentrant; no future's own lock is taken with it.
         self._futures: dict[ClusterFuture[Any], None] = {}
@@ -142,7 +151,11 @@ class Results:
             raise Closed("cannot schedule new futures after shutdown")
 
     def follow(
-        self, remotes: Sequence[Any], call_counts: Sequence[int], is_wanted: bool = False
+        self,
+        remotes: Sequence[Any],
+        call_counts: Sequence[int],
+        is_wanted: bool = False,
+        watches: Sequence[Watch] = (),
     ) -> list[RemoteFuture[Any]]:
         """Futures of what was sent to the cluster, so many calls in each.
 
@@ -150,6 +163,7 @@ class Results:
             remotes: The client's own futures.
             call_counts: How many calls each is for.
             is_wanted: Whether to fetch the results without being asked for each.
+            watches: Who keeps the time of each; empty: they may take as long as they like.
 
         Raises:
             Closed: After `shutdown`; the cluster drops the calls.
@@ -158,15 +172,26 @@ class Results:
             ClusterFuture[Any](self, remote, call_count, is_wanted)
             for remote, call_count in zip(remotes, call_counts, strict=True)
         ]
-        with self._lock:
-            self.check_open()
-            self._counts["submitted"] += len(futures)
-            self._futures.update(dict.fromkeys(futures))
-        self._counter.add(sum(call_counts))
+        if watches:
+            for future, watch in zip(futures, watches, strict=True):
+                future.watch = watch
+        self._add(futures)
         self._client.loop.add_callback(self._follow_all, futures)
         if self._client.status == "closed":  # meanwhile: nobody may be there to follow
             for future in futures:
                 self._end(future, None, _closed())
+        return list[RemoteFuture[Any]](futures)
+
+    def refuse(self, count: int) -> list[RemoteFuture[Any]]:
+        """Futures of calls that are not sent, as their deadline has passed.
+
+        Raises:
+            Closed: After `shutdown`.
+        """
+        futures = [ClusterFuture[Any](self, _NOTHING, 1, False) for _ in range(count)]
+        self._add(futures)
+        for future in futures:
+            self._end(future, None, not_begun(), is_late=True)
         return list[RemoteFuture[Any]](futures)
 
     def counts(self) -> dict[str, int]:
@@ -189,11 +214,7 @@ class Results:
         if remote is None:
             return
         self._settle(future, None, None)
-        with self._lock:
-            self._cancelled.append(remote)
-            is_first = len(self._cancelled) == 1
-        if is_first:
-            self._client.loop.add_callback(self._cancel_remotes)
+        self._drop(remote)
 
     def shutdown(self, wait: bool, cancel_futures: bool) -> None:
         """Take no more; wait until all futures have ended and called back."""
@@ -243,8 +264,13 @@ class Results:
                 self._start(self._follow(future, remote))
 
     async def _follow(self, future: ClusterFuture[Any], remote: Any) -> None:
+        watch = future.watch
+        if watch is not None:
+            watch.start(functools.partial(self._check_time, future, watch))
         # Not by a callback of the remote future, which takes a thread of its own.
         await remote._state.wait()
+        if watch is not None:
+            watch.stop()
         self._out_count -= 1
         with self._lock:
             if future.results is None:
@@ -255,6 +281,16 @@ class Results:
             self._start(self._fetch_arrived())
         self._arrived.append(future)
         self._schedule(is_wanted)
+
+    def _check_time(self, future: ClusterFuture[Any], watch: Watch) -> None:
+        remote = future.remote
+        if remote is not None and remote.status not in ("finished", "error", "cancelled"):
+            self._start(self._end_late(future, remote, watch))
+
+    async def _end_late(self, future: ClusterFuture[Any], remote: Any, watch: Watch) -> None:
+        error = await watch.verdict(self._client, remote.key)
+        if error is not None and self._end(future, None, error, is_late=True):
+            self._drop(remote)
 
     def _fetch_wanted(self) -> None:
         with self._lock:
@@ -334,23 +370,61 @@ class Results:
 
     # --- in any thread --------------------------------------------------------------------------
 
+    def _add(self, futures: Sequence[ClusterFuture[Any]]) -> None:
+        with self._lock:
+            self.check_open()
+            self._counts["submitted"] += len(futures)
+            self._futures.update(dict.fromkeys(futures))
+        self._counter.add(sum(future.call_count for future in futures))
+
+    def _drop(self, remote: Any) -> None:
+        """Tell the cluster that nobody wants it any more."""
+        if remote is _NOTHING:
+            return
+        with self._lock:
+            self._cancelled.append(remote)
+            is_first = len(self._cancelled) == 1
+        if is_first:
+            self._client.loop.add_callback(self._cancel_remotes)
+
     def _take(self, future: ClusterFuture[Any]) -> Any:
         """For who ends a future: what it followed, or None if another did."""
         with self._lock:
             remote, future.remote, future.results = future.remote, None, None
+            if future.watch is not None:
+                future.watch.forget()
+                future.watch = None
             return remote
 
-    def _end(self, future: ClusterFuture[Any], value: Any, error: BaseException | None) -> None:
-        if self._take(future) is not None:
-            self._settle(future, value, error)
+    def _end(
+        self,
+        future: ClusterFuture[Any],
+        value: Any,
+        error: BaseException | None,
+        *,
+        is_late: bool = False,
+    ) -> bool:
+        """Give a future its end; whether nobody else has."""
+        if future.watch is not None and has_told_late(error):
+            error, is_late = late("its call has ended"), True
+        if self._take(future) is None:
+            return False
+        self._settle(future, value, error, is_late)
+        return True
 
-    def _settle(self, future: ClusterFuture[Any], value: Any, error: BaseException | None) -> None:
+    def _settle(
+        self,
+        future: ClusterFuture[Any],
+        value: Any,
+        error: BaseException | None,
+        is_late: bool = False,
+    ) -> None:
         """Of who took it: give it its end."""
         try:
             if not future.set_running_or_notify_cancel():
                 self._count(future, "cancelled")
                 return
-            self._count(future, "succeeded" if error is None else "failed")
+            self._count(future, "succeeded" if error is None else "failed", is_late)
             future.calls = self._callbacks.call
             if error is None:
                 future.set_result(value)
@@ -362,9 +436,11 @@ class Results:
                 if self._is_closed and not self._futures:
                     self._callbacks.stop()
 
-    def _count(self, future: ClusterFuture[Any], end: str) -> None:
+    def _count(self, future: ClusterFuture[Any], end: str, is_late: bool = False) -> None:
         with self._lock:
             self._counts[end] += 1
+            if is_late:
+                self._counts["timed_out"] += 1
         self._counter.complete(future.call_count)
 
 
