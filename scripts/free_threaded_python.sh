@@ -25,7 +25,7 @@ if ! command -v apt-get >/dev/null; then
 fi
 as_root=
 [ "$(id -u)" = 0 ] || as_root=sudo
-needed='gcc make dpkg-dev libssl-dev zlib1g-dev libffi-dev libbz2-dev liblzma-dev libsqlite3-dev'
+needed='gcc make xz-utils libssl-dev zlib1g-dev libffi-dev libbz2-dev liblzma-dev libsqlite3-dev'
 # shellcheck disable=SC2086 # words
 if ! dpkg -s $needed >/dev/null 2>&1; then
     say "installing $needed"
@@ -51,8 +51,11 @@ with_own_lists() {
 }
 say "fetching the source package python3.13"
 with_own_lists update
-with_own_lists source python3.13
-cd python3.13-*/
+with_own_lists source --download-only python3.13
+# As it was before Debian's changes, some of which are of where packages lie.
+mkdir python
+tar -xf python3.13_*.orig.tar.xz --strip-components 1 -C python
+cd python
 say "building it into $place"
 ./configure -q --prefix="$place" --disable-gil --without-ensurepip >"$work/configure.log" 2>&1
 make -s -j"$(nproc)" >"$work/make.log" 2>&1

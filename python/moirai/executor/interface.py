@@ -13,11 +13,11 @@ from typing import Any, Literal, Self, TypeVar, cast
 
 from moirai import _native
 from moirai._arguments import check_timeout
-from moirai.errors import InvalidArgument, Timeout, Unsupported
+from moirai.errors import InvalidArgument, Timeout
 from moirai.executor.group import TaskGroup
 from moirai.memory import Priority
 
-__all__ = ["BaseExecutor", "in_chunks", "refuse_time_limits", "split_call"]
+__all__ = ["BaseExecutor", "in_chunks", "split_call"]
 
 _Result = TypeVar("_Result")
 # What a task of `map` gives: results up to the first failure, and that or None.
@@ -31,17 +31,6 @@ _LARGEST_CHUNK = 4096
 def in_chunks(items: Sequence[_Result], size: int) -> list[Sequence[_Result]]:
     """The items in order, `size` to a chunk; the last may have fewer."""
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def refuse_time_limits(timeout_seconds: float | None, deadline: float | None) -> None:
-    """Of executors that keep no time, so that a function is not given what is not meant for it.
-
-    Raises:
-        Unsupported: One of them is not None.
-    """
-    for name, value in (("timeout_seconds", timeout_seconds), ("deadline", deadline)):
-        if value is not None:
-            raise Unsupported(f"{name}: needs the backend threads, got {value!r}")
 
 
 def split_call(call: object) -> tuple[Callable[..., Any], tuple[Any, ...]]:
