@@ -50,7 +50,8 @@ tests=${TESTS:-tests/contracts tests/test_memory.py tests/test_numpy*.py tests/t
     tests/test_health.py tests/test_channels*.py tests/test_shared_channels*.py
     tests/test_executor.py tests/test_executor_limits.py tests/test_executor_memory.py
     tests/test_executor_cpython.py tests/test_process_executor.py
-    tests/test_process_limits.py tests/test_process_time_limits.py tests/test_pressure_guard.py tests/test_pressure_fence.py
+    tests/test_process_limits.py tests/test_process_time_limits.py
+    tests/test_pressure_guard.py tests/test_pressure_fence.py
     tests/test_pressure_source.py tests/test_pressure_worker.py}
 # shellcheck disable=SC2086 # words and patterns
 exec "$venv/bin/python" -m pytest -m 'not slow and not endurance' $tests

@@ -329,32 +329,33 @@ def test_call_that_was_cancelled_before_it_looked_is_told(gate):
     assert assert_counts_add_up(executor).cancelled == 1
 
 
-def test_cancelled_error_that_nobody_asked_for_is_a_failure():
-    def fail():
-        current_token()
-        raise concurrent.futures.CancelledError
+def be_cancelled():
+    current_token()
+    raise concurrent.futures.CancelledError
 
+
+def test_cancelled_error_that_nobody_asked_for_is_a_failure():
     with ProcessExecutor(1, "fork") as executor:
-        future = executor.submit(fail)
+        future = executor.submit(be_cancelled)
         assert isinstance(future.exception(WAIT_SECONDS), concurrent.futures.CancelledError)
         assert not future.cancelled()
     assert assert_counts_add_up(executor).failed == 1
 
 
+def fail_when_told(read):
+    os.read(read, 1)
+    raise LookupError
+
+
 def test_failure_in_a_group_is_told_by_the_token_of_the_rest():
     read, write = os.pipe()
-
-    def fail():
-        os.read(read, 1)
-        raise LookupError
-
     with ProcessExecutor(2, "fork") as executor:
         futures = []
 
         def run():
             with executor.group() as group:
                 futures.append(group.submit(until_cancelled, write, timeout_seconds=WAIT_SECONDS))
-                group.submit(fail)
+                group.submit(fail_when_told, read)
 
         with pytest.raises(ExceptionGroup) as raised:
             run()
@@ -364,14 +365,14 @@ def test_failure_in_a_group_is_told_by_the_token_of_the_rest():
     os.close(write)
 
 
+def return_or_wait(number, tell):
+    return number if number == 0 else until_cancelled(tell)
+
+
 def test_map_that_is_closed_tells_the_calls_that_run():
     read, write = os.pipe()
-
-    def work(number):
-        return number if number == 0 else until_cancelled(write)
-
     with ProcessExecutor(2, "fork") as executor:
-        results = executor.map(work, range(2), chunksize=1)
+        results = executor.map(return_or_wait, range(2), [write] * 2, chunksize=1)
         assert next(results) == 0
         os.read(read, 1)
         results.close()
@@ -380,18 +381,17 @@ def test_map_that_is_closed_tells_the_calls_that_run():
     assert_counts_add_up(executor)
 
 
+def left_in_a_thread_and_here():
+    with Executor(1) as threads:
+        return threads.submit(left).result(), left()
+
+
 def test_token_is_that_of_the_innermost_task():
-    def inner():
-        return current_token().remaining_seconds
-
-    def outer():
-        with Executor(1) as threads:
-            return threads.submit(inner).result(), inner()
-
     with ProcessExecutor(1, "fork") as executor:
-        nested, own = executor.submit(outer, timeout_seconds=WAIT_SECONDS).result(WAIT_SECONDS)
-        assert nested is None
-        assert 0 < own <= WAIT_SECONDS
+        future = executor.submit(left_in_a_thread_and_here, timeout_seconds=WAIT_SECONDS)
+        nested, own = future.result(WAIT_SECONDS)
+        assert nested == (False, None)
+        assert 0 < own[1] <= WAIT_SECONDS
 
 
 def test_token_asks_whom_it_is_given():
