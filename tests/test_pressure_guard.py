@@ -706,6 +706,10 @@ def watched(registry: Registry, tree_root: object, **options: object) -> Guard:
     return Guard(sampler, registry=registry, **made)  # type: ignore[arg-type]
 
 
+def thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
 @pytest.fixture
 def full_tree(tmp_path) -> object:  # type: ignore[no-untyped-def]
     from pressure_trees import Tree
@@ -731,8 +735,7 @@ def test_a_watched_process_has_its_actions_taken_on_another_thread(full_tree: ob
         assert called.wait(60)
         assert guard.stage is Stage.EMERGENCY
     assert threads[0] == "moirai-actions"
-    names = [thread.name for thread in threading.enumerate()]
-    assert "moirai-guard" not in names
+    assert "moirai-guard" not in thread_names()
 
 
 def test_an_action_that_hangs_is_left_to_itself(full_tree: object) -> None:
@@ -775,10 +778,9 @@ def test_stopping_waits_for_no_action(full_tree: object) -> None:
     registry.register("hangs too", hang)
     guard = watched(registry, full_tree, action_timeout_seconds=3600).start()
     assert asked.wait(60)
-    watcher = guard._thread
+    assert "moirai-guard" in thread_names()
     guard.stop()
-    assert watcher is not None
-    assert not watcher.is_alive()
+    assert "moirai-guard" not in thread_names()
     release.set()
     assert [record.name for record in guard.records()] == ["hangs"]
 
@@ -839,8 +841,19 @@ def test_a_guard_whose_thread_cannot_be_started_can_be_started_again(
             guard.start()
     guard.stop()
     with guard:
-        assert guard._thread is not None
-        assert guard._thread.is_alive()
+        assert "moirai-guard" in thread_names()
+
+
+def test_a_guard_whose_sampler_was_stopped_can_be_started_again() -> None:
+    sampler = Sampler(longest_seconds=0.01)
+    with Guard(sampler, forecaster=None, registry=Registry(), built_in=()) as guard:
+        (thread,) = (each for each in threading.enumerate() if each.name == "moirai-guard")
+        sampler.stop()
+        thread.join(60)
+        assert "moirai-guard" not in thread_names()
+        guard.start()
+        assert "moirai-guard" in thread_names()
+        assert sampler.is_running
 
 
 def test_a_process_starts_one_guard_however_many_threads_ask() -> None:

@@ -1,4 +1,7 @@
-"""Responds to memory pressure: stages, actions, a cap on work, reservations, a last resort."""
+"""Responds to memory pressure: stages, actions, a cap on work, reservations, a last resort.
+
+Here is what a guard decides at a sample; `watch` has it decide at each, on threads of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import atexit
 import logging
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +23,10 @@ from moirai._arguments import (
     check_number,
     wrong_type,
 )
-from moirai.errors import Closed, InvalidArgument
+from moirai.errors import InvalidArgument
 from moirai.pressure.actions import Action, ActionRecord
 from moirai.pressure.concurrency import ConcurrencyCap
+from moirai.pressure.foresight import Foresight
 from moirai.pressure.late_forecaster import LateForecaster
 from moirai.pressure.own import ExecutorCaps
 from moirai.pressure.promises import Promises
@@ -33,7 +36,9 @@ from moirai.pressure.sampler import Sampler
 from moirai.pressure.samples import ReadsSamples, Sample
 from moirai.pressure.source import optional_bytes
 from moirai.pressure.stages import Forecasts, Outlook, Stage, StageClock, Thresholds
-from moirai.pressure.worker import Call, Worker
+from moirai.pressure.stall import StallClock
+from moirai.pressure.watch import Watch
+from moirai.pressure.worker import Call
 
 __all__ = ["Guard", "GuardStatus"]
 
@@ -45,8 +50,6 @@ _ROUND_SECONDS = {Stage.GENTLE: 0.5, Stage.AGGRESSIVE: 0.2, Stage.EMERGENCY: 0.0
 _FOLLOW_SECONDS = 1.0
 # A round wants to free down to this share of the limit less than where gentle begins.
 _BELOW_GENTLE = 0.05
-# What somebody does who was told something on the guard's thread is waited for so long by `stop`.
-_STOP_SECONDS = 5.0
 # Time between two decisions; while it is calm, until the next stage could be reached at this pace.
 _DECISION_SECONDS = 0.005
 _CALM_SECONDS = 0.25
@@ -157,17 +160,15 @@ class Guard:
         self.thresholds = Thresholds() if thresholds is None else thresholds
         self.registry = registry
         self.dry_run = dry_run
-        self._forecaster: Forecasts | None = None
         if forecaster == "default":
-            self._forecaster = LateForecaster(
+            forecaster = LateForecaster(
                 in_background=isinstance(self.source, Sampler), fence_room=self._fence_room
             )
-        elif forecaster is None or hasattr(forecaster, "observe"):
-            self._forecaster = forecaster
-        else:
+        elif forecaster is not None and not hasattr(forecaster, "observe"):
             raise InvalidArgument(
                 f'forecaster: must be "default", a forecaster or None, got {forecaster!r}'
             )
+        self._foresight = Foresight(forecaster, forecast_seconds)
         self._rounds = Rounds(
             registry,
             built_in,
@@ -178,35 +179,26 @@ class Guard:
         )
         self._on_stage = on_stage
         self._on_stall = on_stall
-        self._stall_seconds = stall_seconds
         self._action_timeout_seconds = action_timeout_seconds
-        self._forecast_seconds = forecast_seconds
         self._leads = leads
-        self._pressed_since: float | None = None
         self._clock = StageClock(self.thresholds)
+        self._stall = StallClock(stall_seconds)
         self._caps: list[ConcurrencyCap] = []
         self._executors = ExecutorCaps()
-        self._outlook: Outlook | None = None
-        self._forecast_failures = 0
-        self._observed_seconds = float("-inf")
+        self._pressed_since: float | None = None
         self._round_seconds = float("-inf")
         self._sample: Sample | None = None
         self._highest = Stage.CALM
-        self._stalled_since: tuple[float, int] | None = None
-        self._has_stalled = False
-        self._stall_count = 0
         self._is_wanted = False
         self._is_relief_asked = False
-        self._renew_threads()
+        self._renew()
 
-    def _renew_threads(self) -> None:
+    def _renew(self) -> None:
+        """Make what a forked child does not share with its parent."""
         self._lock = threading.RLock()  # Held while it decides and acts.
         self._run_lock = threading.RLock()  # Held by who starts or stops.
         self._promises = Promises()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._watcher: threading.Thread | None = None  # The same, also once it is to end.
-        self._worker: Worker | None = None
+        self._watch: Watch | None = None  # The newest, also once it is to end.
 
     # What a program calls.
 
@@ -222,31 +214,11 @@ class Guard:
                 "step with its samples"
             )
         with self._run_lock:
-            if self._thread is not None:
+            if self._watch is not None and self._watch.is_running:
                 self.source.start()
                 return self
-            # Threads first: where the fence stands, one may find no memory for its first steps.
-            self._stopping = threading.Event()
-            is_sampling = threading.Event()
-            worker = Worker()
-            thread = threading.Thread(
-                target=self._watch,
-                args=(self._stopping, is_sampling),
-                name="moirai-guard",
-                daemon=True,
-            )
-            try:
-                thread.start()
-                self.source.start()
-            except BaseException:
-                self._stopping.set()
-                worker.stop()
-                raise
-            else:
-                self._thread = self._watcher = thread
-                self._worker = worker
-            finally:
-                is_sampling.set()
+            self._watch = Watch(self.source, decide=self.step, rest_seconds=self._rest_seconds)
+            self._watch.start()
             self._is_wanted = True
             _guards.add(self)
         return self
@@ -258,15 +230,13 @@ class Guard:
         """
         with self._run_lock:
             self._is_wanted = False
-            self._stopping.set()
-            thread, self._thread = self._thread, None
-            worker, self._worker = self._worker, None
+            watch = self._watch
+            if watch is not None:
+                watch.end()
         if isinstance(self.source, Sampler):
             self.source.stop()
-        if worker is not None:
-            worker.stop()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_STOP_SECONDS)
+        if watch is not None:
+            watch.join()
         self._executors.lift()
 
     def __enter__(self) -> Guard:
@@ -337,25 +307,24 @@ class Guard:
             self._clock.stage,
             self._highest,
             self._sample,
-            dict(self._p_critical()),
+            dict(self._foresight.p_critical),
             self._promises.total_bytes,
             self._rounds.action_count,
             self._rounds.freed_bytes,
-            self._stall_count,
+            self._stall.count,
             self.source.statistics().ledger_error if isinstance(self.source, Sampler) else None,
         )
 
     @property
     def outlook(self) -> Outlook | None:
         """What the forecaster said last: of the default one a `Forecast`; None without one."""
-        return self._outlook
+        return self._foresight.outlook
 
     @property
     def forecaster(self) -> Forecasts | None:
         """What forecasts for it; the default one is a `Forecaster`, or None until it is loaded."""
-        if isinstance(self._forecaster, LateForecaster):
-            return self._forecaster.loaded
-        return self._forecaster
+        asked = self._foresight.forecaster
+        return asked.loaded if isinstance(asked, LateForecaster) else asked
 
     @property
     def stage(self) -> Stage:
@@ -372,9 +341,9 @@ class Guard:
         check_instance("sample", sample, Sample)
         with self._lock:
             self._sample = sample
-            self._look_ahead(sample)
+            self._foresight.look(sample)
             before = self._clock.stage
-            stage = self._clock.update(sample, self._p_critical())
+            stage = self._clock.update(sample, self._foresight.p_critical)
             self._highest = max(self._highest, stage)
             if stage is not before:
                 level = logging.WARNING if stage >= Stage.AGGRESSIVE else logging.INFO
@@ -394,7 +363,10 @@ class Guard:
                 since = sample.time_seconds - self._round_seconds
                 if since >= _ROUND_SECONDS[stage] or stage > before:
                     self._round(sample, stage, self._excess(sample))
-            self._watch_for_stall(sample, stage)
+            if self._stall.update(sample, stage):
+                log.warning("nothing helps: %s", _describe(sample))
+                if not self.dry_run:
+                    self._tell(self._on_stall, self)
             return stage
 
     def _is_turn(self, sample: Sample, stage: Stage) -> bool:
@@ -407,35 +379,11 @@ class Guard:
             return self._leads()
         return not isinstance(self.source, Sampler) or self.source.statistics().is_leader
 
-    def _look_ahead(self, sample: Sample) -> None:
-        if self._forecaster is None or sample.limit_bytes is None:
-            self._outlook = None
-            return
-        # After failures it is asked twice as seldom each time, as there may be no memory for it.
-        rest = self._forecast_seconds * 2 ** min(self._forecast_failures, 6)
-        if sample.time_seconds - self._observed_seconds < rest:
-            return
-        self._observed_seconds = sample.time_seconds
-        try:
-            # File cache is not what a process dies of.
-            used = sample.without_cache_bytes
-            self._forecaster.observe(sample.time_seconds, used, sample.limit_bytes)
-            self._outlook = self._forecaster.forecast()
-            dict(self._p_critical())
-            self._forecast_failures = 0
-        except Exception:
-            self._outlook = None
-            self._forecast_failures += 1
-            log.exception("no forecast: responding to the level alone")
-
     def _fence_room(self) -> int | None:
         """What a fence lets the process map now; None without one."""
         if not isinstance(self.source, Sampler):
             return None
         return self.source.statistics().fence_room_bytes
-
-    def _p_critical(self) -> Mapping[int, float]:
-        return {} if self._outlook is None else self._outlook.p_critical
 
     def _excess(self, sample: Sample) -> int:
         """Bytes above what a round is to come down to; at least a hundredth of the limit."""
@@ -446,43 +394,29 @@ class Guard:
     def _round(self, sample: Sample, stage: Stage, wanted: int) -> int:
         """Take the actions of a stage until enough is freed; give the bytes known to be freed."""
         self._round_seconds = sample.time_seconds
-        may_be_irreversible = self.thresholds.allows_irreversible(sample, self._p_critical())
+        may_be_irreversible = self.thresholds.allows_irreversible(
+            sample, self._foresight.p_critical
+        )
         return self._rounds.take(Round(sample, stage, wanted, may_be_irreversible, self.dry_run))
-
-    def _is_ending(self) -> bool:
-        """Whether this is the guard's thread, and somebody stops it."""
-        return self._stopping.is_set() and threading.current_thread() is self._watcher
 
     def _resident_bytes(self) -> int | None:
         """What the process has in memory, or None where samples are not of this process now."""
         return self._read_now().resident_bytes if isinstance(self.source, Sampler) else None
 
     def _call(self, function: Callable[[], int | None]) -> Call:
-        worker = self._worker
-        if worker is None or threading.current_thread() is not self._watcher:
-            call = Call(function)
-            call.run()
-            if call.error is not None and not isinstance(call.error, Exception):
-                raise call.error  # Ctrl-C, say: it is for who called.
-            return call
-        return worker.call(function, timeout_seconds=self._action_timeout_seconds)
+        """Run an action: for the watch's thread on the worker's, and not for ever; else here."""
+        if self._watch is not None and self._watch.is_here:
+            seconds = self._action_timeout_seconds
+            return self._watch.worker.call(function, timeout_seconds=seconds)
+        call = Call(function)
+        call.run()
+        if call.error is not None and not isinstance(call.error, Exception):
+            raise call.error  # Ctrl-C, say: it is for who called.
+        return call
 
-    def _watch_for_stall(self, sample: Sample, stage: Stage) -> None:
-        """Call for the last resort when an emergency lasts and the use does not fall."""
-        if stage is not Stage.EMERGENCY:
-            self._stalled_since = None
-            self._has_stalled = False
-            return
-        used = sample.without_cache_bytes
-        if self._stalled_since is None or used < 0.98 * self._stalled_since[1]:
-            self._stalled_since = (sample.time_seconds, used)
-        if self._has_stalled or sample.time_seconds - self._stalled_since[0] < self._stall_seconds:
-            return
-        self._has_stalled = True
-        self._stall_count += 1
-        log.warning("nothing helps: %s", _describe(sample))
-        if not self.dry_run:
-            self._tell(self._on_stall, self)
+    def _is_ending(self) -> bool:
+        """Whether this is the watch's thread, and somebody stops it."""
+        return self._watch is not None and self._watch.is_ending
 
     def _tell(self, listener: Callable[..., object] | None, *arguments: object) -> None:
         if listener is None:
@@ -492,7 +426,7 @@ class Guard:
         except Exception:
             log.exception("%r failed", listener)
         except SystemExit:
-            if threading.current_thread() is not self._watcher:
+            if self._watch is None or not self._watch.is_here:
                 raise
             log.error("%r: sys.exit ends no program from a thread: send a signal", listener)
 
@@ -507,29 +441,7 @@ class Guard:
             return self.source.read_now()
         return self.source.read()
 
-    # The thread.
-
-    def _watch(self, stopping: threading.Event, is_sampling: threading.Event) -> None:
-        sampler = self.source
-        assert isinstance(sampler, Sampler)
-        is_sampling.wait()
-        while not stopping.is_set():
-            began = time.monotonic()
-            try:
-                self.step(sampler.next(timeout_seconds=1.0))
-                sampler.look_at_ledger()
-            except Closed:
-                return
-            except TimeoutError:
-                continue
-            except MemoryError:
-                # The fence stands close: the next sample may find more room.
-                log.warning("no memory for a decision")
-            except Exception:  # Whatever it was: the program must not be left alone.
-                log.exception("a decision failed")
-            rest = self._rest_seconds(time.monotonic() - began)
-            if rest > 0.0:
-                stopping.wait(rest)
+    # When to decide, and after a fork.
 
     def _rest_seconds(self, elapsed_seconds: float) -> float:
         """How long no decision is needed, when the last one was begun so long ago."""
@@ -540,8 +452,8 @@ class Guard:
         if self._is_relief_asked or self._is_capping():
             return rest
         pause = _CALM_SECONDS
-        if self._forecaster is not None:
-            pause = min(pause, self._forecast_seconds)
+        if self._foresight.forecaster is not None:
+            pause = min(pause, self._foresight.interval_seconds)
         if sample.limit_bytes is not None:
             room = self.thresholds.gentle * sample.limit_bytes - sample.used_bytes
             pause = min(pause, room / _READY_BYTES_PER_SECOND)
@@ -551,11 +463,11 @@ class Guard:
         return self._executors.is_capping or any(cap.is_capped for cap in self._caps)
 
     def _after_fork(self) -> None:
-        self._renew_threads()
+        self._renew()
         self._rounds.after_fork()
         self._executors.after_fork()
-        if isinstance(self._forecaster, LateForecaster):
-            self._forecaster.after_fork()
+        if isinstance(self._foresight.forecaster, LateForecaster):
+            self._foresight.forecaster.after_fork()
         if self._is_wanted:
             self.start()
 
