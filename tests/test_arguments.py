@@ -11,6 +11,12 @@ from moirai.integrations import gunicorn_hooks
 from moirai.pressure import Stage
 
 LONG = 10**30
+HUGE = 10**400  # No float is so large.
+
+
+class HasObserve:
+    def observe(self, *_):
+        pass
 
 
 def nothing(*_):
@@ -45,6 +51,19 @@ def reserved(**options):
 def adapted(**options):
     cap = pressure.ConcurrencyCap(1)
     return cap.adapt(**{"time_seconds": 0.0, "under_pressure": False, **options})
+
+
+def observed(**options):
+    values = {"time_seconds": 0.0, "used_bytes": 1, "limit_bytes": 2, **options}
+    pressure.Forecaster().observe(**values)
+
+
+def foreseen(**options):
+    pressure.Forecaster().forecast().at(**options)
+
+
+def sampled(**options):
+    return pressure.Sample(**{"time_seconds": 0.0, "used_bytes": 1, "limit_bytes": 2, **options})
 
 
 def stepped(sample):
@@ -99,6 +118,39 @@ WRONG = [
     (pressure.Guard, {"built_in": 5}, "must be actions or None, got int"),
     (pressure.Guard, {"dry_run": "no"}, "must be a bool, got str"),
     (pressure.Guard, {"on_stage": 5}, "must be callable or None, got int"),
+    (pressure.Forecaster, {"trend_unit_seconds": "x"}, "must be a number, got str"),
+    (pressure.Forecaster, {"trend_unit_seconds": None}, "must be a number, got NoneType"),
+    (pressure.Forecaster, {"trend_unit_seconds": math.nan}, "must be finite and above 0, got nan"),
+    (pressure.Forecaster, {"trend_unit_seconds": HUGE}, "must be finite and above 0, got 1000"),
+    (pressure.Forecaster, {"model": 5}, "must be Model or None, got int"),
+    (observed, {"time_seconds": "x"}, "must be a number, got str"),
+    (observed, {"time_seconds": None}, "must be a number, got NoneType"),
+    (observed, {"used_bytes": "1 GiB"}, "must be a number, got str"),
+    (observed, {"used_bytes": []}, "must be a number, got list"),
+    (observed, {"used_bytes": -HUGE}, "must be at least 0, got -1000"),
+    (observed, {"limit_bytes": "1 GiB"}, "must be a number or None, got str"),
+    (observed, {"limit_bytes": -1}, "must be at least 0 or None, got -1"),
+    (foreseen, {"horizon_seconds": "60"}, "must be a number, got str"),
+    (foreseen, {"horizon_seconds": None}, "must be a number, got NoneType"),
+    (foreseen, {"horizon_seconds": {}}, "must be a number, got dict"),
+    (foreseen, {"horizon_seconds": HUGE}, "must be above 0 and at most 120, got 1000"),
+    (sampled, {"time_seconds": "x"}, "must be a number, got str"),
+    (sampled, {"time_seconds": math.nan}, "must be finite, got nan"),
+    (sampled, {"time_seconds": HUGE}, "must be finite, got 1000"),
+    (sampled, {"used_bytes": "x"}, "must be a number, got str"),
+    (sampled, {"used_bytes": -1}, r"must be from 0 to 2\*\*64 - 1, got -1"),
+    (sampled, {"used_bytes": math.inf}, "must be from 0 to .*, got inf"),
+    (sampled, {"limit_bytes": "x"}, "must be a number or None, got str"),
+    (sampled, {"limit_bytes": -1}, "must be None or from 0 to .*, got -1"),
+    (sampled, {"limit_bytes": HUGE}, "must be None or from 0 to .*, got 1000"),
+    (sampled, {"without_cache_bytes": None}, "must be a number, got NoneType"),
+    (sampled, {"without_cache_bytes": math.nan}, r"must be below 2\*\*64, got nan"),
+    (sampled, {"stalled_ratio": "x"}, "must be a number or None, got str"),
+    (sampled, {"total_limit_hits": "x"}, "must be a number or None, got str"),
+    (pressure.Guard, {"forecaster": "last"}, "must be \"default\", .*, got 'last'"),
+    (pressure.Guard, {"forecaster": HasObserve()}, 'must be "default", a forecaster or None, got'),
+    (pressure.Guard, {"action_timeout_seconds": math.inf}, "at most 1e9, .* inf and"),
+    (pressure.Guard, {"action_timeout_seconds": HUGE}, "at most 1e9, .* 1000"),
     (pressure.Guard, {"stall_seconds": "x"}, "must be a number, got str"),
     (pressure.Guard, {"action_timeout_seconds": None}, "must be a number, got NoneType"),
     (pressure.Guard, {"forecast_seconds": []}, "must be a number, got list"),
@@ -116,6 +168,7 @@ WRONG = [
     (pressure.Sampler, {"shortest_seconds": "x"}, "must be a number, got str"),
     (pressure.Sampler, {"longest_seconds": "x"}, "must be a number, got str"),
     (pressure.Sampler().next, {"timeout_seconds": "x"}, "must be a number or None, got str"),
+    (pressure.Sampler().next, {"timeout_seconds": HUGE}, "must be None or .* 1e9, got 1000"),
     (pressure.Source, {"root": 5}, "must be a str or a path, got int"),
     (pressure.Source, {"process_id": True}, "must be an int or None, got bool"),
     (pressure.Fence, {"margin_bytes": None}, "must be an int or a str, got NoneType"),
@@ -123,6 +176,8 @@ WRONG = [
     (pressure.Fence, {"ledger": 5}, "must be a str or a path, got int"),
     (pressure.Fence.default_ledger, {"limit_name": 5}, "must be a str, got int"),
     (pressure.TraceSource, {"path": 1.5}, "must be a str or a path, got float"),
+    (pressure.Registry().remove, {"registration": 5}, "must be Registration, got int"),
+    (registration, {"cost": math.inf}, "must be a number of at least 0, got inf"),
     (registration, {"irreversible": "no"}, "must be a bool, got str"),
     (registration, {"shrink": 5}, "must be callable, got int"),
     (registration, {"size": 5}, "must be callable or None, got int"),
@@ -130,6 +185,9 @@ WRONG = [
     (pressure.ConcurrencyCap, {"maximum": "x"}, "must be an int, got str"),
     (pressure.ConcurrencyCap(1).acquire, {"timeout_seconds": "x"}, "must be a number or None, got"),
     (adapted, {"time_seconds": "x"}, "must be a number, got str"),
+    (adapted, {"time_seconds": math.nan}, "must be finite, got nan"),
+    (adapted, {"time_seconds": HUGE}, "must be finite, got 1000"),
+    (adapted, {"under_pressure": "no"}, "must be a bool, got str"),
     (cap, {"app": 5}, "must be callable, got int"),
     (cap, {"cap": 5}, "must be ConcurrencyCap, got int"),
     (wsgi_cap, {"cap": None}, "must be ConcurrencyCap, got NoneType"),
@@ -137,7 +195,10 @@ WRONG = [
     (webhook, {"from_stage": 3}, "must be Stage, got int"),
     (webhook, {"repeat_seconds": "x"}, "must be a number, got str"),
     (webhook, {"timeout_seconds": None}, "must be a number, got NoneType"),
+    (webhook, {"timeout_seconds": math.inf}, "at most 1e9, got 60.0 and inf"),
     (webhook, {"headers": 5}, "must be a mapping or None, got int"),
+    (webhook, {"headers": {5: "x"}}, "each name: must be a str, got int"),
+    (webhook, {"headers": {"x": None}}, "x: must be a str, got NoneType"),
     (action, {"name": 5}, "must be a str, got int"),
     (action, {"stage": 2}, "must be Stage, got int"),
     (action, {"run": 5}, "must be callable, got int"),
@@ -164,6 +225,72 @@ def test_a_wrong_argument_is_refused_by_name(call, options, message):
     with pytest.raises(errors.InvalidArgument, match=rf"{name}\b.* {message}"):
         call(**options)
     assert threading.active_count() == threads, "it began before it looked"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": 3}, "stage: must be Stage, got int"),
+        ({"sample": None}, "sample: must be Sample, got NoneType"),
+    ],
+)
+def test_a_wrong_argument_of_what_a_webhook_is_told_is_named(options, message):
+    with pytest.raises(errors.WrongType, match=message):
+        webhook()(**{"stage": Stage.CALM, "sample": sampled(), **options})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("x", 1, 2), (1.0, None, 2), (1.0, 1, []), (1.0, -1, 2), (1.0, 1, -2), (math.nan, "x", None)],
+)
+def test_an_observation_that_is_refused_leaves_no_trace(wrong):
+    forecaster = pressure.Forecaster()
+    for second in range(10):
+        forecaster.observe(second, second, 100)
+    before = forecaster.forecast()
+    with pytest.raises(errors.InvalidArgument):
+        forecaster.observe(*wrong)
+    assert forecaster.forecast() is before
+    assert forecaster.ignored_count == 0
+
+
+def test_an_observation_too_large_for_a_float_is_not_finite():
+    forecaster = pressure.Forecaster()
+    forecaster.observe(HUGE, 1, 2)
+    forecaster.observe(1.0, HUGE, 2)
+    assert forecaster.ignored_count == 2
+    forecaster.observe(1.0, 1, HUGE)
+    assert forecaster.forecast().limit_bytes is None
+
+
+def test_a_sample_of_before_the_last_one_is_refused_and_changes_nothing():
+    guard = pressure.Guard(forecaster=None, registry=pressure.Registry(), built_in=())
+    guard.step(sampled(time_seconds=2.0))
+    before = guard.status()
+    with pytest.raises(errors.InvalidArgument, match=r"at 2.0 s, got 1.0 s"):
+        guard.step(sampled(time_seconds=1.0, used_bytes=2))
+    assert guard.status() == before
+    guard.step(sampled(time_seconds=2.0))
+
+
+def test_a_reservation_may_wait_as_long_as_an_int_can_say():
+    reserved(timeout_seconds=HUGE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"t_seconds,rss_bytes,limit_bytes\n\xff\xfe,1,2\n", b"x" * 200_000]
+)
+def test_a_file_that_is_no_recording_is_named(tmp_path, content):
+    path = tmp_path / "trace.csv"
+    path.write_bytes(content)
+    with pytest.raises(errors.InvalidArgument, match=r"path: .*trace.csv must"):
+        pressure.TraceSource(path)
+
+
+def test_a_recording_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_bytes(b"\xef\xbb\xbft_seconds,rss_bytes,limit_bytes\n0,1,2\n")
+    assert len(pressure.TraceSource(path)) == 1
 
 
 def test_what_is_of_the_wrong_kind_is_a_type_error_too():

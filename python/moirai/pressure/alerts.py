@@ -48,11 +48,12 @@ class Webhook:
             url: Where to; http or https.
             from_stage: Stages below are not told, but for the end of one that was.
             repeat_seconds: A stage that is no harder than the one told last is told after so long.
-            timeout_seconds: How long a post may take; > 0.
+            timeout_seconds: How long a post may take; > 0, at most 1e9.
             headers: To be sent besides the content type.
 
         Raises:
             InvalidArgument: The URL or a number is outside its range.
+            WrongType: An argument is of another kind.
         """
         if not _is_address(url):
             raise InvalidArgument(f"url: must be http:// or https:// with a host, got {url!r}")
@@ -61,10 +62,13 @@ class Webhook:
         check_number("timeout_seconds", timeout_seconds)
         if headers is not None and not isinstance(headers, Mapping):
             raise wrong_type("headers", "a mapping or None", headers)
-        if not (repeat_seconds >= 0 and timeout_seconds > 0):
+        for name, value in (headers or {}).items():
+            check_instance("headers: each name", name, str)
+            check_instance(f"headers: {name}", value, str)
+        if not (repeat_seconds >= 0 and 0 < timeout_seconds <= 1e9):
             raise InvalidArgument(
-                "repeat_seconds, timeout_seconds: must be >= 0 and > 0, got "
-                f"{repeat_seconds} and {timeout_seconds}"
+                "repeat_seconds, timeout_seconds: must be >= 0 and > 0, the latter at most 1e9, "
+                f"got {repeat_seconds} and {timeout_seconds}"
             )
         self._url = url
         self._from_stage = from_stage
@@ -94,7 +98,13 @@ class Webhook:
         return self._dropped_count
 
     def __call__(self, stage: Stage, sample: Sample) -> None:
-        """Tell of a stage if it is worth telling; returns at once."""
+        """Tell of a stage if it is worth telling; returns at once.
+
+        Raises:
+            WrongType: An argument is of another kind.
+        """
+        check_instance("stage", stage, Stage)
+        check_instance("sample", sample, Sample)
         if not self._is_news(stage, sample.time_seconds):
             return
         if self._process_id != os.getpid():

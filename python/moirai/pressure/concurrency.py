@@ -9,7 +9,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moirai._arguments import check_int, check_number
+from moirai._arguments import LARGEST_FLOAT, check_bool, check_int, check_number
 from moirai.errors import InvalidArgument, Timeout
 
 if TYPE_CHECKING:
@@ -174,8 +174,16 @@ class ConcurrencyCap:
                 self.release()
 
     def adapt(self, time_seconds: float, *, under_pressure: bool) -> None:
-        """Take the state of the memory into account; a guard calls this at each sample."""
+        """Take the state of the memory into account; a guard calls this at each sample.
+
+        Raises:
+            InvalidArgument: The time is not finite.
+            WrongType: An argument is of another kind.
+        """
         check_number("time_seconds", time_seconds)
+        check_bool("under_pressure", under_pressure)
+        if not -LARGEST_FLOAT <= time_seconds <= LARGEST_FLOAT:
+            raise InvalidArgument(f"time_seconds: must be finite, got {time_seconds}")
         with self._condition:
             before = self.limit
             self._rhythm.adapt(time_seconds, self._in_flight, under_pressure=under_pressure)

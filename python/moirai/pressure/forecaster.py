@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moirai._arguments import LARGEST_FLOAT, check_instance, check_number
 from moirai.errors import InvalidArgument
 from moirai.pressure.features import HORIZONS, LEAST_BINS, describe
 from moirai.pressure.history import History
@@ -111,7 +112,9 @@ class Forecast:
 
         Raises:
             InvalidArgument: `horizon_seconds` is not in (0, 120].
+            WrongType: It is no number.
         """
+        check_number("horizon_seconds", horizon_seconds)
         known = self.horizons.get(horizon_seconds)  # type: ignore[call-overload]
         if known is not None:
             return known  # type: ignore[no-any-return]
@@ -159,10 +162,13 @@ class Forecaster:
 
     Raises:
         InvalidArgument: `trend_unit_seconds` is not above 0.
+        WrongType: An argument is of another kind.
     """
 
     def __init__(self, *, trend_unit_seconds: float = 1.0, model: Model | None = None) -> None:
-        if not (math.isfinite(trend_unit_seconds) and trend_unit_seconds > 0.0):
+        check_number("trend_unit_seconds", trend_unit_seconds)
+        check_instance("model", model, Model, or_none=True)
+        if not 0.0 < trend_unit_seconds <= LARGEST_FLOAT:
             raise InvalidArgument(
                 f"trend_unit_seconds: must be finite and above 0, got {trend_unit_seconds!r}"
             )
@@ -193,16 +199,22 @@ class Forecaster:
 
         Raises:
             InvalidArgument: `used_bytes` or `limit_bytes` is negative.
+            WrongType: An argument is no number.
         """
+        check_number("time_seconds", time_seconds)
+        check_number("used_bytes", used_bytes)
+        check_number("limit_bytes", limit_bytes, or_none=True)
         limit = None
-        if limit_bytes is not None and math.isfinite(limit_bytes) and limit_bytes:
+        if limit_bytes and -LARGEST_FLOAT <= limit_bytes <= LARGEST_FLOAT:
             limit = float(limit_bytes)
             if limit < 0.0:
                 raise InvalidArgument(f"limit_bytes: must be at least 0 or None, got {limit_bytes}")
         if used_bytes < 0.0:
             raise InvalidArgument(f"used_bytes: must be at least 0, got {used_bytes}")
         with self._lock:
-            if not (math.isfinite(time_seconds) and math.isfinite(used_bytes)):
+            if not (
+                -LARGEST_FLOAT <= time_seconds <= LARGEST_FLOAT and used_bytes <= LARGEST_FLOAT
+            ):
                 self._ignored += 1
                 return
             now, used = float(time_seconds), float(used_bytes)

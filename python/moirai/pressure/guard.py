@@ -129,7 +129,7 @@ class Guard:
                 ends no program from a thread: `os.kill(os.getpid(), signal.SIGTERM)` does.
             stall_seconds: See `on_stall`; >= 0.
             action_timeout_seconds: An action that takes longer is left to itself, and not asked
-                again before it came back; > 0.
+                again before it came back; > 0, at most 1e9.
             forecast_seconds: Time between two observations for the forecaster; > 0.
             leads: Whether this process acts at once. The others under the same limit follow after a
                 second, or at emergency. Default: what the sampler's fence says; without one, yes.
@@ -151,20 +151,21 @@ class Guard:
         check_number("stall_seconds", stall_seconds)
         check_number("action_timeout_seconds", action_timeout_seconds)
         check_number("forecast_seconds", forecast_seconds)
-        if not (stall_seconds >= 0 and action_timeout_seconds > 0 and forecast_seconds > 0):
+        if not (stall_seconds >= 0 and 0 < action_timeout_seconds <= 1e9 and forecast_seconds > 0):
             raise InvalidArgument(
-                "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and > "
-                f"0, got {stall_seconds}, {action_timeout_seconds} and {forecast_seconds}"
+                "stall_seconds, action_timeout_seconds, forecast_seconds: must be >= 0, > 0 and at "
+                f"most 1e9, and > 0, got {stall_seconds}, {action_timeout_seconds} and "
+                f"{forecast_seconds}"
             )
         self.source = Sampler() if source is None else source
         self.thresholds = Thresholds() if thresholds is None else thresholds
         self.registry = registry
         self.dry_run = dry_run
-        if forecaster == "default":
+        if isinstance(forecaster, str) and forecaster == "default":
             forecaster = LateForecaster(
                 in_background=isinstance(self.source, Sampler), fence_room=self._fence_room
             )
-        elif forecaster is not None and not hasattr(forecaster, "observe"):
+        elif forecaster is not None and not _forecasts(forecaster):
             raise InvalidArgument(
                 f'forecaster: must be "default", a forecaster or None, got {forecaster!r}'
             )
@@ -337,9 +338,19 @@ class Guard:
         """Take one sample into account: decide, act, and give the stage.
 
         Samples must come in the order of their times.
+
+        Raises:
+            InvalidArgument: It is of before the last one; nothing is decided.
+            WrongType: It is none.
         """
         check_instance("sample", sample, Sample)
         with self._lock:
+            last = self._sample
+            if last is not None and sample.time_seconds < last.time_seconds:
+                raise InvalidArgument(
+                    "sample: must not be of before the last one, at "
+                    f"{last.time_seconds} s, got {sample.time_seconds} s"
+                )
             self._sample = sample
             self._foresight.look(sample)
             before = self._clock.stage
@@ -470,6 +481,10 @@ class Guard:
             self._foresight.forecaster.after_fork()
         if self._is_wanted:
             self.start()
+
+
+def _forecasts(forecaster: object) -> bool:
+    return all(callable(getattr(forecaster, name, None)) for name in ("observe", "forecast"))
 
 
 def _describe(sample: Sample) -> str:

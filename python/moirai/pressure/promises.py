@@ -12,6 +12,10 @@ from moirai.pressure.samples import Sample
 __all__ = ["Promises"]
 
 
+# An int may be too large for a float.
+_LONGEST_SECONDS = 1e9
+
+
 class Promises:
     """The sum of what is promised. Any number of threads may use it at once.
 
@@ -48,7 +52,7 @@ class Promises:
         Raises:
             OutOfMemory: There is no room; nothing is promised.
         """
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + min(timeout_seconds, _LONGEST_SECONDS)
         least: int | None = None
         while True:
             sample = read_now()

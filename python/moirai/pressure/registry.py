@@ -7,11 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from moirai._arguments import (
-    check_bool,
-    check_callable,
-    check_instance,
-)
+from moirai._arguments import check_bool, check_callable, check_instance
 from moirai.errors import InvalidArgument, WrongType
 
 __all__ = ["Registration", "Registry", "register"]
@@ -75,7 +71,7 @@ class Registry:
         check_callable("size", size, or_none=True)
         check_instance("name", name, str)
         check_bool("irreversible", irreversible)
-        if not (isinstance(cost, (int, float)) and math.isfinite(cost) and cost >= 0):
+        if not (isinstance(cost, (int, float)) and 0 <= cost < math.inf):
             raise InvalidArgument(f"cost: must be a number of at least 0, got {cost!r}")
         kept_size = None if size is None else _weakly(size, owner)
         made = Registration(self, name, _weakly(shrink, owner), kept_size, cost, irreversible)
@@ -83,7 +79,12 @@ class Registry:
         return made
 
     def remove(self, registration: Registration) -> None:
-        """Take a registration out, if it is in."""
+        """Take a registration out, if it is in.
+
+        Raises:
+            WrongType: It is none.
+        """
+        check_instance("registration", registration, Registration)
         self._all.pop(registration, None)
 
     def live(self) -> list[Registration]:

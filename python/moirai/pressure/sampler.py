@@ -8,7 +8,7 @@ import weakref
 from dataclasses import dataclass
 
 from moirai import _native
-from moirai._arguments import check_instance, check_number, path_text
+from moirai._arguments import check_instance, check_number, check_timeout, path_text
 from moirai.errors import Closed, InvalidArgument, Timeout
 from moirai.pressure.fence import Fence
 from moirai.pressure.samples import Sample
@@ -210,10 +210,11 @@ class Sampler:
             timeout_seconds: Longest time to wait; None: for ever.
 
         Raises:
+            InvalidArgument: The time is no number from 0 to 1e9.
             Closed: The sampler is stopped, or the process that it samples is gone.
             Timeout: The time has passed; nothing is left behind.
         """
-        check_number("timeout_seconds", timeout_seconds, or_none=True)
+        check_timeout("timeout_seconds", timeout_seconds)
         number, _ = self._newest()
         found = self._native.wait(number, timeout_seconds=timeout_seconds)
         if found is None:

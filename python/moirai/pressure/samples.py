@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from moirai._arguments import path_text
+from moirai._arguments import LARGEST_FLOAT, check_number, path_text
 from moirai.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["Bound", "ReadsSamples", "Sample", "TraceSource"]
+
+_BYTES_END = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Sample:
         stalled_ratio: Share of the last ten seconds in which a thread waited for memory, or None.
         total_limit_hits: Times that the own group ran into its limit, or None.
         total_kills: Times that the kernel killed in the own group, or None.
+
+    Raises:
+        InvalidArgument: A number that stages depend on is outside its range.
+        WrongType: It is no number.
     """
 
     time_seconds: float
@@ -54,6 +60,24 @@ class Sample:
     total_kills: int | None = None
 
     def __post_init__(self) -> None:
+        check_number("time_seconds", self.time_seconds)
+        check_number("used_bytes", self.used_bytes)
+        check_number("limit_bytes", self.limit_bytes, or_none=True)
+        check_number("without_cache_bytes", self.without_cache_bytes)
+        check_number("stalled_ratio", self.stalled_ratio, or_none=True)
+        check_number("total_limit_hits", self.total_limit_hits, or_none=True)
+        if not -LARGEST_FLOAT <= self.time_seconds <= LARGEST_FLOAT:
+            raise InvalidArgument(f"time_seconds: must be finite, got {self.time_seconds}")
+        if not 0 <= self.used_bytes < _BYTES_END:
+            raise InvalidArgument(f"used_bytes: must be from 0 to 2**64 - 1, got {self.used_bytes}")
+        if self.limit_bytes is not None and not 0 <= self.limit_bytes < _BYTES_END:
+            raise InvalidArgument(
+                f"limit_bytes: must be None or from 0 to 2**64 - 1, got {self.limit_bytes}"
+            )
+        if not self.without_cache_bytes < _BYTES_END:
+            raise InvalidArgument(
+                f"without_cache_bytes: must be below 2**64, got {self.without_cache_bytes}"
+            )
         if self.without_cache_bytes < 0:
             object.__setattr__(self, "without_cache_bytes", self.used_bytes)
 
@@ -110,11 +134,15 @@ class TraceSource:
         """Load a CSV file with the columns t_seconds, rss_bytes and limit_bytes.
 
         Raises:
-            InvalidArgument: A column is missing or a value is no number.
+            InvalidArgument: A column is missing, or a value is no number or negative.
             OSError: The file cannot be read.
         """
-        with open(path_text("path", path), newline="") as file:
-            self._samples = tuple(_recorded(csv.DictReader(file), path))
+        name = path_text("path", path)
+        with open(name, newline="", encoding="utf-8-sig", errors="replace") as file:
+            try:
+                self._samples = tuple(_recorded(csv.DictReader(file), path))
+            except csv.Error as problem:
+                raise InvalidArgument(f"path: {path} must be CSV: {problem}") from None
         self._next = 0
 
     def __iter__(self) -> Iterator[Sample]:
@@ -152,5 +180,5 @@ def _recorded(rows: Iterable[dict[str, str]], path: str | os.PathLike[str]) -> I
         except (KeyError, OverflowError, TypeError, ValueError):
             raise InvalidArgument(
                 f"path: line {number} of {path} must have numbers as t_seconds, rss_bytes and "
-                f"limit_bytes, got {row}"
+                f"limit_bytes, the two last of at least 0, got {row}"
             ) from None
