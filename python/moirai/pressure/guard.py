@@ -386,9 +386,13 @@ class Guard:
             self._pressed_since = sample.time_seconds
         if stage is Stage.EMERGENCY or sample.time_seconds - self._pressed_since >= _FOLLOW_SECONDS:
             return True
-        if self._leads is not None:
+        if self._leads is None:
+            return not isinstance(self.source, Sampler) or self.source.statistics().is_leader
+        try:
             return self._leads()
-        return not isinstance(self.source, Sampler) or self.source.statistics().is_leader
+        except Exception:
+            log.exception("%r failed: acting at once", self._leads)
+            return True
 
     def _fence_room(self) -> int | None:
         """What a fence lets the process map now; None without one."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
 
-from moirai.errors import Closed
+from moirai.errors import Closed, Timeout
 from moirai.pressure.sampler import Sampler
 from moirai.pressure.samples import Sample
 from moirai.pressure.worker import Worker
@@ -92,25 +93,37 @@ class Watch:
     def _run(self) -> None:
         self._is_sampling.wait()
         try:
-            self._decide_until_ended()
+            while not self._ending.is_set():
+                try:
+                    if not self._follow():
+                        break
+                except (Exception, SystemExit) as error:
+                    # Whatever it was: the program must not be left alone.
+                    with contextlib.suppress(MemoryError):
+                        _tell_of(error)
         finally:
             self.worker.stop()
 
-    def _decide_until_ended(self) -> None:
-        while not self._ending.is_set():
-            began = time.monotonic()
-            try:
-                self._decide(self._sampler.next(timeout_seconds=1.0))
-                self._sampler.look_at_ledger()
-            except Closed:
-                return
-            except TimeoutError:
-                continue
-            except MemoryError:
-                # The fence stands close: the next sample may find more room.
-                log.warning("no memory for a decision")
-            except Exception:  # Whatever it was: the program must not be left alone.
-                log.exception("a decision failed")
-            rest = self._rest_seconds(time.monotonic() - began)
-            if rest > 0.0:
-                self._ending.wait(rest)
+    def _follow(self) -> bool:
+        """Decide on the next sample and rest; whether there may be another."""
+        began = time.monotonic()
+        try:
+            sample = self._sampler.next(timeout_seconds=1.0)
+        except Timeout:
+            return True
+        except Closed:
+            return False
+        self._decide(sample)
+        self._sampler.look_at_ledger()
+        rest = self._rest_seconds(time.monotonic() - began)
+        if rest > 0.0:
+            self._ending.wait(rest)
+        return True
+
+
+def _tell_of(error: BaseException) -> None:
+    if isinstance(error, MemoryError):
+        # The fence stands close: the next sample may find more room.
+        log.warning("no memory for a decision")
+    else:
+        log.error("a decision failed", exc_info=error)
