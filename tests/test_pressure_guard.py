@@ -30,6 +30,7 @@ from moirai.pressure import (
 from moirai.pressure.actions import Backoff, built_in_actions
 from moirai.pressure.stages import StageClock
 
+WAIT_SECONDS = 60
 MIB = 1 << 20
 LIMIT = 1000 * MIB
 
@@ -772,6 +773,29 @@ def test_an_action_that_hangs_is_left_to_itself(full_tree: object) -> None:
         release.set()
         first = guard.records()[0]
         assert (first.name, first.outcome) == ("hangs", "timed out")
+
+
+def test_a_size_that_hangs_is_left_to_itself(full_tree: object) -> None:
+    release = threading.Event()
+    helped = threading.Event()
+
+    def hang() -> int:
+        release.wait(WAIT_SECONDS)
+        return 1
+
+    def help_out(wanted_bytes: int) -> int:
+        helped.set()
+        return MIB
+
+    registry = Registry()
+    registry.register("hangs", lambda wanted: 0, size=hang, cost=0)
+    registry.register("helps", help_out)
+    with watched(registry, full_tree, action_timeout_seconds=0.01) as guard:
+        has_helped = helped.wait(WAIT_SECONDS / 2)
+        release.set()
+    assert has_helped
+    first = guard.records()[0]
+    assert (first.name, first.outcome) == ("hangs", "timed out")
 
 
 def test_stopping_waits_for_no_action(full_tree: object) -> None:

@@ -128,8 +128,8 @@ class Guard:
                 it did helped: the place for a graceful end. Once for each such time. `sys.exit`
                 ends no program from a thread: `os.kill(os.getpid(), signal.SIGTERM)` does.
             stall_seconds: See `on_stall`; >= 0.
-            action_timeout_seconds: An action that takes longer is left to itself, and not asked
-                again before it came back; > 0, at most 1e9.
+            action_timeout_seconds: An action that takes longer, with the question for its size, is
+                left to itself, and not asked again before it came back; > 0, at most 1e9.
             forecast_seconds: Time between two observations for the forecaster; > 0.
             leads: Whether this process acts at once. The others under the same limit follow after a
                 second, or at emergency. Default: what the sampler's fence says; without one, yes.

@@ -142,7 +142,8 @@ def register(
         shrink: Called with the bytes wanted, on a thread of the guard; frees what it can and
             returns the bytes freed, or None if it cannot say. It must not wait long for the
             program's own threads, nor reserve.
-        size: Says how many bytes there are to free; what says 0 is not asked.
+        size: Says how many bytes there are to free, called on the same thread; what says 0 is not
+            asked.
         cost: What it costs to get a byte back later, compared with others; low goes first. Caches
             of what can be read again are about 1, of what is computed again about 10.
         irreversible: It cannot be undone: asked only near the limit.

@@ -114,26 +114,32 @@ class Rounds:
     def _take(self, action: Action, asked: Round, wanted: int) -> int:
         """Take one action if there is something in it; give the bytes known to be freed."""
         now = asked.sample.time_seconds
-        try:
+        is_due = False
+        before: int | None = None
+
+        def run() -> int | None:
+            nonlocal is_due, before
             if action.size() == 0 or not action.ready(asked.sample.limit_bytes or 0):
                 return 0
-        except Exception as error:
-            self._record(action, asked, wanted, None, 0.0, "failed", error)
-            action.backoff.judge(now, 0, 0.0)
-            return 0
-        if asked.is_dry:
-            self._record(action, asked, wanted, None, 0.0, "dry run", None)
-            action.backoff.judge(now, None, 0.0)
-            return 0
-        before = self._resident_bytes()
+            is_due = True
+            if asked.is_dry:
+                return None
+            before = self._resident_bytes()
+            return action.run(wanted)
+
         start = time.perf_counter()
-        call = self._call(lambda: action.run(wanted))
+        call = self._call(run)
         duration = time.perf_counter() - start
+        freed = None
         if not call.done.is_set():
             self._busy[id(action)] = call
-            outcome, freed = "timed out", None
+            outcome = "timed out"
         elif call.error is not None:
-            outcome, freed = "failed", None
+            outcome = "failed"
+        elif not is_due:
+            return 0
+        elif asked.is_dry:
+            outcome = "dry run"
         else:
             outcome, freed = "done", call.result
             if freed is None and before is not None:
