@@ -1010,9 +1010,65 @@ def test_a_guard_that_stops_lifts_its_caps(full_tree: object) -> None:
 
     with Executor(4) as executor:
         with watched(Registry(), full_tree) as guard:
-            while executor.allowed_count == 4:
+            cap = guard.cap(4)
+            while executor.allowed_count == 4 or not cap.is_capped:
                 guard.source.next(timeout_seconds=60)  # type: ignore[attr-defined]
         assert executor.allowed_count == 4
+        assert not cap.is_capped
+
+
+def test_a_listener_that_stops_its_guard_leaves_no_cap(full_tree: object) -> None:
+    from moirai.executor import Executor
+
+    guard: Guard
+    stopped = threading.Event()
+
+    def listen(stage: Stage, now: Sample) -> None:
+        guard.stop()
+        stopped.set()
+
+    with Executor(4) as executor:
+        guard = watched(Registry(), full_tree, on_stage=listen)
+        cap = guard.cap(4)
+        guard.start()
+        assert stopped.wait(WAIT_SECONDS)
+        guard.stop()  # Waits for the thread.
+        assert "moirai-guard" not in thread_names()
+        assert executor.allowed_count == 4
+        assert not cap.is_capped
+
+
+def test_who_waits_for_a_cap_is_let_in_when_its_guard_stops() -> None:
+    program = Program(used_mib=850)
+    guard = program.guard()
+    cap = guard.cap(2)
+    program.step(guard)
+    cap.acquire()
+    waiting = threading.Thread(target=cap.acquire, daemon=True)
+    waiting.start()
+    guard.stop()
+    waiting.join(WAIT_SECONDS)
+    assert cap.in_flight == 2
+
+
+def test_no_guard_starts_while_it_stops(full_tree: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its sampler would be stopped under the one that has just started."""
+    guard = watched(Registry(), full_tree).start()
+    stop_sampler = guard.source.stop  # type: ignore[attr-defined]
+    could_start: list[bool] = []
+
+    def ask_to_start() -> None:
+        could_start.append(guard._run_lock.acquire(blocking=False))
+
+    def stop_and_ask() -> None:
+        other = threading.Thread(target=ask_to_start)
+        other.start()
+        other.join(WAIT_SECONDS)
+        stop_sampler()
+
+    monkeypatch.setattr(guard.source, "stop", stop_and_ask)
+    guard.stop()
+    assert could_start == [False]
 
 
 Runner = Callable[..., str]

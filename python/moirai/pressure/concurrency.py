@@ -190,6 +190,12 @@ class ConcurrencyCap:
             if self.limit > before:
                 self._condition.notify()
 
+    def lift(self) -> None:
+        """Allow as many as at first; a guard calls this when it stops."""
+        with self._condition:
+            self._rhythm.limit = self.maximum
+            self._condition.notify_all()
+
 
 _caps: weakref.WeakSet[ConcurrencyCap] = weakref.WeakSet()
 

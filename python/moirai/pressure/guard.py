@@ -225,7 +225,7 @@ class Guard:
         return self
 
     def stop(self) -> None:
-        """End the threads and take the fence down; does nothing if it does not run.
+        """End the threads, take the fence down and lift the caps; does nothing if it does not run.
 
         An action that is under way is left to itself.
         """
@@ -234,11 +234,13 @@ class Guard:
             watch = self._watch
             if watch is not None:
                 watch.end()
-        if isinstance(self.source, Sampler):
-            self.source.stop()
+            if isinstance(self.source, Sampler):
+                self.source.stop()
         if watch is not None:
             watch.join()
         self._executors.lift()
+        for cap in self._caps:
+            cap.lift()
 
     def __enter__(self) -> Guard:
         return self.start()
@@ -252,9 +254,14 @@ class Guard:
         self.stop()
 
     def cap(self, maximum: int) -> ConcurrencyCap:
-        """Make a cap on work in flight that this guard lowers under pressure."""
+        """Make a cap on work in flight that this guard lowers under pressure.
+
+        Raises:
+            InvalidArgument: `maximum` is below 1.
+            WrongType: It is no int.
+        """
         made = ConcurrencyCap(maximum)
-        self._caps = [*self._caps, made]
+        self._caps.append(made)
         return made
 
     @contextmanager
@@ -360,11 +367,8 @@ class Guard:
                 level = logging.WARNING if stage >= Stage.AGGRESSIVE else logging.INFO
                 log.log(level, "%s: %s", stage.name.lower(), _describe(sample))
                 self._tell(self._on_stage, stage, sample)
-            is_pressed = stage >= Stage.GENTLE
-            for cap in self._caps:
-                cap.adapt(sample.time_seconds, under_pressure=is_pressed)
-            if not self.dry_run:
-                self._executors.adapt(sample.time_seconds, under_pressure=is_pressed)
+            if not self._is_ending():  # What a listener has stopped has lifted its caps.
+                self._adapt_caps(sample, is_pressed=stage >= Stage.GENTLE)
             asked, self._is_relief_asked = self._is_relief_asked, False
             if stage < Stage.GENTLE:
                 self._pressed_since = None
@@ -379,6 +383,12 @@ class Guard:
                 if not self.dry_run:
                     self._tell(self._on_stall, self)
             return stage
+
+    def _adapt_caps(self, sample: Sample, *, is_pressed: bool) -> None:
+        for cap in self._caps:
+            cap.adapt(sample.time_seconds, under_pressure=is_pressed)
+        if not self.dry_run:
+            self._executors.adapt(sample.time_seconds, under_pressure=is_pressed)
 
     def _is_turn(self, sample: Sample, stage: Stage) -> bool:
         """Whether to act now, or to leave it to the one that leads."""
