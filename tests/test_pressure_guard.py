@@ -1074,6 +1074,35 @@ def test_no_guard_starts_while_it_stops(full_tree: object, monkeypatch: pytest.M
 Runner = Callable[..., str]
 
 
+def test_a_guard_that_is_stepped_through_is_free_in_a_forked_child(run_python: Runner) -> None:
+    run_python("""
+        import os, signal, threading
+        from moirai import pressure
+
+        in_step, go_on = threading.Event(), threading.Event()
+
+        def listen(stage, sample):
+            in_step.set()
+            go_on.wait(60)
+
+        guard = pressure.Guard(
+            pressure.Source(), registry=pressure.Registry(), built_in=(), on_stage=listen
+        )
+        sample = pressure.Sample(0.0, 99, 100)
+        thread = threading.Thread(target=guard.step, args=(sample,))
+        thread.start()
+        assert in_step.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # Who waits for the lock of a thread that is not there waits for ever.
+            guard.step(sample)
+            os._exit(0)
+        go_on.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
 def test_a_program_may_end_without_stopping_its_guard(run_python: Runner) -> None:
     for _ in range(5):
         run_python("""

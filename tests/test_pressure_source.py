@@ -323,6 +323,23 @@ def test_a_recording_that_is_none_is_refused(tmp_path: Path) -> None:
 # The sampler.
 
 
+def test_a_sampler_that_was_not_started_reads_about_a_forked_child_itself(
+    run_python: Callable[..., str],
+) -> None:
+    run_python("""
+        import os
+        from moirai.pressure import Sampler
+
+        sampler = Sampler()
+        before = sampler.read_now().resident_bytes
+        child = os.fork()
+        if child == 0:
+            block = bytearray(os.urandom(1 << 20) * 200)
+            os._exit(0 if sampler.read_now().resident_bytes > before + (150 << 20) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
 def test_samples_come_by_themselves_and_are_kept(tree: Tree) -> None:
     with Sampler(root=tree.root, longest_seconds=0.005, capacity=5) as sampler:
         times = [sampler.next(timeout_seconds=60).time_seconds for _ in range(8)]

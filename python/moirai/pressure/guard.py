@@ -193,6 +193,7 @@ class Guard:
         self._is_wanted = False
         self._is_relief_asked = False
         self._renew()
+        _guards.add(self)
 
     def _renew(self) -> None:
         """Make what a forked child does not share with its parent."""
@@ -221,7 +222,6 @@ class Guard:
             self._watch = Watch(self.source, decide=self.step, rest_seconds=self._rest_seconds)
             self._watch.start()
             self._is_wanted = True
-            _guards.add(self)
         return self
 
     def stop(self) -> None:

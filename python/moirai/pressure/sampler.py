@@ -130,6 +130,7 @@ class Sampler:
         self.fence = fence
         self._has_told_of_ledger = False
         self._is_wanted = False
+        _samplers.add(self)
 
     def start(self) -> None:
         """Take a first sample and start the thread; does nothing if it runs.
@@ -143,7 +144,6 @@ class Sampler:
             guard_starts()
         self._native.start()
         self._is_wanted = True
-        _samplers.add(self)
         self.look_at_ledger()
 
     def stop(self) -> None:
