@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moirai import pressure
 from moirai.errors import InvalidArgument
 from moirai.pressure import Guard, Registry, Sample, Stage, TraceSource, Webhook
 from moirai.pressure.service_manager import PressureNotices
@@ -147,6 +148,51 @@ def test_relief_is_one_gentle_round() -> None:
     assert asked == ["cache"]
 
 
+def refuse_thread(patch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
+    """Let no thread of that name be started."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise error
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", refuse)
+
+
+def test_notices_without_a_thread_leave_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "notices"
+    os.mkfifo(path)
+    before = len(os.listdir("/proc/self/fd"))
+    notices, heard = told(path)
+    with monkeypatch.context() as patch:
+        refuse_thread(patch, "moirai-notices", MemoryError())
+        with pytest.raises(MemoryError):
+            notices.start()
+    assert len(os.listdir("/proc/self/fd")) == before
+    notices.start()
+    path.write_bytes(b"x")
+    assert heard.acquire(timeout=WAIT_SECONDS)
+    notices.stop()
+
+
+def test_a_guard_without_a_thread_for_notices_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "notices"
+    os.mkfifo(path)
+    monkeypatch.setenv("MEMORY_PRESSURE_WATCH", str(path))
+    refuse_thread(monkeypatch, "moirai-notices", RuntimeError("can't start new thread"))
+    guard = pressure.start(forecaster=None)
+    try:
+        assert pressure.current() is guard
+    finally:
+        pressure.stop()
+    assert "nothing is heard of it: can't start new thread" in caplog.text
+
+
 # Posts.
 
 
@@ -220,6 +266,21 @@ def test_what_does_not_arrive_is_counted_and_the_guard_goes_on(
     webhook(Stage.EMERGENCY, Sample(0.0, 97, 100))
     webhook.join()
     assert webhook.failed_count == 1
+
+
+def test_a_webhook_whose_thread_could_not_be_started_in_a_child_tries_again(
+    receiver: tuple[str, type[Receiver]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, posted = receiver
+    webhook = Webhook(url)
+    webhook._process_id -= 1  # Made by the parent, as it seems.
+    with monkeypatch.context() as patch:
+        refuse_thread(patch, "moirai-alerts", RuntimeError("can't start new thread"))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            webhook(Stage.EMERGENCY, Sample(0.0, 97, 100))
+    webhook(Stage.EMERGENCY, Sample(1.0, 97, 100))
+    webhook.join()
+    assert len(posted.posts) == 1
 
 
 def test_a_webhook_is_checked() -> None:

@@ -80,12 +80,13 @@ class Webhook:
         self._start()
 
     def _start(self) -> None:
-        self._process_id = os.getpid()
-        self._waiting: queue.Queue[bytes] = queue.Queue(_WAITING_COUNT)
+        waiting: queue.Queue[bytes] = queue.Queue(_WAITING_COUNT)
         thread = threading.Thread(
-            target=self._post_all, args=(self._waiting,), name="moirai-alerts", daemon=True
+            target=self._post_all, args=(waiting,), name="moirai-alerts", daemon=True
         )
         thread.start()
+        self._waiting = waiting
+        self._process_id = os.getpid()
 
     @property
     def failed_count(self) -> int:
@@ -102,13 +103,14 @@ class Webhook:
 
         Raises:
             WrongType: An argument is of another kind.
+            RuntimeError, MemoryError: A forked child cannot start its thread; the next call tries.
         """
         check_instance("stage", stage, Stage)
         check_instance("sample", sample, Sample)
-        if not self._is_news(stage, sample.time_seconds):
-            return
         if self._process_id != os.getpid():
             self._start()
+        if not self._is_news(stage, sample.time_seconds):
+            return
         try:
             self._waiting.put_nowait(_body(stage, sample))
         except queue.Full:

@@ -139,7 +139,7 @@ def _listen(guard: Guard) -> PressureNotices | None:
     if notices is not None:
         try:
             notices.start()
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             log.warning("MEMORY_PRESSURE_WATCH: nothing is heard of it: %s", error)
             return None
     return notices

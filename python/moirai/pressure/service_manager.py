@@ -70,17 +70,28 @@ class PressureNotices:
 
         Raises:
             OSError: It cannot be opened, or written to.
+            RuntimeError, MemoryError: No thread can be started.
         """
         descriptor, events = self._open()
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        self._files = (descriptor, reader, writer)
-        self._thread = threading.Thread(
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            os.close(descriptor)
+            raise
+        thread = threading.Thread(
             target=self._listen,
             args=(descriptor, events, reader),
             name="moirai-notices",
             daemon=True,
         )
-        self._thread.start()
+        self._files = (descriptor, reader, writer)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            for file in self._take_files() or ():
+                os.close(file)
+            raise
+        self._thread = thread
         _listening.add(self)
 
     def _open(self) -> tuple[int, int]:
@@ -156,7 +167,7 @@ def _after_fork_in_child() -> None:
     for notices in list(_listening):
         try:
             notices._after_fork()
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             log.warning("no notices in this child: %s", error)
 
 
