@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import sys
 import threading
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -136,12 +138,16 @@ def test_the_forecaster_sees_a_sample_a_second() -> None:
     assert forecaster.observed[0][1:] == (100 * MIB, LIMIT)
 
 
-def test_a_forecaster_that_fails_leaves_the_level(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Foretold):
-        def forecast(self) -> Foretold:
-            raise RuntimeError("no idea")
+class Raising(Foretold):
+    def forecast(self) -> Foretold:
+        raise RuntimeError("no idea")
 
-    guard = Program().guard(forecaster=Broken({}))
+
+@pytest.mark.parametrize("broken", [Raising({}), Foretold({60: "likely"})])  # type: ignore[dict-item]
+def test_a_forecaster_that_fails_leaves_the_level(
+    broken: Foretold, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = Program().guard(forecaster=broken)
     assert guard.step(sample(0, 850)) is Stage.GENTLE
     assert "responding to the level alone" in caplog.text
 
@@ -987,6 +993,17 @@ def test_executors_run_fewer_tasks_under_pressure() -> None:
             program.step(guard, 1.1)
             allowed.append(executor.allowed_count)
         assert allowed == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_modules_that_are_being_imported_hold_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("moirai.pools.live", "moirai.executor.threads", "moirai.executor.process_pool"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    program = Program(used_mib=850)
+    program.cache("cache", 10)
+    guard = program.guard(built_in=None)
+    program.step(guard)
+    assert [record.name for record in guard.records() if record.outcome == "failed"] == []
+    assert len(program.asked) == 1
 
 
 def test_executors_of_processes_run_fewer_tasks_under_pressure() -> None:

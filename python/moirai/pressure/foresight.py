@@ -20,6 +20,7 @@ class Foresight:
         forecaster: Who is asked; None: nobody.
         interval_seconds: Time between two observations, by the clock of the samples; > 0.
         outlook: What was said last; None without a forecaster, and after it failed.
+        p_critical: Its probabilities by horizon in seconds; empty without one.
     """
 
     def __init__(self, forecaster: Forecasts | None, interval_seconds: float) -> None:
@@ -27,17 +28,20 @@ class Foresight:
         self.interval_seconds = interval_seconds
         self._observed_seconds = float("-inf")
         self._failure_count = 0
-        self.outlook: Outlook | None = None
+        self._know(None)
 
-    @property
-    def p_critical(self) -> Mapping[int, float]:
-        """Probabilities of what was said last, by horizon; empty without a forecast."""
-        return {} if self.outlook is None else self.outlook.p_critical
+    def _know(self, outlook: Outlook | None) -> None:
+        # Copied where a fault of the forecaster is caught.
+        said = {} if outlook is None else outlook.p_critical
+        self.p_critical: Mapping[int, float] = {
+            horizon: float(odds) for horizon, odds in said.items()
+        }
+        self.outlook = outlook
 
     def look(self, sample: Sample) -> None:
         """Show the forecaster a sample, if it is time for one, and ask it."""
         if self.forecaster is None or sample.limit_bytes is None:
-            self.outlook = None
+            self._know(None)
             return
         # After failures it is asked twice as seldom each time, as there may be no memory for it.
         rest = self.interval_seconds * 2 ** min(self._failure_count, 6)
@@ -48,10 +52,9 @@ class Foresight:
             # File cache is not what a process dies of.
             used = sample.without_cache_bytes
             self.forecaster.observe(sample.time_seconds, used, sample.limit_bytes)
-            self.outlook = self.forecaster.forecast()
-            dict(self.p_critical)
+            self._know(self.forecaster.forecast())
             self._failure_count = 0
         except Exception:
-            self.outlook = None
+            self._know(None)
             self._failure_count += 1
             log.exception("no forecast: responding to the level alone")

@@ -32,8 +32,8 @@ def trim_pools(wanted_bytes: int) -> int | None:
 
 
 def _trim(idle_seconds: float) -> int:
-    live: Any = sys.modules.get("moirai.pools.live")
-    return 0 if live is None else int(live.trim_all(idle_seconds))
+    trim_all = _of_module("moirai.pools.live", "trim_all")
+    return 0 if trim_all is None else int(trim_all(idle_seconds))
 
 
 class ExecutorCaps:
@@ -83,10 +83,13 @@ def _executors() -> list[Cappable]:
 
 def _live(module_name: str, name: str) -> list[Cappable]:
     """What is in a set of a module, if the program has loaded that."""
-    module: Any = sys.modules.get(module_name)
-    while module is not None:
+    while True:
         try:
-            return list(getattr(module, name))
+            return list(_of_module(module_name, name) or ())
         except RuntimeError:  # One was made meanwhile.
             continue
-    return []
+
+
+def _of_module(module_name: str, name: str) -> Any:
+    """What a module has under a name; None if the program has not loaded it, or is just at it."""
+    return getattr(sys.modules.get(module_name), name, None)
