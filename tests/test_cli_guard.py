@@ -177,6 +177,14 @@ def test_a_group_is_watched_by_one_of_its_processes(tmp_path: Path) -> None:
     assert f"process {os.getpid()}: " in done.stdout
 
 
+@pytest.mark.parametrize("content", ["", "no process\n"])
+def test_a_folder_that_is_no_group_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.procs").write_text(content)
+    done = execute("pressure", "watch", "--cgroup", str(tmp_path), "--count", "1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"must have a process of its own, got {content.strip()!r} in" in done.stderr
+
+
 WATCHED = report.Watched(
     name="process 7",
     stage="gentle",

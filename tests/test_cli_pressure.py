@@ -66,6 +66,7 @@ def test_replay_draws_to_a_file_with_matplotlib(capsys, tmp_path):
         ("t_seconds,used_bytes\n1,nan\n", "expected finite numbers of at least 0, got [1.0, nan"),
         ("t_seconds,used_bytes,limit_bytes\n1,2,-3\n", "expected finite numbers of at least 0"),
         ("", "got none"),
+        (f"t_seconds,used_bytes\n1,{'2' * 200_000}\n", "trace.csv: field larger than"),
     ],
 )
 def test_what_is_no_recording_is_refused(text, problem, capsys, tmp_path):

@@ -83,24 +83,30 @@ def read_trace(path: Path) -> list[tuple[float, float, float | None]]:
         ValueError: A column is missing, a field is no number of at least 0, or there is no line.
     """
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.DictReader(lines)
-        columns = reader.fieldnames or []
-        used_name = next((name for name in _USED_COLUMNS if name in columns), None)
-        if used_name is None or "t_seconds" not in columns:
-            raise ValueError(
-                f"{path}: expected the columns t_seconds and used_bytes (or rss_bytes), "
-                f"got {', '.join(columns) or 'none'}"
-            )
-        found = []
-        for row in reader:
-            try:
-                numbers = [float(row[name]) for name in ("t_seconds", used_name)]
-                numbers.append(float(row.get("limit_bytes") or 0.0))
-                if not all(map(math.isfinite, numbers)) or min(numbers[1:]) < 0.0:
-                    raise ValueError(f"expected finite numbers of at least 0, got {numbers}")
-                found.append((numbers[0], numbers[1], numbers[2] or None))
-            except (TypeError, ValueError) as problem:
-                raise ValueError(f"{path}:{reader.line_num}: {problem}") from None
+        try:
+            return _rows(csv.DictReader(lines), path)
+        except csv.Error as problem:
+            raise ValueError(f"{path}: {problem}") from None
+
+
+def _rows(reader: csv.DictReader[str], path: Path) -> list[tuple[float, float, float | None]]:
+    columns = reader.fieldnames or []
+    used_name = next((name for name in _USED_COLUMNS if name in columns), None)
+    if used_name is None or "t_seconds" not in columns:
+        raise ValueError(
+            f"{path}: expected the columns t_seconds and used_bytes (or rss_bytes), "
+            f"got {', '.join(columns) or 'none'}"
+        )
+    found = []
+    for row in reader:
+        try:
+            numbers = [float(row[name]) for name in ("t_seconds", used_name)]
+            numbers.append(float(row.get("limit_bytes") or 0.0))
+            if not all(map(math.isfinite, numbers)) or min(numbers[1:]) < 0.0:
+                raise ValueError(f"expected finite numbers of at least 0, got {numbers}")
+            found.append((numbers[0], numbers[1], numbers[2] or None))
+        except (TypeError, ValueError) as problem:
+            raise ValueError(f"{path}:{reader.line_num}: {problem}") from None
     if not found:
         raise ValueError(f"{path}: expected at least one line of numbers, got none")
     return found

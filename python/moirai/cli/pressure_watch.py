@@ -114,15 +114,18 @@ def _member(folder: str) -> int:
     """Give a process of a control group."""
     path = os.path.join(folder, "cgroup.procs")
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             first = file.readline().strip()
     except OSError as error:
         raise InvalidArgument(
             f"--cgroup: must be the folder of a control group, got {folder}: {error.strerror}"
         ) from None
-    if not first:
-        raise InvalidArgument(f"--cgroup: must have a process of its own, got {folder}")
-    return int(first)
+    try:
+        return int(first)
+    except ValueError:
+        raise InvalidArgument(
+            f"--cgroup: must have a process of its own, got {first!r} in {folder}"
+        ) from None
 
 
 def _looks(
