@@ -560,6 +560,38 @@ def test_who_waits_for_the_cap_is_let_in_when_it_rises() -> None:
     assert cap.in_flight == 2
 
 
+def test_an_interrupt_of_who_is_let_in_lets_the_next_one_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cap = ConcurrencyCap(1)
+    cap.acquire()
+    is_waiting = threading.Event()
+    begun = threading.Event()
+    wait = cap._condition.wait
+
+    def acquire() -> None:
+        cap.acquire()
+        begun.set()
+
+    def wait_as_the_next(timeout: float | None) -> bool:
+        is_waiting.set()  # Holds the lock until it waits.
+        return wait(timeout)
+
+    monkeypatch.setattr(cap._condition, "wait", wait_as_the_next)
+    threading.Thread(target=acquire, daemon=True).start()
+    assert is_waiting.wait(WAIT_SECONDS)
+
+    def wait_until_interrupted(timeout: float | None) -> bool:
+        cap._in_flight -= 1  # A release, which calls this one,
+        raise KeyboardInterrupt  # and Ctrl-C before it could begin.
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cap._condition, "wait", wait_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cap.acquire()
+    assert begun.wait(WAIT_SECONDS)
+
+
 def test_a_forked_child_has_nothing_in_flight(run_python: Callable[..., str]) -> None:
     run_python(
         """

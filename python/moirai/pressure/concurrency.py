@@ -151,7 +151,13 @@ class ConcurrencyCap:
                         f"no work was begun within {timeout_seconds} seconds: {self._in_flight} in "
                         f"flight, {self._rhythm.limit} of {self.maximum} allowed"
                     )
-                self._condition.wait(left)
+                try:
+                    self._condition.wait(left)
+                except (
+                    BaseException
+                ):  # Ctrl-C: the call that it may have been woken by is passed on.
+                    self._condition.notify()
+                    raise
             self._in_flight += 1
 
     def release(self) -> None:

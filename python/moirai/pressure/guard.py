@@ -209,6 +209,8 @@ class Guard:
 
         Raises:
             InvalidArgument: The source is no `Sampler`: such a one is stepped through.
+            Unsupported, OutOfMemory: As `Sampler.start`; nothing runs.
+            RuntimeError, MemoryError: No thread can be started; nothing runs.
         """
         if not isinstance(self.source, Sampler):
             raise InvalidArgument(

@@ -39,7 +39,7 @@ def _trim(idle_seconds: float) -> int:
 class ExecutorCaps:
     """How many tasks each executor, of threads or processes, may run; by one guard's stages.
 
-    For the guard's thread alone.
+    One thread at a time may use it: the guard's, and who stops the guard once that has ended.
     """
 
     def __init__(self) -> None:
