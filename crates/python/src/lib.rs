@@ -8,6 +8,7 @@ mod argument;
 mod attached;
 mod buffer;
 mod channel;
+mod counts;
 mod errors;
 mod executor;
 mod lane;

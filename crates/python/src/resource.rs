@@ -2,6 +2,7 @@
 
 use crate::argument::{Alignment, byte_counts, bytes, choice, milliseconds};
 use crate::buffer::Buffer;
+use crate::counts::counts;
 use crate::errors::{InvalidArgument, to_py};
 use crate::lane;
 use crate::slab::{Slab, slab};
@@ -378,28 +379,8 @@ impl LimitAdaptor {
 #[derive(PartialEq)]
 pub struct Statistics(core::Statistics);
 
-macro_rules! statistics {
-    ($($(#[$doc:meta])* $field:ident),* $(,)?) => {
-        #[pymethods]
-        impl Statistics {
-            $($(#[$doc])* #[getter] fn $field(&self) -> u64 { self.0.$field })*
-
-            /// Every count by name.
-            fn as_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-                let dict = PyDict::new(py);
-                $(dict.set_item(stringify!($field), self.0.$field)?;)*
-                Ok(dict)
-            }
-
-            fn __repr__(&self) -> String {
-                let fields = [$(format!("{}={}", stringify!($field), self.0.$field)),*];
-                format!("Statistics({})", fields.join(", "))
-            }
-        }
-    };
-}
-
-statistics! {
+counts! {
+    Statistics;
     /// Bytes in blocks that are handed out now.
     current_bytes,
     /// Blocks that are handed out now.

@@ -130,3 +130,31 @@ pub struct Statistics {
     /// Permits taken now.
     pub permits: u64,
 }
+
+impl Statistics {
+    /// The sum of both in every count, peaks included.
+    pub fn plus(self, other: Self) -> Self {
+        Statistics {
+            acquires: self.acquires + other.acquires,
+            hits: self.hits + other.hits,
+            misses: self.misses + other.misses,
+            created: self.created + other.created,
+            destroyed: self.destroyed + other.destroyed,
+            factory_failures: self.factory_failures + other.factory_failures,
+            reset_failures: self.reset_failures + other.reset_failures,
+            validation_failures: self.validation_failures + other.validation_failures,
+            destroy_failures: self.destroy_failures + other.destroy_failures,
+            leaked: self.leaked + other.leaked,
+            detached: self.detached + other.detached,
+            exported: self.exported + other.exported,
+            oversize: self.oversize + other.oversize,
+            waits: self.waits + other.waits,
+            timeouts: self.timeouts + other.timeouts,
+            idle: self.idle + other.idle,
+            in_use: self.in_use + other.in_use,
+            peak_in_use: self.peak_in_use + other.peak_in_use,
+            waiting: self.waiting + other.waiting,
+            permits: self.permits + other.permits,
+        }
+    }
+}

@@ -8,6 +8,7 @@ use super::view;
 use crate::argument::{bytes, count, milliseconds, timeout};
 use crate::errors::{Closed, InvalidArgument};
 use crate::resource::Resource;
+use moirai_core::pools::Statistics;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -341,7 +342,8 @@ impl BufferPool {
 
     /// What happened so far, in all classes.
     fn statistics(&self) -> PoolStatistics {
-        PoolStatistics::total(self.classes.iter().map(|it| it.statistics()))
+        let each = self.classes.iter().map(|it| it.statistics());
+        PoolStatistics(each.fold(Statistics::default(), Statistics::plus))
     }
 
     /// What happened so far, by size class.

@@ -1,5 +1,6 @@
 //! What pools report, as data.
 
+use crate::counts::counts;
 use moirai_core::pools::Statistics;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -9,39 +10,8 @@ use pyo3::types::PyDict;
 #[derive(PartialEq)]
 pub struct PoolStatistics(pub(super) Statistics);
 
-macro_rules! statistics {
-    ($($(#[$doc:meta])* $field:ident),* $(,)?) => {
-        #[pymethods]
-        impl PoolStatistics {
-            $($(#[$doc])* #[getter] fn $field(&self) -> u64 { self.0.$field })*
-
-            /// Every count by name.
-            fn as_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-                let dict = PyDict::new(py);
-                $(dict.set_item(stringify!($field), self.0.$field)?;)*
-                Ok(dict)
-            }
-
-            fn __repr__(&self) -> String {
-                let fields = [$(format!("{}={}", stringify!($field), self.0.$field)),*];
-                format!("PoolStatistics({})", fields.join(", "))
-            }
-        }
-
-        impl PoolStatistics {
-            /// The sums of the counters of several pools.
-            pub(super) fn total(each: impl Iterator<Item = Statistics>) -> Self {
-                let mut total = Statistics::default();
-                for one in each {
-                    $(total.$field += one.$field;)*
-                }
-                PoolStatistics(total)
-            }
-        }
-    };
-}
-
-statistics! {
+counts! {
+    PoolStatistics;
     /// Items handed out.
     acquires,
     /// Of those, items that were idle or came back just then.
