@@ -9,15 +9,15 @@ use crate::argument::number;
 use crate::attached::{self, Attached};
 use crate::errors::Timeout;
 use moirai_core::executor::task::{Audience, Cancel, Stage};
+use moirai_core::sync::AtomicU64;
 use moirai_core::sync::parker::Parker;
-use moirai_core::sync::{AtomicU64, Mutex};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use pyo3::{import_exception, intern};
 use std::cell::RefCell;
-use std::sync::{Arc, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 import_exception!(concurrent.futures, CancelledError);
 import_exception!(concurrent.futures, InvalidStateError);
@@ -44,7 +44,7 @@ struct Watchers {
 /// What most futures never need.
 #[derive(Default)]
 struct Watch {
-    watchers: Mutex<Watchers>,
+    watchers: Attached<Watchers>,
     condition: Attached<Option<Py<PyAny>>>,
     waiters: OnceLock<Py<PyList>>,
     limits: OnceLock<Limits>,
@@ -76,10 +76,6 @@ pub struct Future {
     watch: OnceLock<Box<Watch>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
-}
-
 impl Future {
     pub(super) fn task(&self) -> &TaskHandle {
         &self.task
@@ -94,20 +90,26 @@ impl Future {
     }
 
     /// Have a parker called at the end. False: it is over.
-    pub(super) fn call_at_end(&self, parker: &Arc<Parker>) -> bool {
-        let mut watchers = lock(&self.watch().watchers);
-        // Under the lock: who ends it takes the watchers after that.
-        if !self.task.watch() {
-            return false;
-        }
-        watchers.parkers.push(Arc::clone(parker));
-        true
+    pub(super) fn call_at_end(&self, py: Python<'_>, parker: &Arc<Parker>) -> bool {
+        self.add_watcher(py, |watchers| watchers.parkers.push(Arc::clone(parker)))
+    }
+
+    /// Add somebody who is to be told of the end. False: it is over.
+    fn add_watcher(&self, py: Python<'_>, add: impl FnOnce(&mut Watchers)) -> bool {
+        self.watch().watchers.with(py, |watchers| {
+            // Within this: who ends it takes the watchers after that.
+            let is_watched = self.task.watch();
+            if is_watched {
+                add(watchers);
+            }
+            is_watched
+        })
     }
 
     /// Do not call a parker any more.
-    pub(super) fn leave(&self, parker: &Arc<Parker>) {
-        let mut watchers = lock(&self.watch().watchers);
-        watchers.parkers.retain(|other| !Arc::ptr_eq(other, parker));
+    pub(super) fn leave(&self, py: Python<'_>, parker: &Arc<Parker>) {
+        let leave = |it: &mut Watchers| it.parkers.retain(|other| !Arc::ptr_eq(other, parker));
+        self.watch().watchers.with(py, leave);
     }
 
     /// The time limits of its task, if it has any.
@@ -207,7 +209,7 @@ impl Future {
         if !audience.watched {
             return;
         }
-        let watchers = std::mem::take(&mut *lock(&self.watch().watchers));
+        let watchers = self.watch().watchers.with(slf.py(), std::mem::take);
         for parker in watchers.parkers {
             parker.call();
         }
@@ -254,8 +256,8 @@ impl Future {
         if !self.is_by_hand() || self.task.is_over() {
             return;
         }
-        let asked = lock(&self.watch().watchers).asked.take();
-        if let Some(asked) = asked {
+        let take = |it: &mut Watchers| it.asked.take();
+        if let Some(asked) = self.watch().watchers.with(slf.py(), take) {
             call_back(slf, asked.bind(slf.py()));
         }
     }
@@ -402,14 +404,11 @@ impl Future {
     fn add_done_callback(slf: &Bound<'_, Self>, r#fn: Bound<'_, PyAny>) {
         let future = slf.get();
         remember(slf);
-        {
-            let mut watchers = lock(&future.watch().watchers);
-            if future.task.watch() {
-                watchers.callbacks.push(r#fn.unbind());
-                return;
-            }
+        // Another reference, as none may be the last that is dropped among the watchers.
+        let callback = r#fn.clone().unbind();
+        if !future.add_watcher(slf.py(), |watchers| watchers.callbacks.push(callback)) {
+            call_back(slf, &r#fn);
         }
-        call_back(slf, &r#fn);
     }
 
     /// For executors that run a future's task: whether to run it.
@@ -434,7 +433,7 @@ impl Future {
         if let Some(watch) = future.watch.get() {
             // Threads that are not here may have had its lock, and wait for it.
             let condition = watch.condition.with(py, Option::take);
-            let watchers = std::mem::take(&mut *lock(&watch.watchers));
+            let watchers = watch.watchers.with(py, std::mem::take);
             if let Some(waiters) = watch.waiters.get() {
                 let waiters = waiters.bind(py);
                 waiters.del_slice(0, waiters.len())?;
@@ -455,15 +454,10 @@ impl Future {
     fn call_when_asked(slf: &Bound<'_, Self>, r#fn: Py<PyAny>) {
         let future = slf.get();
         remember(slf);
-        {
-            let mut watchers = lock(&future.watch().watchers);
-            if !future.task.watch() {
-                return;
-            }
-            // Whoever asks takes the lock after asking, so one of the two sees the other.
-            watchers.asked = Some(r#fn);
-        }
-        if future.task.is_asked_to_end() {
+        let mut asked = Some(r#fn);
+        let swap = |it: &mut Watchers| std::mem::swap(&mut it.asked, &mut asked);
+        // Whoever asks takes it after asking, so one of the two sees the other.
+        if future.add_watcher(slf.py(), swap) && future.task.is_asked_to_end() {
             future.ask_to_end(slf);
         }
     }
@@ -580,21 +574,19 @@ impl Future {
             let condition = watch.condition.visit(&visit, |it| visit.call(it.as_ref()));
             condition.unwrap_or(Ok(()))?;
             visit.call(watch.waiters.get())?;
-            if let Ok(watchers) = watch.watchers.try_lock() {
-                for callback in watchers.callbacks.iter().chain(&watchers.asked) {
-                    visit.call(callback)?;
-                }
-            }
+            let callbacks = watch.watchers.visit(&visit, |watchers| {
+                let mut all = watchers.callbacks.iter().chain(&watchers.asked);
+                all.try_for_each(|it| visit.call(it))
+            });
+            callbacks.unwrap_or(Ok(()))?;
         }
         Ok(())
     }
 
     fn __clear__(&self, py: Python<'_>) {
         let outcome = self.outcome.with(py, std::mem::take);
-        let watchers = self
-            .watch
-            .get()
-            .map(|it| std::mem::take(&mut *lock(&it.watchers)));
+        let watch = self.watch.get();
+        let watchers = watch.map(|it| it.watchers.with(py, std::mem::take));
         drop((outcome, watchers));
     }
 }

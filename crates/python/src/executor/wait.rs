@@ -169,14 +169,14 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
         return Ok(true);
     }
     let parker = Arc::new(Parker::default());
-    if !future.call_at_end(&parker) {
+    if !future.call_at_end(py, &parker) {
         return Ok(true);
     }
     let mut longest = FIRST_NAP.or(is_first_thread().then_some(NAP));
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            future.leave(&parker);
+            future.leave(py, &parker);
             return Ok(task.is_over());
         }
         let nap = match (left, longest) {
@@ -192,7 +192,7 @@ pub(super) fn park(py: Python<'_>, future: &Future, seconds: Option<f64>) -> PyR
             py.eval(c"None", None, None)?;
         }
         if let Err(signal) = py.check_signals() {
-            future.leave(&parker);
+            future.leave(py, &parker);
             return Err(signal);
         }
     }
