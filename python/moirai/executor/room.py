@@ -16,6 +16,9 @@ __all__ = ["Room", "WhenFull", "check_limit", "check_when_full"]
 
 WhenFull = Literal["block", "raise", "caller_runs"]
 
+_NAP_SECONDS = 1.0
+"""A signal that comes just as a thread goes to sleep is heard after so long at most."""
+
 
 def check_limit(max_pending: object, when_full: object, *, has_initializer: bool) -> None:
     """Refuse what no executor can be made with.
@@ -149,7 +152,5 @@ class Room:
             first.is_told.set()
 
 
-def _seconds_until(deadline: float) -> float | None:
-    if deadline == math.inf:
-        return None
-    return min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+def _seconds_until(deadline: float) -> float:
+    return min(max(deadline - time.monotonic(), 0.0), _NAP_SECONDS)
