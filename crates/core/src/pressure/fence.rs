@@ -5,7 +5,9 @@
 //! touched. The fence is therefore relative: at each sample the limit is what is mapped now and what
 //! may still be touched. What was mapped and not touched yet is taken off for a while, since it is
 //! probably about to be; what stays untouched (stacks, sparse arrays) is forgotten with a half-life
-//! of half a second. Processes that share a limit find each other by a file, in which each locks a
+//! of half a second. What was touched and given back while it stays mapped, as by trimming a heap, is
+//! likely to be touched again by the next requests, which map nothing: it is taken off for longer,
+//! with a half-life of ten seconds. Processes that share a limit find each other by a file, in which each locks a
 //! byte; each gets an equal share of the room.
 
 use super::source::Sample;
@@ -26,6 +28,7 @@ const DOOR: u64 = LEADER + 1;
 const DOOR_TRIES: usize = 50;
 const COUNT_NANOSECONDS: u64 = 20_000_000;
 const HALF_LIFE_SECONDS: f64 = 0.5;
+const RELEASED_HALF_LIFE_SECONDS: f64 = 10.0;
 /// The limit is not moved for less.
 const STEP_BYTES: u64 = 64 * 1024;
 
@@ -165,27 +168,60 @@ fn room(sample: &Sample, margin: u64, sharers: u64, pending: u64) -> u64 {
     left.saturating_sub(pending)
 }
 
-/// What is mapped and was not touched within about a second.
+/// What is mapped and not touched, or not any more.
 #[derive(Default)]
 struct Untouched {
-    settled: Option<f64>,
+    last: Option<Seen>,
+    /// Of what was never touched: what was mapped longer ago.
+    settled: f64,
+    /// What was touched, and given back.
+    released: f64,
+}
+
+/// What the sample before said.
+struct Seen {
     time_nanoseconds: u64,
+    anonymous: u64,
+    gap: f64,
 }
 
 impl Untouched {
-    /// Bytes mapped of late and not touched yet.
+    /// Bytes that are probably about to be touched.
     fn pending(&mut self, sample: &Sample) -> u64 {
         let gap = sample.data.saturating_sub(sample.anonymous) as f64;
-        let settled = self.settled.unwrap_or(gap);
+        let seen = Seen {
+            time_nanoseconds: sample.time_nanoseconds,
+            anonymous: sample.anonymous,
+            gap,
+        };
+        let Some(last) = self.last.replace(seen) else {
+            self.settled = gap;
+            return 0;
+        };
         let elapsed = sample
             .time_nanoseconds
-            .saturating_sub(self.time_nanoseconds);
-        self.time_nanoseconds = sample.time_nanoseconds;
-        let kept = 0.5f64.powf(elapsed as f64 / 1e9 / HALF_LIFE_SECONDS);
-        let settled = gap.min(gap - (gap - settled) * kept);
-        self.settled = Some(settled);
-        (gap - settled) as u64
+            .saturating_sub(last.time_nanoseconds) as f64
+            / 1e9;
+        self.released *= decay(elapsed, RELEASED_HALF_LIFE_SECONDS);
+        let grown = gap - last.gap;
+        if grown > 0.0 {
+            // What is not there any more, and was not unmapped.
+            let fell = last.anonymous.saturating_sub(sample.anonymous) as f64;
+            self.released += grown.min(fell);
+        } else {
+            self.released = (self.released + grown).max(0.0);
+        }
+        self.released = self.released.min(gap);
+        let never = gap - self.released;
+        let recent = (never - self.settled) * decay(elapsed, HALF_LIFE_SECONDS);
+        self.settled = never.min(never - recent);
+        (gap - self.settled) as u64
     }
+}
+
+/// What is left of something after a while.
+fn decay(elapsed_seconds: f64, half_life_seconds: f64) -> f64 {
+    0.5f64.powf(elapsed_seconds / half_life_seconds)
 }
 
 /// The file by which processes that share a limit find each other.
@@ -315,6 +351,28 @@ mod tests {
         assert_eq!(pending, 1000);
         assert_eq!(untouched.pending(&sample(10.5, 2000, 400, 0)), 500);
         assert_eq!(untouched.pending(&sample(10.5, 2000, 1400, 0)), 0);
+    }
+
+    #[test]
+    fn what_was_touched_and_given_back_is_pending_for_longer() {
+        let mut untouched = Untouched::default();
+        assert_eq!(untouched.pending(&sample(10.0, 9000, 8000, 0)), 0);
+        assert_eq!(untouched.pending(&sample(10.0, 9000, 4000, 0)), 4000);
+        // Half of it is touched again.
+        assert_eq!(untouched.pending(&sample(10.0, 9000, 6000, 0)), 2000);
+        // All of it is, and something is mapped besides.
+        assert_eq!(untouched.pending(&sample(10.0, 9500, 8000, 0)), 500);
+        // What is unmapped is gone.
+        assert_eq!(untouched.pending(&sample(10.0, 9000, 8000, 0)), 0);
+        assert_eq!(untouched.pending(&sample(10.0, 9000, 7000, 0)), 1000);
+        assert_eq!(untouched.pending(&sample(10.0, 8000, 7000, 0)), 0);
+        assert_eq!(untouched.pending(&sample(10.0, 7000, 6000, 0)), 0);
+        // Time halves it, slowly.
+        assert_eq!(untouched.pending(&sample(20.0, 7000, 2000, 0)), 4000);
+        let later = untouched.pending(&sample(21.0, 7000, 2000, 0));
+        assert!((3732..4000).contains(&later), "{later}");
+        let later = untouched.pending(&sample(81.0, 7000, 2000, 0));
+        assert!(later < 80, "{later}");
     }
 
     #[test]
