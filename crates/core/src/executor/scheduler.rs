@@ -40,6 +40,7 @@ pub struct Scheduler<T: 'static> {
 
 /// What follows from queueing a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a worker that is to be started counts as one who looks for work"]
 pub enum Queued {
     /// Nothing.
     Done,

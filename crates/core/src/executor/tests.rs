@@ -1,3 +1,5 @@
+#![expect(unused_must_use, reason = "most tests enter the workers themselves")]
+
 use super::task::{Cancel, Stage, Task};
 use super::{Priority, Queued, Rest, Scheduler};
 use crate::sync::{AtomicUsize, Ordering};
@@ -291,7 +293,8 @@ fn every_task_is_run_once() {
             let scheduler = Arc::clone(&scheduler);
             let ran = Arc::clone(&ran);
             std::thread::spawn(move || {
-                let worker = scheduler.enter(who, 0).unwrap();
+                let start = scheduler.next_start(who);
+                let worker = scheduler.enter(who, start).unwrap();
                 let mut seen = HashSet::new();
                 loop {
                     if worker.take_seat() {
@@ -299,7 +302,9 @@ fn every_task_is_run_once() {
                             assert!(seen.insert(task));
                             ran.fetch_add(1, Ordering::Relaxed);
                             if task % 2 == 0 {
-                                worker.push(task + 1);
+                                if let Queued::Start(other) = worker.push(task + 1) {
+                                    scheduler.not_started(other);
+                                }
                             }
                         }
                         worker.leave_seat();
