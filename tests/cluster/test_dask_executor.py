@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from held import WAIT_SECONDS, hold
+from held import WAIT_SECONDS, executor_of_one_worker, hold
 from running import in_forked_child
 
 from moirai import errors
@@ -170,13 +170,8 @@ def test_call_that_kills_its_workers_fails_and_says_so(client):
 
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0",
-            silence_logs=50,
-        ) as cluster,
-        distributed.Client(cluster) as own,
-        DistributedExecutor(own) as executor,
-    ):  # fmt: skip
+        executor_of_one_worker() as (_, executor),
+    ):
         with pytest.raises(errors.WorkerFailed, match="workers that had this call died"):
             executor.submit(kill_self).result(WAIT_SECONDS)
         assert executor.submit(abs, -1).result(WAIT_SECONDS) == 1

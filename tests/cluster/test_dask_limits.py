@@ -10,7 +10,7 @@ import time
 import weakref
 
 import pytest
-from held import WAIT_SECONDS, hold
+from held import WAIT_SECONDS, executor_of_one_worker, hold
 from running import in_forked_child, wait_until
 
 from moirai import errors
@@ -181,14 +181,7 @@ def die_once(begun, path):
 
 def test_time_starts_anew_when_a_worker_dies(gate, tmp_path):
     begun = tmp_path / "begun"
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0",
-            silence_logs=50,
-        ) as cluster,
-        distributed.Client(cluster) as own,
-        DistributedExecutor(own) as executor,
-    ):  # fmt: skip
+    with executor_of_one_worker() as (_, executor):
         future = executor.submit(die_once, begun, str(gate), timeout_seconds=1)
         wait_until(lambda: future.watch.worker is not None)
         gate.touch()

@@ -12,7 +12,7 @@ import time
 import weakref
 
 import pytest
-from held import WAIT_SECONDS, hold
+from held import WAIT_SECONDS, executor_of_one_worker, hold
 
 from moirai import errors
 
@@ -228,14 +228,7 @@ def test_failure_may_be_no_exception(executor, function, error):
 
 @pytest.mark.usefixtures("unasked")
 def test_result_whose_worker_died_is_made_again():
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0",
-            silence_logs=50,
-        ) as cluster,
-        distributed.Client(cluster) as own,
-        DistributedExecutor(own) as executor,
-    ):  # fmt: skip
+    with executor_of_one_worker() as (own, executor):
         future = executor.submit(os.getpid)
         until(lambda: future.has_arrived)
         (process_id,) = own.run(os.getpid).values()
