@@ -16,6 +16,7 @@ __all__ = [
     "check_instance",
     "check_int",
     "check_number",
+    "check_seconds",
     "check_timeout",
     "path_text",
     "wrong_type",
@@ -97,6 +98,18 @@ def check_timeout(name: str, value: Any) -> None:
     check_number(name, value, or_none=True)
     if not value <= _LONGEST_SECONDS:
         raise InvalidArgument(f"{name}: must be None or a number up to 1e9, got {value}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Refuse what is neither None nor seconds from 0 to 1e9.
+
+    Raises:
+        WrongType: It is no number.
+        InvalidArgument: It is outside that range.
+    """
+    check_number(name, value, or_none=True)
+    if value is not None and not 0 <= value <= _LONGEST_SECONDS:
+        raise InvalidArgument(f"{name}: must be None or a number from 0 to 1e9, got {value}")
 
 
 def path_text(name: str, value: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
-from moirai._arguments import check_instance, check_int, check_number, wrong_type
+from moirai._arguments import check_instance, check_int, check_seconds, wrong_type
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
@@ -46,8 +46,6 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int]
 
 _MOST_WORKERS = 60
 """As many processes, and some more, can have blocks of one shared resource at once."""
-
-_LONGEST_SECONDS = 1e9
 
 _MOST_MEMORY_BYTES = 1 << 39
 """What a shared resource can have at most."""
@@ -112,6 +110,7 @@ class ProcessExecutor(BaseExecutor):
         machine = Topology.read() if topology is None else topology
         worker_count = checked_worker_count(max_workers, machine, _MOST_WORKERS)
         _check_tasks_per_child(max_tasks_per_child)
+        check_seconds("kill_after_seconds", kill_after_seconds)
         check_limit(max_pending, when_full, has_initializer=initializer is not None)
         settings = Settings(
             seats_of(machine, worker_count, affinity),
@@ -127,7 +126,7 @@ class ProcessExecutor(BaseExecutor):
             ),
             max_pending,
             when_full,
-            _checked_patience(kill_after_seconds),
+            kill_after_seconds,
         )
         self._pool = pool = ProcessPool(settings)
         # One that is dropped ends its workers, once they have run what is queued.
@@ -416,15 +415,6 @@ def _check_tasks_per_child(count: int | None) -> None:
     check_int("max_tasks_per_child", count, or_none=True)
     if count is not None and count < 1:
         raise InvalidArgument(f"max_tasks_per_child: must be at least 1, got {count}")
-
-
-def _checked_patience(seconds: float | None) -> float | None:
-    check_number("kill_after_seconds", seconds, or_none=True)
-    if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
-        raise InvalidArgument(
-            f"kill_after_seconds: must be None or a number from 0 to 1e9, got {seconds}"
-        )
-    return seconds
 
 
 def _checked_memory(size: int | str) -> int:

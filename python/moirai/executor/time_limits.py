@@ -6,12 +6,10 @@ import math
 import time
 from typing import NamedTuple
 
-from moirai._arguments import check_number
+from moirai._arguments import check_number, check_seconds
 from moirai.errors import InvalidArgument, Timeout
 
 __all__ = ["TimeLimits", "late", "not_begun", "time_limits"]
-
-_LONGEST_SECONDS = 1e9
 
 
 class TimeLimits(NamedTuple):
@@ -44,14 +42,10 @@ def time_limits(timeout_seconds: float | None, deadline: float | None) -> TimeLi
     """
     if timeout_seconds is None and deadline is None:
         return None
-    check_number("timeout_seconds", timeout_seconds, or_none=True)
+    check_seconds("timeout_seconds", timeout_seconds)
     check_number("deadline", deadline, or_none=True)
     if timeout_seconds is None:
         timeout_seconds = math.inf
-    elif not 0 <= timeout_seconds <= _LONGEST_SECONDS:
-        raise InvalidArgument(
-            f"timeout_seconds: must be None or a number from 0 to 1e9, got {timeout_seconds}"
-        )
     if deadline is None:
         deadline = math.inf
     elif math.isnan(deadline):
