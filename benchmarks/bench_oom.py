@@ -1,7 +1,7 @@
 """Do programs that would be killed at their memory limit live, and finish, when they are guarded?
 
-Ten programs (`oom_scenarios.py`), each in a process of its own under a limit: without a guard, with
-one that goes by the level, with one that also goes by forecasts (one second of these programs
+Eleven programs (`oom_scenarios.py`), each in a process of its own under a limit: without a guard,
+with one that goes by the level, with one that also goes by forecasts (one second of these programs
 stands for ten), and with the fence as well. The unguarded program is also run with twice the limit.
 Where a limited control group can be made (version 1 below the own group, which needs root), the
 kernel kills. Elsewhere a stand-in does, which looks at the resident set every 2 ms, and the guard

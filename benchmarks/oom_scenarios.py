@@ -242,6 +242,45 @@ def heap_retention(program: Program) -> None:
     assert len(few) > 0
 
 
+def refilled_heap(program: Program) -> None:
+    """A heap that was large and was given back is filled again, when a cache is in its place."""
+    cache: list[Any] = []
+    lock = threading.Lock()
+    record, size = 3000, MIB // 4
+    batch = MIB // record
+
+    def shrink(wanted: int) -> int:
+        with lock:
+            count = min(len(cache), wanted // size + 1)
+            del cache[:count]
+        return count * size
+
+    def gentler(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except MemoryError:
+            shrink(program.limit // 4)
+            program.breathe()
+            return make()
+
+    program.register("cache", shrink, size=lambda: len(cache) * size)
+    filled = program.limit // (2 * MIB)
+    cached = 4 * program.limit // (5 * size)
+    records: list[list[bytes]] = []
+    few: list[bytes] = []
+    for number in steps(program, 2 * filled + cached):
+        if number == filled:
+            few = [each[0] for each in records]  # These keep libc from unmapping the heap.
+            records.clear()
+        if filled <= number < filled + cached:
+            value = gentler(lambda: block(program, size))
+            with lock:
+                cache.append(value)
+        else:
+            records.append(gentler(lambda: [bytes(record) for _ in range(batch)]))
+    assert len(few) > 0
+
+
 def results_with_spill(program: Program) -> None:
     results: list[Any] = []
     lock = threading.Lock()
@@ -328,6 +367,7 @@ SCENARIOS = {
         load_ramp,
         cyclic_garbage,
         heap_retention,
+        refilled_heap,
         results_with_spill,
         pure_leak,
         huge_array,
