@@ -114,7 +114,8 @@ class Guard:
         """Prepare a guard.
 
         Args:
-            source: Where samples come from; default: a `Sampler` of this process.
+            source: Where samples come from; default: a `Sampler` of this process. A sampler is
+                started and stopped with the guard: give each guard its own.
             forecaster: Something with `observe` and `forecast`; default: a `Forecaster`, loaded
                 when a quarter of the limit is used; None: respond to the level alone.
             thresholds: Where the stages begin.
