@@ -227,9 +227,9 @@ def _record_some(folder: Path, jobs: Sequence[tuple[str, int]], seconds: float) 
 
 def _look(process: subprocess.Popen[bytes], now: float, lines: list[str]) -> bool:
     """Note what a process has; False once it has ended, or was killed for exceeding the limit."""
-    if process.poll() is not None:
-        return False
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    if pages == 0:  # It has ended, and nobody waited for it yet.
+        return False
     lines.append(f"{now:.3f},{pages * PAGE_BYTES},{LIMIT_BYTES}")
     if pages * PAGE_BYTES > LIMIT_BYTES:
         process.kill()

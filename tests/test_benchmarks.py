@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,12 @@ def test_a_fresh_run_is_recorded_until_its_end_or_its_limit(tmp_path, monkeypatc
     assert lines[1].startswith("0.000,")
     used = [int(line.split(",")[1]) for line in lines[1:]]
     assert max(used[:-1], default=0) <= 40 << 20 < used[-1]
+
+
+def test_nothing_is_recorded_of_a_program_that_has_ended():
+    programs = importlib.import_module("pressure_programs")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        lines: list[str] = []
+        assert not programs._look(process, 0.0, lines)
+        assert lines == []
