@@ -518,6 +518,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 # A list of numbers as `json` indents it, one to a line.
 SAMPLES = re.compile(r"\[\n\s*(-?\d[^\]\[\"{}]*)\]")
 
@@ -547,10 +551,19 @@ def publish(report: Report, arguments: argparse.Namespace) -> None:
         print()
         print("\n".join(str(goal) for goal in report.goals))
     if arguments.write_docs:
-        parts = [f"Measured on: {machine_line(about)}.", report.markdown]
-        if report.goals:
-            parts.append(goals_markdown(report.goals))
-        write_section(DOCS, report.name, "\n\n".join(parts))
+        write_section(DOCS, report.name, section(document))
+
+
+def section(document: Mapping[str, Any]) -> str:
+    """What the docs page shows of a JSON document that `Report.as_dict` made."""
+    parts = [f"Measured on: {machine_line(document['machine'])}.", document["markdown"]]
+    goals = [
+        Goal(goal["text"], _number(goal["measured"]), _number(goal["limit"]))
+        for goal in document["goals"]
+    ]
+    if goals:
+        parts.append(goals_markdown(goals))
+    return "\n\n".join(parts)
 
 
 def progress(text: str) -> None:

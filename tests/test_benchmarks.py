@@ -129,6 +129,30 @@ def test_docs_have_a_section_for_each_benchmark():
         assert f"<!-- {name}:end -->" in text
 
 
+def shown(page, name):
+    _, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")
+    return rest.partition(f"<!-- {name}:end -->")[0].strip()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_docs_show_what_was_measured(harness, name):
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert shown(harness.DOCS, name) == harness.section(document).strip()
+
+
+def test_readme_shows_what_was_measured(harness):
+    document = json.loads((harness.RESULTS / "bench_programs.json").read_text(encoding="utf-8"))
+    table = shown(ROOT / "README.md", "bench_programs")
+    assert document["digest"].strip() in table
+    assert harness.machine_line(document["machine"]) in table
+
+
+def test_a_missing_number_stays_a_miss_in_the_docs(harness):
+    report = harness.Report("x", "?", {}, {}, "table", [harness.Goal("ratio", math.nan, 1.0)])
+    section = harness.section(json.loads(json.dumps(report.as_dict(harness.machine()))))
+    assert section.splitlines()[-1].split("|")[2:5] == ["      nan ", "     1 ", " **missed** "]
+
+
 def test_machine_names_no_path_and_no_host(harness):
     import platform
 
