@@ -44,8 +44,10 @@ demo: $(BUILT) ## run and compare real programs; DEMO_RUNS=3
 
 build: $(BUILT) ## create .venv and build the package into it, optimised
 
-wheel: $(BUILT) ## a wheel under dist, the preloadable library in it
-	$(PY) -m maturin build --release --out dist
+# maturin warns that pip will not use it: pip does, through scripts/build_backend.py.
+wheel: $(BUILT) ## a wheel and a source archive under dist
+	$(PY) -m maturin build --release --quiet --out dist
+	$(PY) -m maturin sdist --out dist
 
 test: $(BUILT) ## all tests: the core's, then Python's
 	cargo test -p moirai-core
@@ -116,8 +118,7 @@ $(DEPENDENCIES): pyproject.toml | $(PY)
 
 # Python sources take effect as they are edited; only Rust needs building.
 $(BUILT): $(DEPENDENCIES) $(RUST_SOURCES)
-	cargo build --quiet --release -p moirai-preload
-	install -D target/release/libmoirai_malloc.so python/moirai/_preload/libmoirai_malloc.so.1
+	$(PY) scripts/build_backend.py
 	$(PY) -m maturin develop --release --quiet
 	@$(PY) -m compileall -q python
 	@touch $@

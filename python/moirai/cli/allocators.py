@@ -27,7 +27,7 @@ _HOW_TO_GET = {
     "jemalloc": "install Debian's libjemalloc2 (Fedora: jemalloc)",
     "mimalloc": "pip install cmeel-mimalloc, or install Debian's libmimalloc2.0",
     "tcmalloc": "install Debian's libtcmalloc-minimal4 (Fedora: gperftools-libs)",
-    "moirai": "it comes in Moirai's wheel; in a source tree, `make build` makes it",
+    "moirai": "pip builds it with Moirai; in a source tree, `make build` makes it",
 }
 
 # glibc maps blocks from mmap_threshold on one by one and unmaps them when freed, and trims the heap
