@@ -441,13 +441,19 @@ def _latency_table(title: str, samples: Samples, labels: Mapping[str, str]) -> s
     return f"{title}\n\n{harness.markdown_table(['', *shares], rows)}"
 
 
+def _labels() -> dict[str, str]:
+    return {
+        **{name: subject.label for name, subject in SUBJECTS.items()},
+        HELPING: "Moirai, who waits runs it",
+        TO_THREAD: "asyncio.to_thread",
+        ASYNC_PEER: "hypertile, one batch",
+        "moirai-batch": "Moirai, submit_many in a task",
+    }
+
+
 def render(results: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
-    labels = {name: subject.label for name, subject in SUBJECTS.items()}
-    labels[HELPING] = "Moirai, who waits runs it"
-    labels[TO_THREAD] = "asyncio.to_thread"
-    labels[ASYNC_PEER] = "hypertile, one batch"
-    labels["moirai-batch"] = "Moirai, submit_many in a task"
+    labels = _labels()
     urgent_labels = {name: name for name in results["urgent"] if "left" not in name}
     speed = "(how many times faster than ThreadPoolExecutor)"
     tables = [
@@ -480,6 +486,36 @@ def render(results: Mapping[str, Any]) -> str:
     left = results["urgent"]["background tasks left"][0]
     tables.append(f"{left:.0f} background tasks still waited when the last urgent one was done.")
     return "\n\n".join(tables)
+
+
+def digest(results: Mapping[str, Any]) -> str:
+    """One table: ours beside `ThreadPoolExecutor` and the fastest peer."""
+    labels = _labels()
+    usual = labels[BASELINE]
+    rows = {
+        "submit and gather": ("gathered", MOIRAI),
+        "map, a task each": ("mapped one by one", MOIRAI),
+        "one call and its result": ("waited", MOIRAI),
+        "from asyncio": ("bridged", MOIRAI),
+        "from asyncio, in a batch": ("bridged", "moirai-batch"),
+        "compressing blocks": ("compressed", MOIRAI),
+    }
+    return harness.digest(
+        [
+            harness.Comparison(
+                title,
+                {
+                    labels[name]: samples
+                    for name, samples in results[key].items()
+                    if ours != MOIRAI or name != ASYNC_PEER  # It takes all calls at once.
+                },
+                usual,
+                labels[ours],
+            )
+            for title, (key, ours) in rows.items()
+        ],
+        f"time of a call over `{usual}`'s",
+    )
 
 
 def goals(results: Mapping[str, Any]) -> list[Goal]:
@@ -558,7 +594,9 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
         "quick": quick,
         "labels": {name: subject.label for name, subject in subjects.items()},
     }
-    return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
+    return harness.Report(
+        NAME, QUESTION, parameters, results, render(results), goals(results), digest(results)
+    )
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     markdown = "\n\n".join(
         render(each) for each in (results["table"], results["many"]) if each is not None
     )
-    return harness.Report(NAME, QUESTION, parameters, results, markdown, goals(results))
+    reached = goals(results)
+    return harness.Report(NAME, QUESTION, parameters, results, markdown, reached, digest(results))
 
 
 def deadly_runs(runs: Runs) -> dict[str, list[dict[str, Any]]]:
@@ -232,6 +233,23 @@ def render(measured: dict[str, Any]) -> str:
         f"a limit of {harness.size_label(measured['limit_bytes'])}; commit {measured['commit']}, "
         f"{measured['date']}. {killer}\n\n" + harness.markdown_table(["", *labels], rows)
     )
+
+
+def digest(results: dict[str, Any]) -> str:
+    """One table: what became of all runs that die unguarded, by how they were guarded."""
+    rows = []
+    for column, label in LABELS.items():
+        for measured in (results["many"], results["table"]):
+            if measured is None or not _has_unguarded(measured):
+                continue
+            runs = deadly_runs(measured["runs"]).get(column)
+            if runs:
+                rows.append([f"{label}, {len(runs)} runs", *cell(runs).split(" / ")])
+                break
+    if not rows:
+        return ""
+    header = ["Programs at their memory limit", "finish", "leave by themselves", "are killed"]
+    return harness.markdown_table(header, rows)
 
 
 def slowdowns(runs: Runs, column: str) -> list[float]:

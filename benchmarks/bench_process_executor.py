@@ -302,6 +302,31 @@ def render(results: Mapping[str, Any], size_label: str) -> str:
     )
 
 
+def digest(results: Mapping[str, Any], size_label: str) -> str:
+    """One table: ours beside `ProcessPoolExecutor` and the fastest peer."""
+    titles = {
+        "submit and gather": "submit and gather",
+        "map": "map",
+        "latency": "one call and its result",
+        "in": f"an array of {size_label} as argument",
+        "out": f"an array of {size_label} as result",
+        "in and out": "an array as both",
+    }
+    usual = SUBJECTS[BASELINE].label
+    return harness.digest(
+        [
+            harness.Comparison(
+                title,
+                {subject.label: results[way].get(name, []) for name, subject in SUBJECTS.items()},
+                usual,
+                SUBJECTS[MOIRAI].label,
+            )
+            for way, title in titles.items()
+        ],
+        f"time of a call over `{usual}`'s",
+    )
+
+
 def goals(results: Mapping[str, Any]) -> list[Goal]:
     """The project's goals; empty without a Moirai row."""
     found = []
@@ -374,7 +399,13 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     }
     label = harness.size_label(size_bytes)
     return harness.Report(
-        NAME, QUESTION, parameters, results, render(results, label), goals(results)
+        NAME,
+        QUESTION,
+        parameters,
+        results,
+        render(results, label),
+        goals(results),
+        digest(results, label),
     )
 
 

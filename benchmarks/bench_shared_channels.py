@@ -379,6 +379,36 @@ def render(results: Mapping[str, Any]) -> str:
     )
 
 
+def digest(results: Mapping[str, Any]) -> str:
+    """One table: ours beside `multiprocessing.Queue` and the fastest peer."""
+    one_way, usual = results["one_way"], peers.Queue.label
+    batched = {"mp-queue": one_way["64"].get("mp-queue", []), **results["batched"]}
+    arrays = results["arrays"][str(MIB)]
+    rows = [
+        ("64 B, one at a time", ONE_WAY, one_way["64"], ours.Moirai),
+        ("64 B, in batches of 256", {"mp-queue": peers.Queue, **BATCHED}, batched,
+         ours.MoiraiBatches),
+        ("64 B, there and back", THERE_AND_BACK, results["there_and_back"], ours.Moirai),
+        ("a small dict", OBJECTS, results["small_dict"], ours.MoiraiObjects),
+        ("a small dict, through `processes.Queue`", OBJECTS, results["small_dict"],
+         ours.MoiraiQueue),
+        ("an array of 1 MiB, pickled", OBJECTS, results["array"], ours.MoiraiObjects),
+        ("an array of 1 MiB, handed over", ARRAYS, arrays, ours.MoiraiLent),
+    ]  # fmt: skip
+    return harness.digest(
+        [
+            harness.Comparison(
+                title,
+                {kind.label: samples.get(name, []) for name, kind in subjects.items()},
+                peers.QueueOfArrays.label if subjects is ARRAYS else usual,
+                kind_of_ours.label,
+            )
+            for title, subjects, samples, kind_of_ours in rows
+        ],
+        f"time of a message over `{usual}`'s",
+    )
+
+
 def goals(results: Mapping[str, Any]) -> list[Goal]:
     """The project's goals."""
     columns = {int(size): column for size, column in results["one_way"].items()}
@@ -500,7 +530,9 @@ def measure(arguments: argparse.Namespace) -> harness.Report:
     results["told_ms"] = [told_after() for _ in range(2 if arguments.quick else 20)]
     unpinned()
     parameters = {"rounds": rounds, "sizes": SIZES, "batch": BATCH, "quick": arguments.quick}
-    return harness.Report(NAME, QUESTION, parameters, results, render(results), goals(results))
+    return harness.Report(
+        NAME, QUESTION, parameters, results, render(results), goals(results), digest(results)
+    )
 
 
 if __name__ == "__main__":

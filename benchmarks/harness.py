@@ -319,6 +319,37 @@ def best_peer(values: Mapping[str, float]) -> tuple[str, float]:
     return name, peers[name]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One row of a digest: what was timed, and the times of each subject, by its label."""
+
+    title: str
+    samples: Mapping[str, Sequence[float]]
+    usual: str
+    ours: str
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:#.2g}"
+
+
+def digest(comparisons: Iterable[Comparison], over: str) -> str:
+    """One table for the README: our time and the fastest peer's over that of the usual tool."""
+    rows = []
+    for each in comparisons:
+        times = {label: median(samples) for label, samples in each.samples.items() if samples}
+        if not {each.usual, each.ours} <= times.keys():
+            continue
+        peers = {label: time for label, time in times.items() if "Moirai" not in label}
+        peer, theirs = best_peer(peers)
+        usual = times[each.usual]
+        ratios = f"**{_ratio(times[each.ours] / usual)}** / {_ratio(theirs / usual)}"
+        rows.append([each.title, peer, ratios])
+    if not rows:
+        return ""
+    return markdown_table(["**Moirai** / fastest peer", "the fastest peer", over], rows)
+
+
 # --- goals --------------------------------------------------------------------------------------
 
 
@@ -476,6 +507,14 @@ def machine_line(about: Mapping[str, Any]) -> str:
         f"{about['processor']}, {about['core_count']} cores, {about['memory']}; "
         f"Linux {about['kernel']}, huge pages {about['huge_pages']}, {about['libc']}; "
         f"CPython {about['python']}, {packages}; commit {about['commit']}, {about['date']}"
+    )
+
+
+def short_machine_line(about: Mapping[str, Any]) -> str:
+    """The same without the packages, which the docs page names."""
+    return (
+        f"{about['processor']}, {about['core_count']} cores; Linux {about['kernel']}, "
+        f"{about['libc']}; CPython {about['python']}; commit {about['commit']}, {about['date']}"
     )
 
 

@@ -24,7 +24,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def digest(document: dict[str, Any]) -> str:
-    measured_on = f"Measured on: {harness.machine_line(document['machine'])}."
+    measured_on = f"Measured on: {harness.short_machine_line(document['machine'])}."
     return f"{document.get('digest') or document['markdown']}\n\n{measured_on}"
 
 

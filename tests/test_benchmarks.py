@@ -140,11 +140,38 @@ def test_docs_show_what_was_measured(harness, name):
     assert shown(harness.DOCS, name) == harness.section(document).strip()
 
 
-def test_readme_shows_what_was_measured(harness):
-    document = json.loads((harness.RESULTS / "bench_programs.json").read_text(encoding="utf-8"))
-    table = shown(ROOT / "README.md", "bench_programs")
+README_SECTIONS = ["bench_programs", "bench_shared_channels", "bench_executor",
+                   "bench_process_executor", "bench_oom"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", README_SECTIONS)
+def test_readme_shows_what_was_measured(harness, name):
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    table = shown(ROOT / "README.md", name)
     assert document["digest"].strip() in table
-    assert harness.machine_line(document["machine"]) in table
+    assert harness.short_machine_line(document["machine"]) in table
+
+
+@pytest.mark.parametrize("name", README_SECTIONS[1:])
+def test_a_digest_says_what_the_results_say(harness, name):
+    document = json.loads((harness.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    script = importlib.import_module(name)
+    size = [harness.size_label(document["parameters"]["size_bytes"])] if "process" in name else []
+    assert script.digest(document["results"], *size) == document["digest"]
+
+
+def test_a_digest_has_ours_beside_the_fastest_peer(harness):
+    samples = {"usual": [4.0, 2.0, 3.0], "quick": [1.5], "Moirai": [6.0], "Moirai, other": [0.1]}
+    one = harness.Comparison("a call", samples, "usual", "Moirai")
+    without_us = harness.Comparison("none", {"usual": [1.0]}, "usual", "Moirai")
+    table = harness.digest([one, without_us], "over usual's").splitlines()
+    assert [cell.strip() for cell in table[-1].split("|")[1:4]] == [
+        "a call",
+        "quick",
+        "**2.00** / 0.50",
+    ]
+    assert len(table) == 3
+    assert harness.digest([without_us], "over usual's") == ""
 
 
 def test_a_missing_number_stays_a_miss_in_the_docs(harness):
