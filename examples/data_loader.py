@@ -2,9 +2,10 @@
 
 Workers take numbers of batches, cut and flip patches of photographs, and hand each batch to the
 program: the shape of PyTorch's DataLoader with `num_workers`. The loader is written once, for
-whatever module its queues come from: multiprocessing, or `moirai.channels.processes`, which takes a
-batch through shared memory without a copy. With PyTorch installed, batches become tensors (without
-a copy); without it, they stay arrays. The photographs come inside the wheel of scikit-image.
+whatever module its queues come from: multiprocessing, or `moirai.channels.processes`, which copies
+a batch once, into shared memory, where the program has it. With PyTorch installed, batches become
+tensors (without a copy); without it, they stay arrays. The photographs come inside the wheel of
+scikit-image.
 
     python examples/data_loader.py --batches 200
 """
