@@ -311,6 +311,33 @@ def test_resource_is_installed_for_all_threads(tmp_path: Path) -> None:
     assert execute([*QUIET, "-c", code], cwd=tmp_path).stdout == b"True\nTrue\n"
 
 
+@pytest.mark.parametrize("order", ["import numpy, moirai.memory", "import moirai.memory"])
+def test_program_may_install_a_resource_of_its_own(order: str, tmp_path: Path) -> None:
+    code = (
+        f"{order}\nfrom moirai import memory\n"
+        "slab = memory.install(memory.SlabResource())\n"
+        "import numpy as np\n"
+        "assert memory.handler_of(np.ones(100)) is memory.installed() is slab\n"
+        "try:\n    memory.install()\nexcept ValueError as error:\n    print(error)"
+    )
+    plain, ours = (execute([*start, "-c", code], cwd=tmp_path) for start in (PYTHON, RUN))
+    assert (ours.returncode, ours.stdout) == (0, plain.stdout)
+    assert b"SlabResource is installed already" in ours.stdout
+    assert b"The program installed a resource of its own (SlabResource)" in ours.stderr
+
+
+def test_program_may_use_a_resource_before_it_imports_numpy(tmp_path: Path) -> None:
+    code = (
+        "from moirai import memory\npool = memory.PoolResource()\n"
+        "with memory.use(pool):\n"
+        "    import numpy as np\n"
+        "    assert memory.handler_of(np.ones(100)) is pool\n"
+        "assert memory.handler_of(np.ones(100)) is memory.installed() is not pool"
+    )
+    result = execute([*QUIET, "-c", code], cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_limit_raises_memory_error_in_the_program(tmp_path: Path) -> None:
     code = "import numpy as np\nnp.ones(10**6)\nnp.ones(10**7)"
     result = execute([*QUIET, "--limit", "16MiB", "-c", code], cwd=tmp_path)

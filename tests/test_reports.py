@@ -80,6 +80,7 @@ SUMMARY = summary.Summary(
     unreported_count=0,
     has_numpy=True,
     install_problem=None,
+    replaced_by=None,
     served=SERVED,
     largest=((64 * MIB, "app.py:12"), (8 * MIB, None)),
     thp_mode="madvise",
@@ -168,6 +169,19 @@ ADVICE = {
     "much cached": (
         replace(SUMMARY, served=replace(SERVED, cached_bytes=80 * MIB)),
         "80.0 MiB of the 150 MiB resident",
+    ),
+    "resource of the program": (
+        replace(
+            SUMMARY,
+            minor_faults=300_000,
+            replaced_by="SlabResource",
+            served=replace(SERVED, total_bytes=MIB, reused_bytes=0),
+        ),
+        r"installed a resource of its own \(SlabResource\): .* not counted",
+    ),
+    "memory uninstalled": (
+        replace(SUMMARY, minor_faults=300_000, replaced_by="numpy"),
+        "uninstalled Moirai's memory: .* not counted",
     ),
     "invalid frees": (replace(SUMMARY, served=replace(SERVED, invalid_frees=3)), "3 blocks"),
 }

@@ -63,8 +63,9 @@ def install() -> None:
         return
     try:
         from moirai import memory
+        from moirai.memory.arrays import install_for_program
 
-        _installed = memory.install(build_resource(settings))
+        _installed = install_for_program(build_resource(settings))
         if settings["allocator"] == "auto" and not _has_tuned_malloc(os.environ):
             memory.keep_libc_heap()
     except (MoiraiError, ImportError) as error:
@@ -261,6 +262,7 @@ def _measured(
         unreported_count=started_count - len(records),
         has_numpy="numpy" in sys.modules,
         install_problem=_install_problem,
+        replaced_by=_replaced_by(),
         served=_served([_statistics(), *(record["statistics"] for record in records)]),
         largest=_largest_arrays(),
         thp_mode=_thp_mode(),
@@ -281,6 +283,18 @@ def _served(statistics: Iterable[Mapping[str, int]]) -> ServedArrays | None:
         peak_bytes=max(each["peak_bytes"] for each in known),
         cached_bytes=_statistics().get("cached_bytes", 0),
     )
+
+
+def _replaced_by() -> str | None:
+    """Name what stands in the place of the memory that was installed, if the program changed it."""
+    if _installed is None:
+        return None
+    from moirai import memory
+
+    now = memory.installed()
+    if now is _installed:
+        return None
+    return "numpy" if now is None else type(now).__name__
 
 
 def _largest_arrays() -> tuple[tuple[int, str | None], ...]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 from moirai import _native
-from moirai._native import Resource
+from moirai._native import Resource, installed
 from moirai.errors import InvalidArgument
 from moirai.memory.resources import PoolResource
 
-__all__ = ["LargeArray", "install", "largest_arrays", "use"]
+__all__ = ["LargeArray", "install", "install_for_program", "largest_arrays", "use"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -95,7 +96,8 @@ def install(resource: Resource | None = None, *, replace: bool = False) -> Resou
 
     Args:
         resource: Any resource or adaptor; None makes a `PoolResource`.
-        replace: Whether another installed resource may be replaced.
+        replace: Whether another installed resource may be replaced; that of `moirai run` is in
+            any case.
 
     Returns:
         The resource.
@@ -105,8 +107,22 @@ def install(resource: Resource | None = None, *, replace: bool = False) -> Resou
         Unsupported: NumPy is older than memory handlers.
     """
     chosen = PoolResource() if resource is None else resource
-    _native.install(chosen, replace=replace)
+    importlib.import_module("numpy")  # Under `moirai run` that installs a resource.
+    is_given = _given is not None and installed() is _given
+    _native.install(chosen, replace=replace or is_given)
     return chosen
+
+
+# What `moirai run` installed for a program that may install a resource of its own.
+_given: Resource | None = None
+
+
+def install_for_program(resource: Resource) -> Resource:
+    """Install a resource that the program's own `install` replaces; for `moirai run`."""
+    global _given
+    _native.install(resource, replace=False)
+    _given = resource
+    return resource
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class Summary:
     `peak_rss_bytes` and `end_rss_bytes` are the main process's; `child_peak_rss_bytes` is the
     largest peak among the children that reported, 0 if none did. `largest` holds (bytes, call
     site or None) of the main process, largest first. `served` is None if nothing was installed.
+    `replaced_by` names the class of the resource that the main process itself installed instead,
+    "numpy" if it uninstalled what was there; what that served is not counted.
     """
 
     program: tuple[str, ...]
@@ -88,6 +90,7 @@ class Summary:
     unreported_count: int
     has_numpy: bool
     install_problem: str | None
+    replaced_by: str | None
     served: ServedArrays | None
     largest: tuple[tuple[int, str | None], ...]
     thp_mode: str | None
@@ -225,6 +228,17 @@ def _install_failed(summary: Summary) -> str | None:
     return f"NumPy kept its own memory: {summary.install_problem}"
 
 
+def _replaced(summary: Summary) -> str | None:
+    if summary.replaced_by is None:
+        return None
+    done = (
+        "uninstalled Moirai's memory"
+        if summary.replaced_by == "numpy"
+        else f"installed a resource of its own ({summary.replaced_by})"
+    )
+    return f"The program {done}: arrays made from then on are not counted above."
+
+
 def _no_numpy(summary: Summary) -> str | None:
     if summary.has_numpy or summary.memory == "none" or summary.served is not None:
         return None
@@ -238,6 +252,8 @@ def _little_asked(summary: Summary) -> str | None:
     """Below 64 MiB in all, no allocation policy can matter."""
     served = summary.served
     if served is None or served.total_bytes >= 64 * _MIB:
+        return None
+    if summary.unreported_count or summary.replaced_by is not None:
         return None
     return (
         f"NumPy asked for {bytes_text(served.total_bytes)} in the whole run (less than 64 MiB): "
@@ -265,7 +281,7 @@ def _little_reused(summary: Summary) -> str | None:
 def _faults_elsewhere(summary: Summary) -> str | None:
     """Faults of more than 1 GiB, four fifths reused: they are not the arrays'."""
     served = summary.served
-    if served is None or served.total_bytes < 64 * _MIB:
+    if served is None or served.total_bytes < 64 * _MIB or summary.replaced_by is not None:
         return None
     if summary.minor_faults * _PAGE_BYTES < 1024 * _MIB:
         return None
@@ -351,6 +367,7 @@ def _invalid_frees(summary: Summary) -> str | None:
 
 RULES: tuple[Callable[[Summary], str | None], ...] = (
     _install_failed,
+    _replaced,
     _invalid_frees,
     _no_numpy,
     _little_asked,

@@ -172,7 +172,13 @@ static NUMPY: PyOnceLock<NumPy> = PyOnceLock::new();
 
 /// Import NumPy and find its handlers.
 pub(super) fn numpy(py: Python<'_>) -> PyResult<&'static NumPy> {
-    NUMPY.get_or_try_init(py, || NumPy::load(py))
+    if let Some(numpy) = NUMPY.get(py) {
+        return Ok(numpy);
+    }
+    // Not within the initialisation: what the import runs may come back here (under `moirai run` it
+    // installs a resource), and another thread that is importing NumPy may wait for it.
+    let module = py.import("numpy")?;
+    NUMPY.get_or_try_init(py, || NumPy::load(&module))
 }
 
 /// NumPy, if its handlers were looked for before.
@@ -198,8 +204,8 @@ impl NumPy {
         Ok(unsafe { Bound::from_owned_ptr_or_opt(py, value) })
     }
 
-    fn load(py: Python<'_>) -> PyResult<Self> {
-        let module = py.import("numpy")?;
+    fn load(module: &Bound<'_, PyModule>) -> PyResult<Self> {
+        let py = module.py();
         let multiarray = py
             .import("numpy._core.multiarray")
             .or_else(|_| py.import("numpy.core.multiarray"))?;
@@ -242,7 +248,7 @@ impl NumPy {
             new_from_descr,
             descr_converter,
             set_base_object,
-            descr_layout: DescrLayout::find(&module, feature)?,
+            descr_layout: DescrLayout::find(module, feature)?,
             ndarray: module.getattr("ndarray")?.unbind(),
             current: find_variable(py, set, &default)?.unbind(),
             default_capsule: default.unbind(),
