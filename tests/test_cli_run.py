@@ -214,6 +214,25 @@ def test_closed_pipe_is_the_programs_own_affair(tmp_path: Path) -> None:
     assert statuses[0] == statuses[1]
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
+    code = "import sys; open('seen', 'w').write(repr((sys.stdin, sys.stdout, sys.stderr)))"
+    seen = []
+    for start in (PYTHON, QUIET, RUN):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+        assert execute([*shell, *start, "-c", code], cwd=tmp_path).returncode == 0
+        seen.append((tmp_path / "seen").read_text())
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("arguments", [["x" * 50] * 4000, ["x" * 131_000]], ids=["many", "long"])
+def test_arguments_may_be_as_long_as_under_python(arguments: list[str], tmp_path: Path) -> None:
+    code = "import sys; print(sum(map(len, sys.argv[1:])))"
+    result = execute([*RUN, "--summary", "json", "-c", code, *arguments], cwd=tmp_path)
+    assert result.stdout == b"%d\n" % sum(map(len, arguments))
+    assert summary_of(result)["program"] == ["-c", code, *arguments]
+
+
 # The startup hook leaves the interpreter as it was.
 
 
@@ -338,6 +357,19 @@ def test_program_may_use_a_resource_before_it_imports_numpy(tmp_path: Path) -> N
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+def test_program_may_empty_its_environment(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', ''])\n"
+        "os.environ.clear()\nimport numpy\nnumpy.ones(10**6)"
+    )
+    summary = summary_of(execute([*RUN, "--summary", "json", "-c", code], cwd=tmp_path))
+    served = summary["served"]
+    assert isinstance(served, dict)
+    assert served["total_bytes"] >= 8_000_000
+    assert (summary["process_count"], summary["unreported_count"]) == (2, 0)
+
+
 def test_limit_raises_memory_error_in_the_program(tmp_path: Path) -> None:
     code = "import numpy as np\nnp.ones(10**6)\nnp.ones(10**7)"
     result = execute([*QUIET, "--limit", "16MiB", "-c", code], cwd=tmp_path)
@@ -460,6 +492,15 @@ def test_children_that_end_without_a_report_are_named(tmp_path: Path) -> None:
     result = execute([*RUN, "-c", code], cwd=tmp_path, variables={"TMPDIR": str(tmp_path)})
     assert b"2 (1 ended without a report)" in result.stderr
     assert not list(tmp_path.glob("moirai-*"))
+
+
+def test_children_may_have_any_arguments(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text("import numpy; numpy.ones(10**6)")
+    code = "import subprocess, sys; subprocess.run([sys.executable, 'child.py', '-c'])"
+    result = execute([*RUN, "--summary", "json", "-c", code, "-c"], cwd=tmp_path)
+    summary = summary_of(result)
+    assert len(result.stderr.splitlines()) == 1
+    assert (summary["process_count"], summary["unreported_count"]) == (2, 0)
 
 
 def test_records_are_removed_after_an_exception(tmp_path: Path) -> None:

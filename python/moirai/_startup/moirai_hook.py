@@ -45,8 +45,22 @@ class Process:
         self.is_recorded = False
 
 
+def _serves() -> bool:
+    """Whether this is a server of multiprocessing or loky, which outlives the program."""
+    services = ("forkserver import main", "resource_tracker import main")
+    if sys.argv[:1] != ["-c"]:
+        return False
+    code = sys.orig_argv[-len(sys.argv)]  # What follows it is in both.
+    return any(service in code for service in services)
+
+
 # Name of a main process that has read the records; the kernel keeps 15 bytes.
 RECORDS_READ = b"moirai-summary"
+
+# As they stood at the start: the program may change its environment and its arguments.
+_settings = os.environ.get("MOIRAI_RUN", "")
+_records = os.environ.get("MOIRAI_RECORDS", "")
+_is_server = _serves()
 
 process = Process(is_forked=False, baseline={})
 _baseline_before_fork: dict[str, int] = {}
@@ -54,15 +68,15 @@ _baseline_before_fork: dict[str, int] = {}
 
 def start() -> None:
     """Install the hooks that the environment asks for; called once, by `sitecustomize`."""
-    if "MOIRAI_RUN" in os.environ:
+    if _settings:
         # First registered, so that it runs after the program's own exit handlers.
-        if "MOIRAI_RECORDS" in os.environ:
+        if _records:
             atexit.register(_finish)
         _watch_for_numpy()
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
-        if "MOIRAI_RECORDS" in os.environ and not _is_main() and not _is_service():
+        if _records and not _is_main() and not _is_service():
             _record_start()
-        if '"guard": true' in os.environ["MOIRAI_RUN"] and not _is_service():
+        if '"guard": true' in _settings and not _is_service():
             _guard()
     probe_path = os.environ.get("MOIRAI_PROBE")
     if probe_path and _claims(probe_path):
@@ -98,7 +112,7 @@ def _finish() -> None:
         if _is_main():
             used = _used_memory()
             _close_records()
-            _session().summarise(used)
+            _session().summarise(_settings, _records.split(":", 2)[2], used)
         else:
             _record()
     except Exception as error:  # The program is done: nothing here may change how it ended.
@@ -186,7 +200,7 @@ def _watch_for_numpy() -> None:
 
 def _install() -> None:
     try:
-        _session().install()
+        _session().install(_settings)
     except Exception as error:  # The program is the user's: it runs without us then.
         if _is_main():
             _say(f"moirai: run: NumPy keeps its own memory: {type(error).__name__}: {error}")
@@ -194,7 +208,7 @@ def _install() -> None:
 
 def _guard() -> None:
     try:
-        _session().guard()
+        _session().guard(_settings)
     except Exception as error:  # As above.
         if _is_main():
             _say(f"moirai: run: nothing guards the limit: {type(error).__name__}: {error}")
@@ -204,15 +218,12 @@ def _guard() -> None:
 
 
 def _is_main() -> bool:
-    records = os.environ.get("MOIRAI_RECORDS", "")
-    return records.split(":", 1)[0] == str(os.getpid())
+    return _records.split(":", 1)[0] == str(os.getpid())
 
 
 def _is_service() -> bool:
-    """Whether this is a server of multiprocessing or loky, which outlives the program."""
-    services = ("forkserver import main", "resource_tracker import main")
-    code = sys.orig_argv[sys.orig_argv.index("-c") + 1] if "-c" in sys.orig_argv else ""
-    return not process.is_forked and any(service in code for service in services)
+    """Whether this is a server still, not a child that it forked."""
+    return _is_server and not process.is_forked
 
 
 def _open_records() -> str | None:
@@ -221,7 +232,7 @@ def _open_records() -> str | None:
     The main process must live (not another with its number) and must not have read them yet: it
     says so in its own name, which dies with it.
     """
-    pid, _, rest = os.environ.get("MOIRAI_RECORDS", "").partition(":")
+    pid, _, rest = _records.partition(":")
     started, _, directory = rest.partition(":")
     if not directory:
         return None
@@ -257,7 +268,7 @@ def _leave(write: Callable[[str], None]) -> None:
 
 
 def _remove_own_records() -> None:
-    directory = os.environ.get("MOIRAI_RECORDS", "").split(":", 2)[-1]
+    directory = _records.split(":", 2)[-1]
     for ending in (".started", ".json"):
         try:
             os.unlink(os.path.join(directory, process.identity + ending))
@@ -278,7 +289,7 @@ def _record_start() -> None:
 
 def _record() -> None:
     """Write this child's record once; multiprocessing and atexit may both call."""
-    if process.is_recorded or _is_service() or "MOIRAI_RECORDS" not in os.environ:
+    if process.is_recorded or _is_service() or not _records:
         return
     process.is_recorded = True
 
@@ -307,7 +318,7 @@ def _after_fork_in_child() -> None:
 
 def _after_multiprocessing_fork(_: Process) -> None:
     util = sys.modules["multiprocessing.util"]
-    if "MOIRAI_RECORDS" in os.environ and not _is_main():
+    if _records and not _is_main():
         _record_start()
         util.Finalize(None, _record, exitpriority=-100)
 

@@ -11,7 +11,6 @@ import time
 
 from moirai.cli.options import ALLOCATORS, add_memory_options, check_memory_options
 from moirai.cli.program import (
-    Program,
     interpreter_options,
     parse_program,
     split_arguments,
@@ -39,11 +38,12 @@ def main(arguments: Sequence[str]) -> int:
         _separate_guard_limit(options)
         check_memory_options(options)
         _check_summary_options(options)
-        variables = _variables(options, program, os.environ)
+        variables = _variables(options, os.environ)
     except MoiraiError as error:
         parser.error(str(error))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # The descriptor may be closed.
+            stream.flush()
     try:
         os.execve(sys.executable, program.command, {**_cleared(os.environ), **variables})
     except OSError as error:  # For one, the arguments may be too long once our variables are added.
@@ -107,15 +107,13 @@ def _check_summary_options(options: argparse.Namespace) -> None:
         ) from None
 
 
-def _variables(
-    options: argparse.Namespace, program: Program, environment: Mapping[str, str]
-) -> dict[str, str]:
+def _variables(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
     """Return what the program's environment must say besides what it says already."""
     variables = {
         **_malloc_variables(options.allocator, environment),
         **_arena_variables(options.guard, environment),
         **with_startup(environment),
-        "MOIRAI_RUN": json.dumps(_settings(options, program)),
+        "MOIRAI_RUN": json.dumps(_settings(options)),
     }
     if options.summary != "none":
         variables["MOIRAI_RECORDS"] = _records()
@@ -136,10 +134,9 @@ def _malloc_variables(name: str, environment: Mapping[str, str]) -> dict[str, st
     return allocators.with_allocator(allocators.select(name, allocators.find_all()), environment)
 
 
-def _settings(options: argparse.Namespace, program: Program) -> dict[str, Any]:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "program": list(program.target),
         "memory": options.memory,
         "limit_bytes": options.limit,
         "guard": options.guard,

@@ -51,14 +51,17 @@ def start_time(pid: int) -> str:
         return ""
 
 
-def install() -> None:
+def install(settings_text: str) -> None:
     """Install the memory that the settings ask for.
+
+    Args:
+        settings_text: As `moirai run` wrote them.
 
     Raises:
         MoiraiError, ImportError: It cannot be; also kept for the summary.
     """
     global _installed, _install_problem
-    settings = _settings()
+    settings = json.loads(settings_text)
     if settings["memory"] == "none":
         return
     try:
@@ -73,12 +76,12 @@ def install() -> None:
         raise
 
 
-def guard() -> None:
+def guard(settings_text: str) -> None:
     """Start to guard the limit, as the settings say."""
     from moirai import pressure
 
     global _guard
-    settings = _settings()
+    settings = json.loads(settings_text)
     # A child that was spawned has the fence of its parent as it stood then.
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (settings["soft_data_limit"], hard))
@@ -170,15 +173,17 @@ def record(
     os.rename(path + ".partial", path + ".json")
 
 
-def summarise(used: Mapping[str, int]) -> None:
+def summarise(settings_text: str, directory: str, used: Mapping[str, int]) -> None:
     """Write the summary of the whole run and remove the children's records.
 
     Args:
+        settings_text: As `moirai run` wrote them.
+        directory: Where the children left their records.
         used: VmRSS and VmHWM in bytes, taken when the program's own code was done.
     """
-    settings = _settings()
+    settings = json.loads(settings_text)
     ended_seconds = time.monotonic()
-    records, started_count = _take_records(os.environ["MOIRAI_RECORDS"].split(":", 2)[2])
+    records, started_count = _take_records(directory)
     if not _has_run():
         return
     from moirai.reports import summary as report
@@ -186,11 +191,6 @@ def summarise(used: Mapping[str, int]) -> None:
     measured = _measured(settings, used, ended_seconds, records, started_count)
     as_text = report.to_json if settings["summary"] == "json" else report.to_text
     _write(as_text(measured), settings["summary_file"])
-
-
-def _settings() -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(os.environ["MOIRAI_RUN"])
-    return settings
 
 
 def _has_run() -> bool:
@@ -239,12 +239,13 @@ def _measured(
     records: list[dict[str, Any]],
     started_count: int,
 ) -> Summary:
+    from moirai.cli.program import interpreter_options
     from moirai.reports.summary import Summary
 
     own = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Summary(
-        program=tuple(settings["program"]),
+        program=tuple(interpreter_options(sys.orig_argv)[1]),
         memory=settings["memory"],
         allocator=settings["allocator"],
         huge_pages=settings["huge_pages"],
