@@ -233,6 +233,27 @@ def test_arguments_may_be_as_long_as_under_python(arguments: list[str], tmp_path
     assert summary_of(result)["program"] == ["-c", code, *arguments]
 
 
+@pytest.mark.parametrize("language", ["C", "POSIX", "C.utf8", "no_SUCH", None])
+def test_locale_is_as_under_python(language: str | None, tmp_path: Path) -> None:
+    code = (
+        "import locale, os, sys\n"
+        "print(sys.flags.utf8_mode, os.environ.get('LC_CTYPE'), locale.getpreferredencoding(),"
+        " sys.stdout.encoding, sys.stdout.errors, sys.argv, '\u20ac')"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))
+    }
+    if language is not None:
+        environment["LANG"] = language
+    plain, ours = (
+        subprocess.run(
+            [*start, "-c", code, "\u00e4"], env=environment, cwd=tmp_path, capture_output=True
+        )
+        for start in (PYTHON, QUIET)
+    )
+    assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
+
+
 # The startup hook leaves the interpreter as it was.
 
 

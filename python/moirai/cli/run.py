@@ -174,9 +174,22 @@ def _records() -> str:
 
 
 def _cleared(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without what a `moirai run` around this one has set."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in ("MOIRAI_RUN", "MOIRAI_RECORDS")
-    }
+    """Return the environment without what is no part of the program's.
+
+    That is what a `moirai run` around this one has set, and the LC_CTYPE that an interpreter sets
+    at its start where the locale is C (PEP 538): the program's does that itself, and would not be
+    in UTF-8 mode if it found it set.
+    """
+    names = {"MOIRAI_RUN", "MOIRAI_RECORDS"}
+    if "LC_CTYPE" in environment and not _came_with("LC_CTYPE"):
+        names.add("LC_CTYPE")
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+def _came_with(name: str) -> bool:
+    """Whether a variable was in the environment that this process was started with."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            return b"\0" + name.encode() + b"=" in b"\0" + file.read()
+    except OSError:
+        return True
