@@ -70,8 +70,10 @@ def test_the_summary_of_a_short_program_says_its_limit(tmp_path: Path) -> None:
     assert guarded["used_bytes"] > 0
 
 
-def test_a_limit_without_room_is_named(tmp_path: Path) -> None:
-    done = execute("run", "--limit", "9MiB", "--guard", "-c", "print('ran')", cwd=tmp_path)
+@pytest.mark.parametrize("options", [[], ["--summary", "none"]])
+def test_a_limit_without_room_is_named(options: list[str], tmp_path: Path) -> None:
+    arguments = ["--limit", "9MiB", "--guard", *options, "-c", "print('ran')"]
+    done = execute("run", *arguments, cwd=tmp_path)
 
     assert done.stdout == "ran\n"
     assert "nothing guards the limit: InvalidArgument: limit: must leave room" in done.stderr

@@ -515,6 +515,13 @@ def test_children_that_end_without_a_report_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("moirai-*"))
 
 
+def test_child_that_starts_another_program_in_its_place_is_one(tmp_path: Path) -> None:
+    child = "import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'pass'])"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    summary = summary_of(execute([*RUN, "--summary", "json", "-c", code], cwd=tmp_path))
+    assert (summary["process_count"], summary["unreported_count"]) == (2, 0)
+
+
 def test_children_may_have_any_arguments(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text("import numpy; numpy.ones(10**6)")
     code = "import subprocess, sys; subprocess.run([sys.executable, 'child.py', '-c'])"
@@ -522,6 +529,22 @@ def test_children_may_have_any_arguments(tmp_path: Path) -> None:
     summary = summary_of(result)
     assert len(result.stderr.splitlines()) == 1
     assert (summary["process_count"], summary["unreported_count"]) == (2, 0)
+
+
+@pytest.mark.parametrize("folder", [".", "no/such"])
+def test_children_are_counted_wherever_temporary_files_go(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "import os, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', ''], cwd='elsewhere')\n"
+        "os.chdir('elsewhere')\n"
+        "subprocess.run([sys.executable, '-c', ''])"
+    )
+    command = [*RUN, "--summary", "json", "-c", code]
+    result = execute(command, cwd=tmp_path, variables={"TMPDIR": folder})
+    summary = summary_of(result)
+    assert (summary["process_count"], summary["unreported_count"]) == (3, 0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["elsewhere"]
 
 
 def test_records_are_removed_after_an_exception(tmp_path: Path) -> None:

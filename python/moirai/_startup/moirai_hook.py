@@ -35,11 +35,20 @@ if TYPE_CHECKING:
         ) -> ModuleSpec | None: ...
 
 
+def _start_time() -> str:
+    """Return when this process started, in clock ticks since boot; exec does not change it."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except OSError:
+        return str(time.monotonic_ns())
+
+
 class Process:
     """What this process is to the run. A forked child makes itself a new one."""
 
     def __init__(self, *, is_forked: bool, baseline: dict[str, int]) -> None:
-        self.identity = f"{os.getpid()}-{time.monotonic_ns()}"
+        self.identity = f"{os.getpid()}-{_start_time()}"
         self.is_forked = is_forked
         self.baseline = baseline
         self.is_recorded = False
@@ -218,7 +227,7 @@ def _guard() -> None:
 
 
 def _is_main() -> bool:
-    return _records.split(":", 1)[0] == str(os.getpid())
+    return f'"main_process_id": {os.getpid()},' in _settings
 
 
 def _is_service() -> bool:

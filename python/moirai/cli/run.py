@@ -169,8 +169,20 @@ def _records() -> str:
     """Name the main process and the directory of its children's records, which the first makes."""
     from moirai.cli.session import start_time
 
-    directory = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"moirai-{os.urandom(8).hex()}")
+    directory = os.path.join(_temporary_directory(), f"moirai-{os.urandom(8).hex()}")
     return f"{os.getpid()}:{start_time(os.getpid())}:{directory}"
+
+
+def _temporary_directory() -> str:
+    """Return the first folder that can be written, as an absolute path: children may go elsewhere.
+
+    As `tempfile`, which would be slow to import.
+    """
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    for folder in (*filter(None, named), "/tmp", "/var/tmp", "/dev/shm"):
+        if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return os.path.abspath(folder)
+    return "/tmp"  # Children are not counted then.
 
 
 def _cleared(environment: Mapping[str, str]) -> dict[str, str]:
