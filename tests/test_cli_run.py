@@ -305,6 +305,18 @@ def test_failing_import_of_numpy_fails_as_under_python_and_can_be_repeated(tmp_p
     assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
 
 
+def test_default_encodings_are_not_asked_for(tmp_path: Path) -> None:
+    options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    (tmp_path / "app.py").write_text(
+        "import subprocess, sys, numpy\nnumpy.ones(10**6)\n"
+        "subprocess.run([sys.executable, '-X', 'warn_default_encoding', '-c', 'import numpy'])"
+    )
+    command = ["--guard", "--limit", "1GiB", "--summary-file", "summary", "app.py"]
+    result = execute([*PYTHON, *options, *RUN[1:], *command], cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert re.search(r"processes +2\n", (tmp_path / "summary").read_text())
+
+
 # NumPy under Moirai, and the summary.
 
 ARRAYS = """

@@ -290,7 +290,7 @@ def _record_start() -> None:
     """Leave a sign that this process was there, should it end without a record."""
 
     def write(directory: str) -> None:
-        with open(os.path.join(directory, process.identity + ".started"), "x"):
+        with open(os.path.join(directory, process.identity + ".started"), "xb"):
             pass
 
     _leave(write)
@@ -338,10 +338,10 @@ def _after_multiprocessing_fork(_: Process) -> None:
 def _claims(probe_path: str) -> bool:
     """Claim the probe for this process, unless a process other than this one already has."""
     try:
-        with open(probe_path, "x") as file:
+        with open(probe_path, "x", encoding="ascii") as file:
             file.write(str(os.getpid()))
     except FileExistsError:
-        with open(probe_path) as file:
+        with open(probe_path, encoding="ascii") as file:
             return file.read() == str(os.getpid())
     except OSError:
         return False
@@ -368,7 +368,7 @@ def _write_probe(probe_path: str, pid: int) -> None:
         import resource
 
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        with open(probe_path, "w") as file:
+        with open(probe_path, "w", encoding="ascii") as file:
             file.write(f"{used['VmRSS']} {max(used['VmHWM'], children)}")
     except (ImportError, OSError):
         pass

@@ -187,7 +187,7 @@ def _check_json(options: argparse.Namespace) -> None:
     if options.json in (None, "-"):
         return
     try:
-        with open(options.json, "a"):
+        with open(options.json, "ab"):
             pass
     except OSError as error:
         raise InvalidArgument(

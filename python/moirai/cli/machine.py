@@ -174,6 +174,6 @@ def _ids(text: str) -> Iterator[int]:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text("utf-8", "surrogateescape")
     except OSError:
         return None

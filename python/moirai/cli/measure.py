@@ -141,14 +141,14 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _own_peak_bytes() -> int:
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def _read_probe(probe: Path) -> tuple[int | None, int | None]:
     """Return VmRSS at the end and the peak in bytes; None where the program wrote none."""
     try:
-        numbers = [int(number) for number in probe.read_text().split()]
+        numbers = [int(number) for number in probe.read_text("ascii").split()]
     except (OSError, ValueError):
         return None, None
     # A single number is the process id of a program that did not get to its exit handlers.

@@ -114,7 +114,7 @@ def _member(folder: str) -> int:
     """Give a process of a control group."""
     path = os.path.join(folder, "cgroup.procs")
     try:
-        with open(path, errors="replace") as file:
+        with open(path, encoding="ascii", errors="replace") as file:
             first = file.readline().strip()
     except OSError as error:
         raise InvalidArgument(

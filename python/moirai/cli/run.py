@@ -98,7 +98,7 @@ def _check_summary_options(options: argparse.Namespace) -> None:
         raise InvalidArgument("--summary-file: expected with --summary text or json, got none")
     options.summary_file = os.path.abspath(options.summary_file)
     try:
-        with open(options.summary_file, "a"):
+        with open(options.summary_file, "ab"):
             pass
     except OSError as error:
         raise InvalidArgument(

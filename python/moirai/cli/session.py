@@ -168,7 +168,7 @@ def record(
         "problem": _install_problem,
     }
     path = os.path.join(directory, identity)
-    with open(path + ".partial", "w") as file:
+    with open(path + ".partial", "w", encoding="utf-8") as file:
         json.dump(content, file)
     os.rename(path + ".partial", path + ".json")
 
@@ -222,7 +222,7 @@ def _take_records(directory: str) -> tuple[list[dict[str, Any]], int]:
         identities.add(name.rpartition(".")[0])
         try:
             if name.endswith(".json"):
-                with open(path) as file:
+                with open(path, encoding="utf-8") as file:
                     records.append(json.load(file))
             os.unlink(path)
         except (OSError, ValueError):
@@ -309,7 +309,7 @@ def _largest_arrays() -> tuple[tuple[int, str | None], ...]:
 def _thp_mode() -> str | None:
     """Return the selected mode of transparent huge pages, or None if the kernel has none."""
     try:
-        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
             return file.read().partition("[")[2].partition("]")[0] or None
     except OSError:
         return None
