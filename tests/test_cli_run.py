@@ -305,6 +305,33 @@ def test_failing_import_of_numpy_fails_as_under_python_and_can_be_repeated(tmp_p
     assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
 
 
+SHADOWS = ("bisect", "copy", "dataclasses", "json", "resource")
+
+
+@pytest.mark.parametrize("is_imported", [False, True], ids=["unused", "imported"])
+@pytest.mark.parametrize("options", [[], ["--guard", "--limit", "1GiB"]], ids=["", "guard"])
+def test_files_named_like_pythons_modules_are_the_programs_alone(
+    options: list[str], is_imported: bool, tmp_path: Path
+) -> None:
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"print({name!r}, 'of the program'); MARK = 1")
+    # NumPy itself would import some of them.
+    (tmp_path / "numpy.py").write_text("print('numpy')")
+    before, after = (SHADOWS[:3], SHADOWS[3:]) if is_imported else ((), SHADOWS)
+    (tmp_path / "app.py").write_text(
+        "".join(f"import {name}; {name}.MARK\n" for name in before)
+        + "import numpy\n"
+        + "".join(f"import {name}; {name}.MARK\n" for name in after)
+    )
+    plain, ours = (
+        execute([*start, "app.py"], cwd=tmp_path)
+        for start in (PYTHON, [*RUN, *options, "--summary-file", "summary"])
+    )
+    assert ours.stdout == plain.stdout
+    assert ours.returncode == 0
+    assert (tmp_path / "summary").read_text().startswith("moirai run:"), ours.stderr
+
+
 def test_default_encodings_are_not_asked_for(tmp_path: Path) -> None:
     options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
     (tmp_path / "app.py").write_text(
@@ -315,6 +342,17 @@ def test_default_encodings_are_not_asked_for(tmp_path: Path) -> None:
     result = execute([*PYTHON, *options, *RUN[1:], *command], cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, b"")
     assert re.search(r"processes +2\n", (tmp_path / "summary").read_text())
+
+
+def test_current_folder_may_be_gone(tmp_path: Path) -> None:
+    shell = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh"]
+    code = "import sys, numpy; print(sys.path[:2])"
+    plain, ours = (
+        execute([*shell, *start, "-c", code], cwd=tmp_path)
+        for start in (PYTHON, [*RUN, "--summary-file", str(tmp_path / "summary")])
+    )
+    assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
+    assert (tmp_path / "summary").read_text().startswith("moirai run:")
 
 
 # NumPy under Moirai, and the summary.

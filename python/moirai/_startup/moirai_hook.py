@@ -15,10 +15,12 @@ those as a baseline for the child to subtract.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import sys
 import time
+from _frozen_importlib_external import PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,6 +72,12 @@ RECORDS_READ = b"moirai-summary"
 _settings = os.environ.get("MOIRAI_RUN", "")
 _records = os.environ.get("MOIRAI_RECORDS", "")
 _is_server = _serves()
+# Where Python's own modules are, and what is installed: the script's folder comes later.
+_given_path = [
+    os.path.abspath(entry) if os.path.isdir(entry or os.curdir) else entry
+    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+]
+_path = [entry for entry in sys.path if entry and entry not in _given_path]
 
 process = Process(is_forked=False, baseline={})
 _baseline_before_fork: dict[str, int] = {}
@@ -93,6 +101,87 @@ def start() -> None:
 
 
 # The session: everything that needs more than this file.
+
+
+class _OwnImports:
+    """While entered, this thread imports Python's modules, not the program's of the same names.
+
+    The program may have a `resource.py` beside it, may have imported that, and finds it, not what
+    was imported here, when it does later.
+    """
+
+    def __init__(self, program_path: list[str]) -> None:
+        self._program_path = program_path
+
+    def __enter__(self) -> None:
+        self._thread = _thread.get_ident()
+        self._hidden = {name: sys.modules.pop(name) for name in self._shadowing()}
+        self._before = set(sys.modules)
+        sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path is not None or name == "numpy" or _thread.get_ident() != self._thread:
+            return None
+        return PathFinder.find_spec(name, _path, target)
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        for name in set(sys.modules) - self._before:
+            package = name.partition(".")[0]
+            if self._is_pythons(package) and self._has(package):
+                sys.modules.pop(name, None)
+        sys.modules.update(self._hidden)
+
+    def _shadowing(self) -> list[str]:
+        """Name the modules that the program has imported in place of Python's own."""
+        return [
+            name
+            for name in list(sys.modules)
+            if name.partition(".")[0] in sys.stdlib_module_names
+            and not self._is_pythons(name.partition(".")[0])
+        ]
+
+    def _is_pythons(self, package: str) -> bool:
+        """Whether what was imported under this name is of the standard library."""
+        file = getattr(sys.modules.get(package), "__file__", None) or ""
+        folder, _, ending = file.rpartition("/")
+        if ending.startswith("__init__."):
+            folder = os.path.dirname(folder)
+        return package in sys.stdlib_module_names and folder not in self._program_path
+
+    def _has(self, package: str) -> bool:
+        """Whether the program would find a file of its own under this name."""
+        is_built_in = package in sys.builtin_module_names
+        return not is_built_in and PathFinder.find_spec(package, self._program_path) is not None
+
+
+def _program_path() -> list[str]:
+    """Return where the program finds its own modules."""
+    entries = [entry or _current_folder() for entry in sys.path if entry not in _path]
+    return [entry for entry in entries if os.path.isabs(entry)]
+
+
+def _coming_program_path() -> list[str]:
+    """Return where the program will find its own modules; it has not begun."""
+    if sys.flags.safe_path:
+        return _given_path
+    script = sys.argv[0]
+    if script in ("", "-", "-c", "-m"):
+        folder = _current_folder()
+    elif os.path.isdir(script):
+        folder = os.path.abspath(script)
+    else:
+        folder = os.path.dirname(os.path.realpath(script)) if os.path.exists(script) else ""
+    return [entry for entry in (folder, *_given_path) if os.path.isabs(entry)]
+
+
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # It is gone, and nothing can be in it.
+        return ""
 
 
 def _session() -> Any:
@@ -121,7 +210,8 @@ def _finish() -> None:
         if _is_main():
             used = _used_memory()
             _close_records()
-            _session().summarise(_settings, _records.split(":", 2)[2], used)
+            with _OwnImports(_program_path()):
+                _session().summarise(_settings, _records.split(":", 2)[2], used)
         else:
             _record()
     except Exception as error:  # The program is done: nothing here may change how it ended.
@@ -209,7 +299,8 @@ def _watch_for_numpy() -> None:
 
 def _install() -> None:
     try:
-        _session().install(_settings)
+        with _OwnImports(_program_path()):
+            _session().install(_settings)
     except Exception as error:  # The program is the user's: it runs without us then.
         if _is_main():
             _say(f"moirai: run: NumPy keeps its own memory: {type(error).__name__}: {error}")
@@ -217,7 +308,8 @@ def _install() -> None:
 
 def _guard() -> None:
     try:
-        _session().guard(_settings)
+        with _OwnImports(_coming_program_path()):
+            _session().guard(_settings)
     except Exception as error:  # As above.
         if _is_main():
             _say(f"moirai: run: nothing guards the limit: {type(error).__name__}: {error}")
@@ -303,7 +395,8 @@ def _record() -> None:
     process.is_recorded = True
 
     def write(directory: str) -> None:
-        _session().record(directory, process.identity, process.baseline, _used_memory())
+        with _OwnImports(_program_path()):
+            _session().record(directory, process.identity, process.baseline, _used_memory())
 
     _leave(write)
 
