@@ -344,6 +344,23 @@ def test_default_encodings_are_not_asked_for(tmp_path: Path) -> None:
     assert re.search(r"processes +2\n", (tmp_path / "summary").read_text())
 
 
+INTERPRETERS = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+other = interpreters.create()
+interpreters.run_string(other, "print('other', flush=True)")
+interpreters.destroy(other)
+"""
+
+
+def test_other_interpreters_of_the_process_have_no_summary(tmp_path: Path) -> None:
+    result = execute([*RUN, "-c", INTERPRETERS], cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, b"other\n")
+    assert result.stderr.count(b"moirai run:") == 1, result.stderr.decode()
+
+
 def test_current_folder_may_be_gone(tmp_path: Path) -> None:
     shell = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh"]
     code = "import sys, numpy; print(sys.path[:2])"

@@ -85,6 +85,8 @@ _baseline_before_fork: dict[str, int] = {}
 
 def start() -> None:
     """Install the hooks that the environment asks for; called once, by `sitecustomize`."""
+    if _is_subinterpreter():
+        return
     if _settings:
         # First registered, so that it runs after the program's own exit handlers.
         if _records:
@@ -98,6 +100,17 @@ def start() -> None:
     probe_path = os.environ.get("MOIRAI_PROBE")
     if probe_path and _claims(probe_path):
         atexit.register(_write_probe, probe_path, os.getpid())
+
+
+def _is_subinterpreter() -> bool:
+    """Whether another interpreter of this process was there first, which has the hooks."""
+    import _signal  # type: ignore[import-not-found, unused-ignore]
+
+    try:
+        _signal.set_wakeup_fd(-1)  # As it is at the start; only the first may call it.
+    except ValueError:
+        return True
+    return False
 
 
 # The session: everything that needs more than this file.
