@@ -123,13 +123,13 @@ def test_default_configurations_are_plain_all_that_was_found_and_moirai() -> Non
     assert [choice.name for choice in picked] == ["plain", "tuned", "mimalloc", "moirai"]
     assert picked[2].variables == {"LD_PRELOAD": "/lib/libmimalloc.so"}
     assert picked[2].command_line == "LD_PRELOAD=/lib/libmimalloc.so python -u app.py 'a b'"
-    assert picked[3].command_line == "moirai run app.py 'a b'"
+    assert picked[3].command_line == "python -u -m moirai run app.py 'a b'"
 
 
 def test_plain_is_always_measured_and_first() -> None:
     picked = choices(["moirai-cap32", "plain"], PROGRAM, FOUND, {})
     assert [choice.name for choice in picked] == ["plain", "moirai-cap32"]
-    assert picked[1].command_line == "moirai run --cache-cap 32MiB app.py 'a b'"
+    assert picked[1].command_line == "python -u -m moirai run --cache-cap 32MiB app.py 'a b'"
     assert list(picked[1].command[1:4]) == ["-u", "-m", "moirai"]
 
 
@@ -140,6 +140,13 @@ def test_unknown_repeated_and_absent_configurations_are_refused() -> None:
         choices(["tuned", "tuned"], PROGRAM, FOUND, {})
     with pytest.raises(Unsupported, match="jemalloc was not found"):
         choices(["jemalloc"], PROGRAM, FOUND, {})
+
+
+def test_advised_command_keeps_the_options_of_the_interpreter() -> None:
+    program = Program(["-O", "-X", "dev"], ["app.py"])
+    moirai, slab = choices(["moirai", "moirai-slab"], program, {}, {})[1:]
+    assert moirai.command_line == "python -O -X dev -m moirai run app.py"
+    assert slab.command_line == "python -O -X dev -m moirai run --memory slab app.py"
 
 
 def test_each_configuration_is_first_in_some_round() -> None:
@@ -202,7 +209,7 @@ def test_table_and_json_hold_every_configuration(app: Path) -> None:
             assert run["cpu_seconds"] > 0
     plain, _, moirai = content["configurations"]
     assert plain["cpu_ratio"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
-    assert moirai["command_line"] == "moirai run app.py --runs x"
+    assert moirai["command_line"] == "python -u -m moirai run app.py --runs x"
 
 
 def test_json_to_standard_output_is_all_there_is(app: Path) -> None:
@@ -290,10 +297,12 @@ MISTAKES = {
     "nothing": ([], "expected a script"),
     "no runs": (["--runs", "0", "x.py"], "--runs: must be a whole number >= 1, got '0'"),
     "bad timeout": (["--timeout", "nan", "x.py"], "--timeout: must be a number of seconds > 0"),
+    "longer than any clock": (["--timeout", "1e10", "x.py"], "must be a number of seconds > 0"),
     "bad config": (["--configs", "plain,best", "x.py"], "got 'best'"),
     "standard input": (["-"], "can run again, got -"),
     "bad file": (["--json", "no/such", "x.py"], "--json: must be a file that can be written"),
     "other interpreter": (["/usr/bin/env/python3", "x.py"], "expected the interpreter"),
+    "other version": (["python3.9", "x.py"], "expected the interpreter"),
     "only python": (["python"], "expected a script"),
     "isolated": (["python", "-I", "x.py"], "-I keeps Moirai out"),
 }

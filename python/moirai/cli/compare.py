@@ -48,6 +48,8 @@ _MOIRAI = {
 # Allocators that are no configuration of their own: plain Python's, and ours, run by `moirai run`.
 _OURS = ("system", "moirai")
 _TIMEOUT_STATUS = 124
+# The system waits no longer than its clock can count.
+_LONGEST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,10 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds > 0, got {text!r}")
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds > 0, at most {_LONGEST_SECONDS:.0e}, got {text!r}"
+        )
     return seconds
 
 
@@ -204,8 +208,11 @@ def _program(rest: Sequence[str]) -> Program:
     options, _ = interpreter_options(sys.orig_argv)
     if rest and Path(rest[0]).name.rstrip("0123456789.") == "python":
         found = shutil.which(rest[0])
-        if "/" in rest[0] and (
-            found is None or Path(found).resolve() != Path(sys.executable).resolve()
+        version = Path(rest[0]).name.removeprefix("python")
+        is_other_version = version not in ("", "3", f"3.{sys.version_info.minor}")
+        if is_other_version or (
+            "/" in rest[0]
+            and (found is None or Path(found).resolve() != Path(sys.executable).resolve())
         ):
             raise InvalidArgument(
                 f"program: expected the interpreter that Moirai is installed in "
@@ -258,6 +265,7 @@ def _choice(
         allocators.select("moirai", found)
     if name in _MOIRAI:
         run = ["-m", "moirai", "run"]
+        advised = ["python", *program.options, *run] if program.options else ["moirai", "run"]
         return Choice(
             name,
             (
@@ -270,7 +278,7 @@ def _choice(
                 *program.target,
             ),
             {},
-            shlex.join(["moirai", "run", *_MOIRAI[name], *program.target]),
+            shlex.join([*advised, *_MOIRAI[name], *program.target]),
         )
     variables = {}
     if name != "plain":
@@ -358,11 +366,11 @@ def _show(
     if options.json == "-":
         print(report.to_json(comparison))
         return
-    is_terminal = sys.stdout.isatty()
+    if options.json is not None:  # First: whoever reads the table may leave meanwhile.
+        Path(options.json).write_text(report.to_json(comparison) + "\n", "utf-8")
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns if is_terminal else 100
     print(report.to_text(comparison, width=width, has_color=is_terminal))
-    if options.json is not None:
-        Path(options.json).write_text(report.to_json(comparison) + "\n")
 
 
 @contextmanager

@@ -18,8 +18,8 @@ class Progress:
     def __init__(self, total_count: int, *, is_quiet: bool = False) -> None:
         self._total_count = total_count
         self._done_count = 0
-        self._is_quiet = is_quiet
-        self._bar = None if is_quiet or not sys.stderr.isatty() else _bar()
+        self._is_quiet = is_quiet or sys.stderr is None
+        self._bar = None if self._is_quiet or not sys.stderr.isatty() else _bar()
         self._task = None if self._bar is None else self._bar.add_task("", total=total_count)
 
     def __enter__(self) -> Self:
