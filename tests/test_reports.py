@@ -113,7 +113,7 @@ def test_summary_names_every_number() -> None:
         "  end RSS         150 MiB",
         "  page faults     5 000 minor, 1 major",
         "  arrays          100 served, 1000 MiB in all, 100 MiB at once at most",
-        "  reused          90 % of them from memory that was already there (900 MiB)",
+        "  reused          90 % of them from memory that was already there (900 MiB of pages)",
         "  faults avoided  at most 230 400: pages handed out again while in memory",
         "  given back      0 B during the run; 0 B still cached at the end",
         "  largest arrays   64.0 MiB  app.py:12",
@@ -161,6 +161,10 @@ ADVICE = {
         "Only 40 % .* 500 MiB went back .*--cache-cap 600MiB",
     ),
     "faults elsewhere": (replace(SUMMARY, minor_faults=300_000), "90 % .* 300 000 faults are left"),
+    "whole pages reused": (
+        replace(SUMMARY, minor_faults=300_000, served=replace(SERVED, reused_bytes=1060 * MIB)),
+        "^100 % of the array bytes .* 300 000 faults are left",
+    ),
     "faults without memory": (
         replace(SUMMARY, memory="none", served=None, minor_faults=300_000),
         "try `--memory pool`",
@@ -169,6 +173,19 @@ ADVICE = {
     "much cached": (
         replace(SUMMARY, served=replace(SERVED, cached_bytes=80 * MIB)),
         "80.0 MiB of the 150 MiB resident",
+    ),
+    "nothing is said of arrays that were not counted": (
+        replace(SUMMARY, served=None, has_numpy=False, process_count=2, unreported_count=1),
+        "1 of 1 child processes",
+    ),
+    "nor of their sum": (
+        replace(
+            SUMMARY,
+            served=replace(SERVED, total_bytes=MIB, reused_bytes=0),
+            process_count=2,
+            unreported_count=1,
+        ),
+        "1 of 1 child processes",
     ),
     "resource of the program": (
         replace(

@@ -201,7 +201,7 @@ def _array_rows(summary: Summary) -> list[tuple[str, str]]:
         (
             "reused",
             f"{share_text(served.hits, served.total_count)} of them from memory that was already "
-            f"there ({bytes_text(served.reused_bytes)})",
+            f"there ({bytes_text(served.reused_bytes)} of pages)",
         ),
         (
             "faults avoided",
@@ -241,6 +241,8 @@ def _replaced(summary: Summary) -> str | None:
 
 def _no_numpy(summary: Summary) -> str | None:
     if summary.has_numpy or summary.memory == "none" or summary.served is not None:
+        return None
+    if summary.unreported_count:
         return None
     return (
         "The program did not import NumPy, so Moirai's memory served nothing. If it allocates "
@@ -287,8 +289,10 @@ def _faults_elsewhere(summary: Summary) -> str | None:
         return None
     if served.reused_bytes < 0.8 * served.total_bytes:
         return None
+    # Pages are reused whole, and a block may leave a part of its last one unused.
+    reused_bytes = min(served.reused_bytes, served.total_bytes)
     return (
-        f"{share_text(served.reused_bytes, served.total_bytes)} of the array bytes were reused, "
+        f"{share_text(reused_bytes, served.total_bytes)} of the array bytes were reused, "
         f"yet {count_text(summary.minor_faults)} faults are left: they come from memory that NumPy "
         "does not allocate (buffers of BLAS, SciPy or pandas, Python objects). "
         "`--memory pool --allocator tuned` reaches those too."
