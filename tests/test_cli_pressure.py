@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_short_recordings_without_a_limit_are_drawn(text, capsys, tmp_path):
     assert cli.main(["pressure", "replay", str(path)]) == 0
 
     assert "alarms: 0" in capsys.readouterr().out
+
+
+def test_the_axis_of_time_is_the_recordings(capsys, tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("t_seconds,used_bytes\n1000,5\n1060,6\n")
+
+    assert cli.main(["pressure", "replay", str(path)]) == 0
+
+    assert re.search(r"\n +1000 s +1060 s\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

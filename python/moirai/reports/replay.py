@@ -114,7 +114,7 @@ def _strip(replay: Replay, columns: int) -> list[str]:
     axis = f"{start:.0f} s"
     return [
         f"{'P(90 %)':>10} |{''.join(bars).rstrip()}",
-        f"{'':>11} {axis}{end - start:>{columns - len(axis) - 2}.0f} s",
+        f"{'':>11} {axis}{end:>{columns - len(axis) - 2}.0f} s",
     ]
 
 
