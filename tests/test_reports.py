@@ -260,6 +260,19 @@ def test_close_ratios_whose_spreads_do_not_overlap_are_no_tie() -> None:
     assert comparison.best(compared(PLAIN, fast, small)) is fast
 
 
+def test_after_one_round_close_ratios_are_a_tie() -> None:
+    fast = configuration("fast", [0.50], peak_mib=500)
+    small = configuration("small", [0.51])
+    once = comparison.Comparison("app.py", 1, True, (configuration("plain", [1.0]), fast, small))
+    assert comparison.best(once) is small
+    text = comparison.to_text(once)
+    assert "app.py: one round" in text
+    assert "from fast (ratios within 2 %), and the lowest peak RSS" in text
+    assert "One round does not say how far runs differ" in text
+    assert "0.51-0.51" not in text
+    assert "One round" not in comparison.to_text(compared(PLAIN))
+
+
 def test_short_program_is_told_what_starting_costs() -> None:
     short = compared(PLAIN, configuration("moirai", [0.9, 1.9, 0.9]))
     assert "The program is short (1.00 s CPU, less than 2 s)" in comparison.to_text(short)

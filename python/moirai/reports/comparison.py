@@ -78,8 +78,8 @@ def best(comparison: Comparison) -> Configuration | None:
     """Return the configuration to prefer.
 
     The lowest median CPU ratio wins. One within `TIE_RATIO` of it whose spread (lowest to highest
-    ratio) overlaps the winner's is a tie, and of those the lowest peak RSS wins. None if no round
-    is complete.
+    ratio) overlaps the winner's, or is not known after a single round, is a tie, and of those the
+    lowest peak RSS wins. None if no round is complete.
     """
     measured = {
         configuration.name: values
@@ -129,7 +129,9 @@ def to_json(comparison: Comparison) -> str:
 
 
 def _table(comparison: Comparison, chosen: Configuration | None) -> Table:
-    table = Table(title=f"{comparison.program}: median of {comparison.round_count} rounds")
+    rounds = comparison.round_count
+    measured = "one round" if rounds == 1 else f"median of {rounds} rounds"
+    table = Table(title=f"{comparison.program}: {measured}")
     table.title_justify = "left"
     table.add_column("config", no_wrap=True)
     for heading in ("CPU", "wall", "peak RSS", "end RSS", "faults", "CPU / plain", "spread"):
@@ -156,7 +158,7 @@ def _cells(comparison: Comparison, configuration: Configuration) -> list[str]:
         bytes_text(_median(configuration, lambda run: run.end_rss_bytes or 0)) if has_end else "-",
         count_text(round(_median(configuration, lambda run: run.minor_faults + run.major_faults))),
         f"{median(values):.2f}" if values else "-",
-        f"{min(values):.2f}-{max(values):.2f}" if values else "-",
+        f"{min(values):.2f}-{max(values):.2f}" if len(values) > 1 else "-",
     ]
 
 
@@ -171,6 +173,8 @@ def _notes(comparison: Comparison, chosen: Configuration | None) -> list[str]:
     if chosen is None:
         return notes
     notes.append(_reason(comparison, chosen))
+    if not _has_spreads(comparison):
+        notes.append("One round does not say how far runs differ: `--runs 3` and more do.")
     plain_seconds = _median(_plain(comparison), lambda run: run.cpu_seconds)
     if plain_seconds < _SHORT_SECONDS and any(
         each.name.startswith("moirai") for each in comparison.configurations
@@ -192,15 +196,23 @@ def _reason(comparison: Comparison, chosen: Configuration) -> str:
     ]
     if not tied:
         return f"* {chosen.name}: the lowest CPU time."
+    within = f"ratios within {TIE_RATIO * 100:.0f} %"
+    if _has_spreads(comparison):
+        within += ", spreads overlap"
     return (
-        f"* {chosen.name}: no clear difference in CPU time from {', '.join(tied)} (ratios within "
-        f"{TIE_RATIO * 100:.0f} %, spreads overlap), and the lowest peak RSS of these."
+        f"* {chosen.name}: no clear difference in CPU time from {', '.join(tied)} ({within}), and "
+        "the lowest peak RSS of these."
     )
 
 
 def _is_tie(values: Sequence[float], fastest: Sequence[float]) -> bool:
     is_close = median(values) - median(fastest) <= TIE_RATIO
-    return is_close and min(values) <= max(fastest)
+    has_spread = len(values) > 1 and len(fastest) > 1
+    return is_close and (not has_spread or min(values) <= max(fastest))
+
+
+def _has_spreads(comparison: Comparison) -> bool:
+    return all(len(each.runs) > 1 for each in comparison.configurations)
 
 
 def _plain(comparison: Comparison) -> Configuration:
