@@ -129,8 +129,8 @@ def main():
             f"{name:26} {arguments.batches / seconds:5.0f} batches/s of {size:.1f} MiB as {kind}, "
             f"{1000 * cpu / arguments.batches:.2f} ms of CPU each, checksum {checksum:08x}"
         )
-    ratio = found["multiprocessing"] / found["moirai.channels.processes"]
-    print(f"moirai.channels.processes takes 1/{ratio:.1f} of the CPU time")
+    share = found["moirai.channels.processes"] / found["multiprocessing"]
+    print(f"moirai.channels.processes takes {share:.2f} of the CPU time of multiprocessing")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def main():
         rate, each = arguments.frames / seconds, 1000 * cpu / arguments.frames
         print(f"{name:22} {rate:7.0f} frames/s, {each:.2f} ms of CPU each")
         print(f"{'':22} {report}")
-    ratio = found["multiprocessing.Queue"] / found["SharedChannel"]
-    print(f"SharedChannel takes 1/{ratio:.1f} of the CPU time")
+    share = found["SharedChannel"] / found["multiprocessing.Queue"]
+    print(f"SharedChannel takes {share:.2f} of the CPU time of multiprocessing")
 
 
 if __name__ == "__main__":
