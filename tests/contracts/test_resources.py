@@ -399,6 +399,21 @@ def test_huge_request_is_out_of_memory_and_leaves_nothing_behind(
         del kept
 
 
+@every_resource
+@pytest.mark.parametrize("size_bytes", [1 << 47, 1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("make_array", [np.empty, np.zeros], ids=["empty", "zeros"])
+def test_huge_array_is_a_memory_error_and_leaves_nothing_behind(
+    make: Make, size_bytes: int, make_array: Callable[..., object]
+) -> None:
+    with checked(make) as resource, memory.use(resource):
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                make_array(size_bytes, dtype="uint8")
+        assert resource.statistics().current_count == 0
+        np.empty(0).resize(0, refcheck=False)
+        assert memory.handler_of(np.ones(1000)) is resource
+
+
 def test_out_of_memory_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
         memory.PoolResource().allocate(1 << 62)

@@ -150,11 +150,12 @@ unsafe impl Resource for AdaptiveResource {
 
     #[inline]
     fn draw(&self, size: usize) -> Option<NonNull<u8>> {
-        if self.pattern.asked(size.max(1)) {
-            let request = Request::bytes(size).ok()?;
+        // Before it is counted: what is refused here has no class.
+        let request = Request::bytes(size).ok()?;
+        if self.pattern.asked(request.size()) {
             return self.sample(request).ok().map(|block| block.address);
         }
-        self.parts.draw(size)
+        self.parts.draw(request.size())
     }
 
     #[inline]
