@@ -451,3 +451,22 @@ def test_forking_while_threads_allocate_never_hangs(installed: memory.PoolResour
 def test_importing_the_package_imports_no_numpy() -> None:
     assert _python("import moirai, sys; print('numpy' in sys.modules)").strip() == "False"
     assert _python("import moirai.memory, sys; print('numpy' in sys.modules)").strip() == "False"
+def test_finalisers_may_make_large_arrays_while_the_interpreter_ends() -> None:
+    done = _python(
+        """
+        import builtins
+        import numpy as np
+        from moirai import memory
+        memory.install()
+        class Late:
+            empty, write = np.empty, print
+            def __del__(self):
+                for size in (1 << 20, 5 << 20, 3 << 20):
+                    self.empty(size, dtype="uint8")
+                self.write("made")
+        builtins.late = Late()
+        """
+    )
+    assert done.strip() == "made"
+
+

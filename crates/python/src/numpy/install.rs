@@ -270,7 +270,7 @@ mod largest {
         // SAFETY: no preconditions. Without the interpreter no frame can be looked at.
         let attached = unsafe { ffi::PyGILState_Check() } == 1;
         let site = if attached {
-            Python::attach(site::current)
+            Python::try_attach(site::current).flatten()
         } else {
             None
         };
@@ -287,3 +287,8 @@ mod largest {
         RECORDS.lock().clone()
     }
 }
+        // While the interpreter ends, finalisers still make arrays, but it is not to be attached to.
+        if let Some(record) = records.iter_mut().find(|record| record.0 == size) {
+            record.1 += 1; // by another thread meanwhile
+            return;
+        }
