@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -330,6 +330,49 @@ def test_arrays_of_before_and_after_are_freed_by_whoever_made_them() -> None:
     memory.uninstall()
 
 
+ADAPTORS: dict[str, Callable[[memory.Resource], memory.Resource]] = {
+    "statistics": memory.StatisticsAdaptor,
+    "limit": lambda pool: memory.LimitAdaptor(pool, limit_bytes="64 MiB"),
+    "slab": memory.SlabResource,
+    "arena": memory.ArenaResource,
+}
+
+
+@pytest.mark.parametrize("adapt", ADAPTORS.values(), ids=ADAPTORS.keys())
+@pytest.mark.parametrize("pool_first", [True, False])
+def test_resources_over_one_pool_are_installed_one_after_the_other(
+    adapt: Callable[[memory.Resource], memory.Resource], pool_first: bool
+) -> None:
+    pool = memory.LargeObjectResource()
+    adaptor, other = adapt(pool), memory.StatisticsAdaptor(pool)
+    first, second = (pool, adaptor) if pool_first else (adaptor, pool)
+    made: list[tuple[memory.Resource, np.ndarray]] = []
+    try:
+        for resource in (first, second, first, other, second):
+            memory.install(resource, replace=True)
+            made += [(resource, np.full(size, 7.0)) for size in (3, 100, 10_000, 300_000)]
+    finally:
+        memory.uninstall()
+    for resource, array in made:
+        assert memory.handler_of(array) is resource
+        array.resize(array.size * 3, refcheck=False)
+        assert memory.handler_of(array) is resource
+    for resource in (adaptor, other):
+        mine = [array for maker, array in made if maker is resource]
+        assert resource.statistics().current_count == len(mine)
+    del mine, array
+    memory.install(first)
+    try:
+        del made[::2]
+    finally:
+        memory.uninstall()
+    made.clear()
+    for resource in (adaptor, other, pool):
+        resource.trim()
+        assert resource.statistics().current_count == 0
+    assert memory.health().ok, memory.health()
+
+
 def test_a_second_install_is_refused_unless_it_replaces(installed: memory.PoolResource) -> None:
     other = memory.SystemResource()
     with pytest.raises(errors.InvalidArgument, match=r"PoolResource is installed already"):
@@ -409,6 +452,25 @@ def test_arrays_may_be_freed_at_interpreter_exit() -> None:
     )
 
 
+def test_finalisers_may_make_large_arrays_while_the_interpreter_ends() -> None:
+    done = _python(
+        """
+        import builtins
+        import numpy as np
+        from moirai import memory
+        memory.install()
+        class Late:
+            empty, write = np.empty, print
+            def __del__(self):
+                for size in (1 << 20, 5 << 20, 3 << 20):
+                    self.empty(size, dtype="uint8")
+                self.write("made")
+        builtins.late = Late()
+        """
+    )
+    assert done.strip() == "made"
+
+
 def _child(array: np.ndarray) -> tuple[float, bool]:
     made = np.ones(300_000)
     return float(array.sum() + made.sum()), memory.installed() is not None
@@ -451,22 +513,3 @@ def test_forking_while_threads_allocate_never_hangs(installed: memory.PoolResour
 def test_importing_the_package_imports_no_numpy() -> None:
     assert _python("import moirai, sys; print('numpy' in sys.modules)").strip() == "False"
     assert _python("import moirai.memory, sys; print('numpy' in sys.modules)").strip() == "False"
-def test_finalisers_may_make_large_arrays_while_the_interpreter_ends() -> None:
-    done = _python(
-        """
-        import builtins
-        import numpy as np
-        from moirai import memory
-        memory.install()
-        class Late:
-            empty, write = np.empty, print
-            def __del__(self):
-                for size in (1 << 20, 5 << 20, 3 << 20):
-                    self.empty(size, dtype="uint8")
-                self.write("made")
-        builtins.late = Late()
-        """
-    )
-    assert done.strip() == "made"
-
-

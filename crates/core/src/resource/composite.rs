@@ -93,7 +93,7 @@ pub fn distinct(parts: &[Arc<dyn Resource>], names: &[&'static str]) -> Result<(
 }
 
 /// Whether two resources draw from the same one, or are the same.
-fn share(one: &Arc<dyn Resource>, other: &Arc<dyn Resource>) -> bool {
+pub fn share(one: &Arc<dyn Resource>, other: &Arc<dyn Resource>) -> bool {
     fn collect(resource: &Arc<dyn Resource>, into: &mut Vec<*const ()>) {
         into.push(Arc::as_ptr(resource).cast());
         for source in resource.sources() {

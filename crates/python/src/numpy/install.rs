@@ -13,6 +13,7 @@ use crate::errors::InvalidArgument;
 use crate::lane;
 use crate::resource::Resource;
 use moirai_core::resource as core;
+use moirai_core::resource::composite::share;
 use moirai_core::resource::ledger::LedgerAdaptor;
 use moirai_core::resource::priority::Lane;
 use moirai_core::sync::Lock;
@@ -22,7 +23,7 @@ use std::ffi::c_void;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 /// One resource that is or was installed. Leaked: a few words for each `install`.
 struct Installed {
@@ -30,13 +31,42 @@ struct Installed {
     /// The lane of contexts that chose none, if the resource has lanes.
     lane: Option<Lane>,
     resource: Py<Resource>,
+    /// Whether it tells its own blocks from those that others drew from the same memory.
+    is_exact: bool,
+    /// Whether one that does was installed over its memory: that one is to be asked first. Set before
+    /// that one is `ACTIVE`, so whoever has a block of it sees this: `Relaxed` suffices.
+    is_overlaid: AtomicBool,
+}
+
+impl Installed {
+    fn new(resource: &Bound<'_, Resource>, ever: &[&'static Installed]) -> Self {
+        let core = resource.get().core();
+        let overlaid = ever.iter().filter(|other| share(&other.core, core));
+        let is_shared = overlaid
+            .map(|other| other.is_overlaid.store(true, Ordering::Relaxed))
+            .count()
+            > 0;
+        let core = if is_shared {
+            Arc::new(LedgerAdaptor::new(Arc::clone(core)))
+        } else {
+            LedgerAdaptor::where_needed(Arc::clone(core))
+        };
+        Installed {
+            is_exact: !Arc::ptr_eq(&core, resource.get().core()),
+            core,
+            lane: resource.get().has_lanes().then_some(Lane::Normal),
+            resource: resource.clone().unbind(),
+            is_overlaid: AtomicBool::new(false),
+        }
+    }
 }
 
 /// NumPy's own functions, as they were before the first `install`.
 static ORIGINAL: OnceLock<OriginalAllocator> = OnceLock::new();
 /// The resource new arrays draw from, or null: NumPy's own functions.
 static ACTIVE: AtomicPtr<Installed> = AtomicPtr::new(null_mut());
-/// All that were ever installed, newest last; any may still have live arrays.
+/// All that were ever installed, those last that are to be asked first: the exact ones, of which each
+/// knows its own blocks, and among both kinds the newest. Any may still have live arrays.
 static EVER: Lock<Vec<&'static Installed>> = Lock::new(Vec::new());
 /// Serialises `install` and `uninstall`.
 static CHANGING: Lock<()> = Lock::new(());
@@ -93,7 +123,10 @@ unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usi
     let Some(block) = NonNull::new(address.cast()) else {
         return;
     };
-    if let Some(installed) = active() {
+    let is_first = |installed: &&Installed| {
+        installed.is_exact || !installed.is_overlaid.load(Ordering::Relaxed)
+    };
+    if let Some(installed) = active().filter(is_first) {
         // SAFETY: NumPy gives the block up; if it is not ours, nothing is done.
         if unsafe { installed.core.take_back(block) }.is_some() {
             return;
@@ -107,7 +140,7 @@ unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usi
     }
 }
 
-/// Free a block of a resource that is not active any more.
+/// Free a block of a resource that is not active any more, or over whose memory others were installed.
 ///
 /// # Safety
 /// If the block is one of ours, nothing uses it any more.
@@ -195,20 +228,22 @@ pub fn install(resource: &Bound<'_, Resource>, replace: bool) -> PyResult<()> {
             )));
         }
     }
-    let known = EVER
-        .lock()
+    let mut ever = EVER.lock();
+    let known = ever
         .iter()
         .copied()
         .find(|entry| entry.resource.is(resource));
     let entry = known.unwrap_or_else(|| {
-        let entry: &'static Installed = Box::leak(Box::new(Installed {
-            core: LedgerAdaptor::where_needed(Arc::clone(resource.get().core())),
-            lane: resource.get().has_lanes().then_some(Lane::Normal),
-            resource: resource.clone().unbind(),
-        }));
-        EVER.lock().push(entry);
+        let entry: &'static Installed = Box::leak(Box::new(Installed::new(resource, &ever)));
+        let place = if entry.is_exact {
+            ever.len()
+        } else {
+            ever.partition_point(|other| !other.is_exact)
+        };
+        ever.insert(place, entry);
         entry
     });
+    drop(ever);
     take_over(py)?;
     ACTIVE.store(std::ptr::from_ref(entry).cast_mut(), Ordering::Release);
     Ok(())
@@ -269,12 +304,17 @@ mod largest {
         }
         // SAFETY: no preconditions. Without the interpreter no frame can be looked at.
         let attached = unsafe { ffi::PyGILState_Check() } == 1;
+        // While the interpreter ends, finalisers still make arrays, but it is not to be attached to.
         let site = if attached {
             Python::try_attach(site::current).flatten()
         } else {
             None
         };
         let mut records = RECORDS.lock();
+        if let Some(record) = records.iter_mut().find(|record| record.0 == size) {
+            record.1 += 1; // by another thread meanwhile
+            return;
+        }
         records.push((size, 1, site));
         records.sort_by_key(|record| std::cmp::Reverse(record.0));
         records.truncate(KEPT);
@@ -287,8 +327,3 @@ mod largest {
         RECORDS.lock().clone()
     }
 }
-        // While the interpreter ends, finalisers still make arrays, but it is not to be attached to.
-        if let Some(record) = records.iter_mut().find(|record| record.0 == size) {
-            record.1 += 1; // by another thread meanwhile
-            return;
-        }
