@@ -463,6 +463,23 @@ def test_best_fit_leaves_the_larger_hole_whole() -> None:
     del small, large
 
 
+def test_a_refused_request_holds_no_address_space() -> None:
+    import psutil
+
+    resource = memory.LargeObjectResource()
+    touch(resource.allocate(4 * MIB))
+    before = psutil.Process().memory_info().vms
+    for exponent in range(40, 47):
+        try:
+            resource.allocate(1 << exponent)
+        except OutOfMemory:
+            continue
+        pytest.skip("this kernel refuses nothing")
+    assert psutil.Process().memory_info().vms - before < 1 << 40
+    touch(resource.allocate(4 * MIB))
+    assert resource.check().ok
+
+
 @pytest.mark.parametrize(
     "make", [memory.LargeObjectResource, memory.PoolResource], ids=["large", "pool"]
 )

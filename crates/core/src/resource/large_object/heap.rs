@@ -462,10 +462,22 @@ impl Heap {
             Some(index) => index,
             None => self.add_region(area, need)?,
         };
-        let id = self.extend_region(map, index, pages)?;
+        let Some(id) = self.extend_region(map, index, pages) else {
+            self.release_unused_region(index);
+            return None;
+        };
         let id = self.release_span(map, id, State::Cold);
         self.remove_free(id);
         Some(id)
+    }
+
+    /// Unmap a region of which nothing was committed: a request for more than there is must not hold
+    /// the address space for it.
+    fn release_unused_region(&mut self, index: usize) {
+        if let Some(region) = self.regions[index].take_if(|region| region.frontier == 0) {
+            // SAFETY: the region is the heap's, and no span lies in it.
+            unsafe { os::release(region.base, region.bytes) };
+        }
     }
 
     /// Commit at least `pages` fresh pages of a region that has them, as a cold span, not indexed.
