@@ -483,14 +483,14 @@ def test_a_refused_request_holds_no_address_space() -> None:
 @pytest.mark.parametrize(
     "make", [memory.LargeObjectResource, memory.PoolResource], ids=["large", "pool"]
 )
-@pytest.mark.parametrize("cap", [0, 8 * MIB, "8 MiB"])
+@pytest.mark.parametrize("cap", [0, 100_000, 8 * MIB, "8 MiB"])
 @pytest.mark.parametrize("huge_pages", ["auto", "always", "never"])
 def test_cache_never_exceeds_its_cap(
     make: Callable[..., memory.Resource], cap: int | str, huge_pages: str
 ) -> None:
     resource = make(cache_cap_bytes=cap, decay_seconds=None, huge_pages=huge_pages)
     cap_bytes = memory.parse_bytes(cap)
-    for size in (1 * MIB, 3 * MIB, 20 * MIB):
+    for size in (20_000, 200_000, 1 * MIB, 3 * MIB, 20 * MIB):
         buffers = [touch(resource.allocate(size)) for _ in range(40 * MIB // size)]
         while buffers:
             buffers.pop()

@@ -931,8 +931,14 @@ impl Heap {
     }
 
     /// What the cap no longer allows to stay hot, after a block came back.
-    pub(super) fn excess_after_free(&mut self) -> Vec<Victim> {
-        self.purge_to(self.cap())
+    ///
+    /// What waits to be merged counts only for a cap that was given: the other has room for it.
+    pub(super) fn excess_after_free(&mut self, map: &AddressMap<12>) -> Vec<Victim> {
+        match self.fixed_cap {
+            Some(cap) if self.quick_bytes > cap => self.excess_over(map, cap),
+            Some(cap) => self.purge_to(cap - self.quick_bytes),
+            None => self.purge_to(self.cap()),
+        }
     }
 
     /// What must go so that fresh pages do not raise the peak by what lies idle.

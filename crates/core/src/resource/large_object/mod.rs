@@ -225,7 +225,7 @@ unsafe impl Resource for LargeObjectResource {
         let (size, excess) = {
             let mut heap = shared.heap.lock();
             let (size, untouched) = heap.give_back(&shared.map, address.as_ptr() as usize, now);
-            let mut excess = heap.excess_after_free();
+            let mut excess = heap.excess_after_free(&shared.map);
             excess.extend(untouched);
             shared.publish(&heap);
             (size, excess)
@@ -251,7 +251,7 @@ unsafe impl Resource for LargeObjectResource {
             let start = address.as_ptr() as usize;
             let now = os::now_milliseconds();
             let size = heap.resize(&self.shared.map, start, request.size(), now);
-            let excess = heap.excess_after_free();
+            let excess = heap.excess_after_free(&self.shared.map);
             self.shared.publish(&heap);
             (size, excess)
         };
