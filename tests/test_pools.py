@@ -129,6 +129,22 @@ def test_factory_that_fails_at_once_fails_the_construction() -> None:
         functions.pool(min_size=1)
 
 
+def test_construction_that_fails_destroys_what_it_made() -> None:
+    made: list[Thing] = []
+    destroyed: list[Thing] = []
+
+    def factory() -> Thing:
+        if len(made) == 2:
+            raise OSError("no route")
+        made.append(Thing())
+        return made[-1]
+
+    with pytest.raises(OSError, match="no route"):
+        pools.ObjectPool(factory, destroy=destroyed.append, min_size=3)
+    assert len(destroyed) == 2
+    assert {id(thing) for thing in destroyed} == {id(thing) for thing in made}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

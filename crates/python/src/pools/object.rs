@@ -572,7 +572,11 @@ impl ObjectPool {
             overflow,
             track_sites,
         };
-        pool.fill(py, min_count)?;
+        if let Err(error) = pool.fill(py, min_count) {
+            // Nobody gets the pool, so nobody else can destroy what was made.
+            pool.close(py)?;
+            return Err(error);
+        }
         Ok(pool)
     }
 
