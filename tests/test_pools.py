@@ -1275,10 +1275,21 @@ def test_other_dtypes_go_through_numpy(dtype: Any, value: Any) -> None:
         ("f4", None, TypeError, r"value: must be a number, got NoneType"),
         ("?", 1, TypeError, r"value: must be a bool, got int"),
         (">i4", 1.5, InvalidArgument, r"values: must be of the kind of >i4, got float64"),
+        ("f4", 1e300, InvalidArgument, r"value: must fit float32, got 1e\+300"),
+        ("f8", 10**400, InvalidArgument, r"value: must fit float64, got 1000"),
+        ("f2", 1e6, InvalidArgument, r"values: must fit float16, got 1000000.0"),
+        ("S3", b"abcd", InvalidArgument, r"values: must fit \|S3, got b'abcd'"),
+        ("U3", "abcd", InvalidArgument, r"values: must fit <U3, got abcd"),
+        ("M8[s]", np.datetime64(1500, "ms"), InvalidArgument, r"fit datetime64\[s\], got 1970"),
+        ([("x", "i4")], (1.5,), InvalidArgument, r"values: must fit int32, got 1.5"),
+        ([("x", "u1")], (-1,), InvalidArgument, r"values: must fit .*uint8"),
+        ([("x", "i4"), ("y", "S2")], (1, b"abc"), InvalidArgument, r"must fit \|S2, got b'abc'"),
+        ([("x", "f4", 2)], ([1, 1e300],), InvalidArgument, r"must fit float32, got 1e\+300"),
     ],
+    ids=repr,
 )
 def test_value_that_does_not_fit_is_refused(
-    dtype: str, value: Any, error: type[Exception], message: str
+    dtype: Any, value: Any, error: type[Exception], message: str
 ) -> None:
     with pools.VectorPool(dtype).acquire() as vector:
         with pytest.raises(error, match=message):
@@ -1299,8 +1310,14 @@ def test_value_that_does_not_fit_is_refused(
         ("f8", np.zeros((2, 2)), r"values: must have one dimension, got 2"),
         ("f8", [[1.0], [1.0, 2.0]], r"values: must "),
         ("f8", 3.0, r"values: must be iterable, got float"),
+        ("i1", np.array([1, 300]), r"values: must fit int8, got 300"),
+        ("i1", memoryview(np.array([300])), r"values: must fit int8, got 300"),
+        ("u1", np.array([256], "u2"), r"values: must fit uint8, got 256"),
+        ("i8", np.array([1 << 63], "u8"), r"values: must fit int64, got 9223372036854775808"),
+        ("f4", [1.0, -1e300], r"values: must fit float32, got -1e\+300"),
+        ("f4", np.array([1e300]), r"values: must fit float32, got 1e\+300"),
     ],
-    ids=range(10),
+    ids=range(16),
 )
 def test_values_that_do_not_fit_are_refused_and_none_is_appended(
     dtype: str, values: Any, message: str
@@ -1310,6 +1327,32 @@ def test_values_that_do_not_fit_are_refused_and_none_is_appended(
         with pytest.raises((InvalidArgument, TypeError), match=message):
             vector.extend(values)
         assert len(vector) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("i1", np.array([-128, 127])),
+        ("i8", np.array([1, 2], "u8")),
+        ("f4", [0.1, np.inf, -np.inf, np.nan]),
+        ("f2", np.array([1, 2])),
+        ("c8", [1, 2.5, 1j]),
+        ("S3", [b"a", b"abc"]),
+        ("U3", ["", "abc"]),
+        ("M8[s]", np.array([2000, "NaT"], "M8[ms]")),
+        ("V3", [b"abc"]),
+        ([("x", "u1"), ("y", "U3"), ("z", "M8[D]")], [(1, "abc", "2020-01-01"), (2, "", "NaT")]),
+        ([("x", "u1"), ("y", [("z", "f4"), ("w", "i2", 2)])], [(1, (0.1, [3, 4])), (2, (3, 5))]),
+        ([("x", "i4"), ("y", "f4")], np.array([(1, 0.1)], [("a", "i8"), ("b", "f8")])),
+        ([("x", "i4"), ("y", "f4")], [1, 2]),
+    ],
+    ids=str,
+)
+def test_values_that_fit_another_type_are_as_numpy_has_them(dtype: Any, values: Any) -> None:
+    with pools.VectorPool(dtype).acquire() as vector:
+        vector.extend(values)
+        expected = np.array(values, dtype)
+        assert vector.numpy().tobytes() == expected.tobytes()
 
 
 def test_vector_takes_every_kind_of_sequence() -> None:
@@ -1489,6 +1532,7 @@ def test_threads_append_to_one_vector() -> None:
     [
         ({"dtype": "O"}, r"dtype: must hold plain values of a size, got object"),
         ({"dtype": "V0"}, r"dtype: must hold plain values of a size, got \|V0"),
+        ({"dtype": "(2,3)f4"}, r"dtype: must hold plain values of a size, got \('<f4', \(2, 3\)\)"),
         ({"capacity": 0}, r"capacity: must be from 1 to 131072, got 0"),
         ({"capacity": 131_073}, r"capacity: must be from 1 to 131072, got 131073"),
         ({"cap_bytes": 7}, r"cap_bytes: must be at least one item of 8 bytes, got 7"),

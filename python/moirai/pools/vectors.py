@@ -32,17 +32,18 @@ def _converter(dtype: np.dtype[Any]) -> Callable[[Iterable[Any]], NDArray[np.uin
     def convert(values: Iterable[Any]) -> NDArray[np.uint8]:
         sequence = _sequence(values)
         try:
-            if isinstance(sequence, np.ndarray | memoryview) or dtype.kind not in "iu":
-                _check_kind(sequence, dtype)
-            else:
-                sequence = _integers(sequence, dtype)
-            array = np.ascontiguousarray(sequence, dtype)
+            are_integers = dtype.kind in "iu" and not isinstance(sequence, np.ndarray | memoryview)
+            sequence = (_integers if are_integers else _natural)(sequence, dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # it is refused, not warned of
+                array = np.ascontiguousarray(sequence, dtype)
+            if array.ndim != 1:
+                raise InvalidArgument(_dimensions(array))
+            if not are_integers:
+                _check_values(sequence, array)
         except InvalidArgument:
             raise
         except (OverflowError, ValueError) as error:
             raise InvalidArgument(f"values: must fit {dtype}: {error}") from error
-        if array.ndim != 1:
-            raise InvalidArgument(_dimensions(array))
         return array.view(np.uint8)
 
     return convert
@@ -72,13 +73,62 @@ def _dimensions(got: NDArray[Any]) -> str:
     return f"values: must have one dimension, got {got.ndim}"
 
 
-def _check_kind(values: Any, dtype: np.dtype[Any]) -> None:
-    """Refuse what NumPy would quietly cut down: fractions, signs, imaginary parts."""
+def _natural(values: Any, dtype: np.dtype[Any]) -> Any:
+    """Values as NumPy has them unasked; refuses another kind: fractions, signs, imaginary parts.
+
+    Records, whose kinds are their fields', stay as they are.
+    """
     if dtype.names is not None:
-        return
+        return values
     natural = np.asarray(values)
     if natural.size and not np.can_cast(natural.dtype, dtype, "same_kind"):
         raise InvalidArgument(_kind(dtype, natural))
+    return natural
+
+
+def _check_values(values: Any, array: NDArray[Any]) -> None:
+    """Refuse what NumPy has cut down to make `array` of `values`."""
+    names = array.dtype.names
+    if names is not None:
+        records = np.asarray(values) if isinstance(values, memoryview) else values
+        for index, name in enumerate(names):
+            _check_values(_field(records, index), array[name])
+        return
+    try:
+        natural = np.asarray(values)
+    except ValueError:  # of records whose field is an array, some give one value for all of it
+        for value, made in zip(values, array, strict=True):
+            _check_values(np.asarray(value)[np.newaxis], made[np.newaxis])
+        return
+    if np.can_cast(natural.dtype, array.dtype, "safe"):
+        return
+    # In a record, one value may stand for all of a field that is an array.
+    natural = natural.reshape(natural.shape + (1,) * (array.ndim - natural.ndim))
+    lost = np.broadcast_to(_lost(natural, array), array.shape)
+    if lost.any():
+        got = np.broadcast_to(natural, array.shape)[lost][0]
+        raise InvalidArgument(f"values: must fit {array.dtype}, got {got}")
+
+
+def _field(records: Any, index: int) -> Any:
+    """One field of records, which are an array, tuples, or values that stand for all fields."""
+    if isinstance(records, np.ndarray) and records.dtype.names is not None:
+        return records[records.dtype.names[index]]
+    return [record[index] if isinstance(record, tuple | np.void) else record for record in records]
+
+
+def _lost(natural: NDArray[Any], array: NDArray[Any]) -> Any:
+    """Where a value is not what it was. Floats may be rounded, but not to infinity."""
+    source, target = natural.dtype.kind, array.dtype.kind
+    if (target in "fc" and source in "iuf") or target == source == "c":
+        return np.isinf(array) & np.isfinite(natural)
+    if target in "biufc" and source in "biufc":
+        return natural != array
+    if target in "mM" and source in "mM":
+        return (natural != array) & ~np.isnat(natural)
+    if target in "SU" and source != "O":
+        return array.astype(natural.dtype) != natural
+    return target == "V" and natural.dtype.itemsize > array.dtype.itemsize
 
 
 def _integers(values: Sequence[Any], dtype: np.dtype[Any]) -> list[int]:
@@ -136,7 +186,7 @@ class VectorPool(_native.VectorPool):
         track_sites: bool = False,
     ) -> VectorPool:
         item = np.dtype(dtype)
-        if item.hasobject or item.itemsize == 0:
+        if item.hasobject or item.itemsize == 0 or item.subdtype is not None:
             raise InvalidArgument(f"dtype: must hold plain values of a size, got {item}")
         made = super().__new__(
             cls,

@@ -103,6 +103,12 @@ fn wrong_type(expected: &str, value: &Bound<'_, PyAny>) -> PyErr {
     }
 }
 
+/// A number beyond the largest float of a type.
+fn too_large(kind: &Type, value: &Bound<'_, PyAny>) -> PyErr {
+    let dtype = kind.dtype.bind(value.py());
+    InvalidArgument::new_err(format!("value: must fit {dtype}, got {value}"))
+}
+
 impl Vector {
     fn kind(&self) -> &Type {
         &self.pool.get().kind
@@ -137,9 +143,13 @@ impl Vector {
     fn append(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
         let kind = self.kind();
         let float = || {
-            value
-                .extract::<f64>()
-                .map_err(|_| wrong_type("a number", value))
+            value.extract::<f64>().map_err(|error| {
+                if error.is_instance_of::<PyOverflowError>(py) {
+                    too_large(kind, value)
+                } else {
+                    wrong_type("a number", value)
+                }
+            })
         };
         let truth = || {
             value
@@ -149,8 +159,13 @@ impl Vector {
         let bytes = match (kind.scalar, kind.item_bytes) {
             (Scalar::Float, 8) => float()?.to_le_bytes(),
             (Scalar::Float, _) => {
+                let wide = float()?;
+                let narrow = wide as f32;
+                if narrow.is_infinite() && wide.is_finite() {
+                    return Err(too_large(kind, value));
+                }
                 let mut bytes = [0; 8];
-                bytes[..4].copy_from_slice(&(float()? as f32).to_le_bytes());
+                bytes[..4].copy_from_slice(&narrow.to_le_bytes());
                 bytes
             }
             (Scalar::Bool, _) => u64::from(truth()?).to_le_bytes(),
