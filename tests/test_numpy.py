@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_an_array_outlives_its_block_and_its_resource() -> None:
     gc.collect()
     assert int(array.sum()) == 49_995_000
     assert isinstance(memory.handler_of(array), memory.PoolResource)
+
+
+def test_a_resource_goes_with_its_last_array() -> None:
+    pool = memory.PoolResource()
+    gone = weakref.ref(pool)
+    with memory.use(pool):
+        array = np.ones(10)
+    del pool
+    gc.collect()
+    assert gone() is not None
+    del array  # and nothing of this package is called
+    assert gone() is None
 
 
 def test_blocks_nest_and_restore(pool: memory.PoolResource) -> None:

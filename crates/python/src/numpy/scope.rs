@@ -103,7 +103,10 @@ unsafe extern "C" fn drop_capsule(capsule: *mut ffi::PyObject) {
     let pointer = unsafe { ffi::PyCapsule_GetPointer(capsule, CAPSULE_NAME.as_ptr()) };
     if !pointer.is_null() {
         // SAFETY: leaked by `new_capsule`; nothing holds the capsule any more.
-        drop(unsafe { Box::from_raw(pointer.cast::<Drawn>()) });
+        let drawn = unsafe { Box::from_raw(pointer.cast::<Drawn>()) };
+        // The caller is attached, but PyO3 does not know: it would keep the resource, with all that
+        // it has, until this package is called the next time.
+        Python::try_attach(|_| drop(drawn));
     }
 }
 
