@@ -679,9 +679,10 @@ def current_lane() -> int:
     """Number of the current context's lane."""
 
 def handler_of(array: NDArray[Any] | np.ndarray[Any, Any]) -> Resource | None:
-    """The resource an array's memory came from, or None if it is NumPy's own or another library's.
+    """The resource that NumPy drew an array's memory from, or None if there is none.
 
-    Views are followed to the array that owns the memory.
+    Views are followed to the array that owns the memory. What shows the memory of another object is
+    None: of a `Buffer`, of another library's, of what `as_strided` puts in between.
 
     Raises:
         TypeError: `array` is no numpy.ndarray.

@@ -247,7 +247,7 @@ fn resource_behind(capsule: &Bound<'_, PyAny>) -> Option<Py<Resource>> {
     Some(drawn.resource.clone_ref(capsule.py()))
 }
 
-/// The resource an array's memory came from, or None if it is NumPy's own or another library's.
+/// The resource that NumPy drew an array's memory from, or None if there is none.
 #[pyfunction]
 pub fn handler_of(array: &Bound<'_, PyAny>) -> PyResult<Option<Py<Resource>>> {
     let numpy = abi::numpy(array.py())?;
