@@ -436,6 +436,24 @@ def test_largest_arrays_name_their_site() -> None:
     assert "size_bytes=800," not in shown
 
 
+def test_largest_arrays_lists_no_array_that_was_refused() -> None:
+    shown = _python(
+        """
+        import numpy as np
+        from moirai import memory
+        memory.install()
+        for make in (np.empty, np.zeros):
+            try:
+                make(1 << 62, dtype="uint8")
+            except MemoryError:
+                pass
+        kept = np.empty(2 << 20, dtype="uint8")
+        print([array.size_bytes for array in memory.largest_arrays()])
+        """
+    )
+    assert shown.strip() == "[2097152]"
+
+
 def _python(code: str, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(code)],

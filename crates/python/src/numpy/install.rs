@@ -98,10 +98,11 @@ unsafe extern "C" fn malloc(_context: *mut c_void, size: usize) -> *mut c_void {
         // SAFETY: NumPy's function with NumPy's context.
         return unsafe { (numpy.malloc)(numpy.context, size) };
     };
-    if size >= LARGE_BYTES {
+    let data = lane::within(installed.lane, || draw(&*installed.core, size, false));
+    if size >= LARGE_BYTES && !data.is_null() {
         largest::note(size);
     }
-    lane::within(installed.lane, || draw(&*installed.core, size, false))
+    data
 }
 
 unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) -> *mut c_void {
@@ -113,10 +114,11 @@ unsafe extern "C" fn calloc(_context: *mut c_void, count: usize, size: usize) ->
     let Some(bytes) = count.checked_mul(size) else {
         return null_mut();
     };
-    if bytes >= LARGE_BYTES {
+    let data = lane::within(installed.lane, || draw(&*installed.core, bytes, true));
+    if bytes >= LARGE_BYTES && !data.is_null() {
         largest::note(bytes);
     }
-    lane::within(installed.lane, || draw(&*installed.core, bytes, true))
+    data
 }
 
 unsafe extern "C" fn free(_context: *mut c_void, address: *mut c_void, size: usize) {
