@@ -89,7 +89,8 @@ def run_channel(workers, records, path):
     started = time.perf_counter()
     children = start(worker, workers)
     output = write_to(path)
-    with channel.receiver() as receiver:
+    # A sender of its own: else a worker that is done before another begins would be the last one.
+    with channel.receiver() as receiver, channel.sender():
         left = workers * records
         while left:
             found = receiver.receive_many(256)
