@@ -6,6 +6,7 @@ builds that library alone.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -46,7 +47,9 @@ def build_preload_library() -> None:
         CalledProcessError: cargo failed; it has said why on standard error.
     """
     command = [*COMMAND, "--message-format=json-render-diagnostics"]
-    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    built = subprocess.run(
+        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=True
+    )
     messages = [json.loads(line) for line in built.stdout.splitlines()]
     (path,) = [
         path
@@ -59,6 +62,15 @@ def build_preload_library() -> None:
     new = LIBRARY.with_suffix(".new")
     shutil.copy(path, new)
     new.replace(LIBRARY)
+
+
+def _environment() -> dict[str, str]:
+    """As maturin does, get Rust for this build where there is none; it has asked pip for how."""
+    if shutil.which("cargo") or os.environ.get("MATURIN_NO_INSTALL_RUST"):
+        return dict(os.environ)
+    from puccinialin import setup_rust
+
+    return {**os.environ, **setup_rust()}
 
 
 def build_wheel(

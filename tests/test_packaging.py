@@ -1,11 +1,13 @@
 """What pip builds and what a source archive contains."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 import tarfile
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -17,19 +19,43 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_build_backend_has_every_hook_of_maturins():
-    import maturin
-
-    spec = importlib.util.spec_from_file_location(
-        "build_backend", ROOT / "scripts/build_backend.py"
-    )
+@pytest.fixture
+def backend():
+    path = ROOT / "scripts" / "build_backend.py"
+    spec = importlib.util.spec_from_file_location("build_backend", path)
     assert spec is not None
     assert spec.loader is not None
-    backend = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backend)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_backend_has_every_hook_of_maturins(backend):
+    import maturin
+
     hooks = {name for name in dir(maturin) if re.match("build_|get_requires_|prepare_", name)}
     assert set(backend.__all__) == hooks
     assert all(callable(getattr(backend, hook)) for hook in hooks)
+
+
+def test_library_is_built_with_the_rust_that_maturin_gets(backend, tmp_path, monkeypatch):
+    built = tmp_path / "libmoirai_malloc.so"
+    built.write_bytes(b"library")
+    artifact = {"reason": "compiler-artifact", "target": {"name": "moirai_malloc"}}
+    lines = [json.dumps({"reason": "build-script-executed"})]
+    lines += [json.dumps({**artifact, "filenames": [str(built)]})]
+    cargo = tmp_path / "rust" / "cargo"
+    cargo.parent.mkdir()
+    cargo.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    cargo.chmod(0o755)
+    got = types.SimpleNamespace(setup_rust=lambda: {"PATH": f"{cargo.parent}:/bin:/usr/bin"})
+    monkeypatch.setitem(sys.modules, "puccinialin", got)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("MATURIN_NO_INSTALL_RUST", raising=False)
+    monkeypatch.setattr(backend, "LIBRARY", tmp_path / "_preload" / "libmoirai_malloc.so.1")
+    backend.build_preload_library()
+    assert backend.LIBRARY.read_bytes() == b"library"
+    assert [path.name for path in backend.LIBRARY.parent.iterdir()] == [backend.LIBRARY.name]
 
 
 def test_source_archive_builds_every_crate(tmp_path):
