@@ -309,6 +309,20 @@ def test_a_closed_end_says_so(channel: SharedChannel) -> None:
         channel.sender()
 
 
+def test_who_uses_a_closed_end_takes_no_other_away(channel: SharedChannel) -> None:
+    senders, receivers = ([make() for _ in range(2)] for make in (channel.sender, channel.receiver))
+    for end in (senders[0], receivers[0]):
+        end.close()
+    for _ in range(5):
+        with pytest.raises(Closed):
+            senders[0].send_bytes(b"x")
+        with pytest.raises(Closed):
+            receivers[0].receive_bytes()
+    assert (channel.sender_count, channel.receiver_count) == (1, 1)
+    senders[1].send_bytes(b"y")
+    assert receivers[1].receive_bytes(0) == b"y"
+
+
 def test_closing_ends_a_wait_in_another_thread(channel: SharedChannel) -> None:
     receiver = channel.receiver()
     found: list[BaseException] = []

@@ -17,6 +17,8 @@ use waiting::MAX_SPIN;
 
 /// The bit of `active` that says that nothing begins any more.
 const CLOSED: u32 = 1 << 31;
+/// The bit of `active` that says that the end was counted out, which is done once.
+const FINISHED: u32 = 1 << 30;
 
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +37,7 @@ pub struct Endpoint {
     role: Role,
     /// In which process it was opened last; a forked child opens its own when it first uses it.
     generation: AtomicU64,
-    /// Operations in progress, and whether it was closed.
+    /// Operations in progress, whether it was closed, and whether it was counted out.
     active: AtomicU32,
     /// How long to spin before sleeping, in nanoseconds; follows what waits take. A guess only.
     spin: AtomicU32,
@@ -50,7 +52,7 @@ impl Drop for Active<'_> {
     #[inline]
     fn drop(&mut self) {
         if self.0.active.fetch_sub(1, Ordering::AcqRel) == CLOSED + 1 {
-            self.0.finish();
+            self.0.try_finish();
         }
     }
 }
@@ -122,7 +124,7 @@ impl Endpoint {
     /// Close it; those who wait here are told. What is in progress in other threads ends first.
     pub fn close(&self) {
         match self.active.fetch_or(CLOSED, Ordering::AcqRel) {
-            0 => self.finish(),
+            0 => self.try_finish(),
             before if before & CLOSED == 0 => self.attachment.wake_everybody(),
             _ => {}
         }
@@ -130,7 +132,16 @@ impl Endpoint {
 
     /// Nothing is in progress, and nothing begins.
     #[cold]
-    fn finish(&self) {
+    fn try_finish(&self) {
+        let finished = self.active.compare_exchange(
+            CLOSED,
+            CLOSED | FINISHED,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        if finished.is_err() {
+            return;
+        }
         let opened_here = self.generation.load(Ordering::Relaxed) == fork::generation();
         if opened_here && self.attachment.is_here() {
             let _ = self.attachment.change_role(self.role, false);
