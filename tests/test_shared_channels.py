@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import wait_until
 
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Closed, Corrupted, Disconnected, InvalidArgument, Timeout, Unsupported
@@ -769,5 +770,59 @@ def test_an_event_loop_is_told_that_the_sender_died(channel: SharedChannel) -> N
             os.waitpid(process, 0)
             with pytest.raises(Disconnected, match="died"):
                 await receiver.receive_async(WAIT)
+
+    asyncio.run(main())
+
+
+def test_a_receiver_that_never_waits_is_told_that_the_sender_died(channel: SharedChannel) -> None:
+    def child() -> None:
+        sender = channel.sender()
+        sender.send("here")
+        signal.pause()
+
+    with channel.receiver() as receiver:
+        process = in_child(child)
+        assert receiver.receive(WAIT) == "here"
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+        def is_told() -> bool:
+            try:
+                receiver.receive(0)
+            except Disconnected as error:
+                return "died" in str(error)
+            except Timeout:
+                pass
+            return False
+
+        wait_until(is_told)
+
+
+def test_a_forked_child_has_event_loops_of_its_own(channel: SharedChannel) -> None:
+    sender, receiver = channel.sender(), channel.receiver()
+
+    async def receive() -> None:
+        waiting = asyncio.create_task(receiver.receive_async(WAIT))
+        await asyncio.sleep(0)
+        sender.send("here")
+        assert await waiting == "here"
+
+    asyncio.run(receive())
+    assert end_of(in_child(lambda: asyncio.run(receive()))) == 0
+    asyncio.run(receive())
+
+
+def test_an_event_loop_waits_as_long_as_it_is_told(channel: SharedChannel) -> None:
+    async def main() -> None:
+        with channel.receiver() as receiver:
+            for wrong in (-1, float("nan"), float("inf"), 1e10):
+                with pytest.raises(InvalidArgument, match="timeout_seconds: must be None or a num"):
+                    await receiver.receive_async(wrong)
+            with pytest.raises(WrongType, match="timeout_seconds: must be a number or None"):
+                await receiver.receive_async("1")  # type: ignore[arg-type]
+            with pytest.raises(Timeout, match=r"receive: no message came within 0 s; nothing"):
+                await receiver.receive_async(0)
+            with pytest.raises(Timeout, match=r"receive_bytes: no message came within 0.05 s; no"):
+                await receiver.receive_bytes_async(0.05)
 
     asyncio.run(main())

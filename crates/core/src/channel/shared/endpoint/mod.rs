@@ -352,6 +352,8 @@ impl Endpoint {
 
     #[cold]
     fn nothing(&self) -> Result<Option<Offer>> {
+        // One who asks now and then, and never waits, learns of the dead here.
+        self.attachment.probe_now_and_then()?;
         let Some(gone) = self.attachment.gone(Role::Sender) else {
             return Ok(None);
         };
