@@ -382,3 +382,16 @@ def test_batches_go_between_processes_too() -> None:
             for number in numbers:
                 batching.send(number)
         assert [receiver.receive_bytes(timeout_seconds=60) for _ in numbers] == numbers
+
+
+def test_a_batch_that_fails_half_way_tells_what_was_not_sent() -> None:
+    with (
+        channels.SharedChannel.create(capacity_bytes="1 MiB") as channel,
+        channel.sender() as sender,
+        channel.receiver() as receiver,
+    ):
+        batching = BatchingSender[Any](sender, max_delay_seconds=HOUR, min_batch=4)
+        with pytest.raises(TypeError) as failed:
+            batching.send_many([b"0", b"1", 2, b"3"])
+        assert failed.value.unsent == [2, b"3"]  # type: ignore[attr-defined]
+        assert receiver.receive_many(10, timeout_seconds=0) == [b"0", b"1"]

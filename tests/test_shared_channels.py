@@ -359,6 +359,25 @@ def test_roles_are_counted_over_all_processes(channel: SharedChannel) -> None:
     assert (channel.sender_count, channel.receiver_count) == (0, 0)
 
 
+@pytest.mark.parametrize("size", [2, 100_000])
+def test_who_sends_many_is_told_how_many_went(channel: SharedChannel, size: int) -> None:
+    with channel.sender() as sender, channel.receiver() as receiver:
+        with pytest.raises(Timeout, match=r"within 0 s; \d+ messages were sent") as late:
+            sender.send_many([bytes(size)] * 100_000, timeout_seconds=0)
+        count = late.value.sent_count  # type: ignore[attr-defined]
+        assert f"; {count} messages were sent" in str(late.value)
+        for _ in range(count):
+            assert len(receiver.receive_bytes(0)) == size
+        with pytest.raises(TypeError) as wrong:
+            sender.send_many([b"one", b"two", 3])
+        assert wrong.value.sent_count == 2  # type: ignore[attr-defined]
+        assert receiver.receive_many(10, 0) == [b"one", b"two"]
+        with pytest.raises(Timeout, match="records were sent") as late:
+            sender.send_batch(np.zeros(1 << 20, "u8"), timeout_seconds=0)
+        count = late.value.sent_count  # type: ignore[attr-defined]
+        assert len(receiver.receive_batch(1 << 20, "u8", 0)) == count > 0
+
+
 def test_ctrl_c_ends_a_wait(run_python: Callable[..., str]) -> None:
     out = run_python("""
         import os, signal, threading

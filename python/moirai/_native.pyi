@@ -2118,8 +2118,9 @@ class SharedSender:
         """Send the bytes of each object; how many.
 
         Raises:
-            Timeout: There was no room in time; the message says how many were sent.
-            Disconnected, InvalidArgument, Closed: As for `send_bytes`; those before were sent.
+            Timeout: There was no room in time.
+            Disconnected, InvalidArgument, Closed: As for `send_bytes`.
+            Whatever is raised half way, its `sent_count` says how many were sent.
         """
     def _send_records(self, data: Any, item_bytes: int, timeout_seconds: float | None) -> int:
         """Send each item of a contiguous buffer as a message of `item_bytes`; how many."""

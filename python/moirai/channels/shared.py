@@ -171,6 +171,7 @@ class SharedSender(_native.SharedSender, ClosesAtExit):
         Raises:
             Timeout: There was no room in time; the message says how many were sent.
             Disconnected: No receiver is left.
+                Of these two, `sent_count` says how many were sent.
             InvalidArgument: The items hold references, or are too long for the ring.
         """
         items = np.ascontiguousarray(array)

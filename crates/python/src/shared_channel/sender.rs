@@ -40,22 +40,25 @@ fn reserve_block(
     endpoint: &Endpoint,
     length: usize,
     patience: &mut Patience,
-) -> PyResult<Block> {
+) -> PyResult<Option<Block>> {
     let attempt = || endpoint.try_reserve(length).map_err(to_py);
     let needed = length.max(endpoint.inline_bytes() + 1);
-    until(py, endpoint, needed, patience, attempt)?
-        .ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
+    until(py, endpoint, needed, patience, attempt)
 }
 
-/// Send a block; if that fails it is given back.
-pub(super) fn commit(
+fn no_room(patience: &Patience) -> PyErr {
+    timed_out(patience, NO_ROOM, NOT_SENT)
+}
+
+/// Send a block; if that fails it is given back. False if the time was not enough.
+fn try_commit(
     py: Python<'_>,
     endpoint: &Endpoint,
     kind: u8,
     block: Block,
     length: usize,
     patience: &mut Patience,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let mut waiting = Some(block);
     let attempt = || {
         let Some(block) = waiting.take() else {
@@ -64,7 +67,29 @@ pub(super) fn commit(
         waiting = endpoint.try_commit(kind, block, length).map_err(to_py)?;
         Ok(waiting.is_none().then_some(()))
     };
-    until(py, endpoint, 0, patience, attempt)?.ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
+    Ok(until(py, endpoint, 0, patience, attempt)?.is_some())
+}
+
+/// As [`try_commit`]; Timeout if the time was not enough.
+pub(super) fn commit(
+    py: Python<'_>,
+    endpoint: &Endpoint,
+    kind: u8,
+    block: Block,
+    length: usize,
+    patience: &mut Patience,
+) -> PyResult<()> {
+    try_commit(py, endpoint, kind, block, length, patience)?
+        .then_some(())
+        .ok_or_else(|| no_room(patience))
+}
+
+/// An exception that ends a call half way, with how many messages were sent.
+fn told(py: Python<'_>, error: PyErr, sent_count: usize) -> PyErr {
+    if let Err(other) = error.value(py).setattr("sent_count", sent_count) {
+        other.write_unraisable(py, None);
+    }
+    error
 }
 
 impl SharedSender {
@@ -84,10 +109,11 @@ impl SharedSender {
             };
             return Ok(until(py, &self.endpoint, bytes.len(), patience, attempt)?.is_some());
         }
-        let mut block = reserve_block(py, &self.endpoint, bytes.len(), patience)?;
+        let Some(mut block) = reserve_block(py, &self.endpoint, bytes.len(), patience)? else {
+            return Ok(false);
+        };
         py.detach(|| block.write(0, bytes));
-        commit(py, &self.endpoint, kind, block, bytes.len(), patience)?;
-        Ok(true)
+        try_commit(py, &self.endpoint, kind, block, bytes.len(), patience)
     }
 
     fn send_parts(
@@ -172,7 +198,7 @@ impl SharedSender {
         if self.send_slice(py, BYTES, source.bytes(), &mut patience)? {
             return Ok(());
         }
-        Err(timed_out(&patience, NO_ROOM, NOT_SENT))
+        Err(no_room(&patience))
     }
 
     /// Send the bytes of each object; how many.
@@ -184,17 +210,24 @@ impl SharedSender {
         timeout_seconds: Option<f64>,
     ) -> PyResult<usize> {
         let mut patience = Patience::new("send_many", timeout("timeout_seconds", timeout_seconds)?);
+        let messages = messages.try_iter()?;
         let mut count = 0;
-        for message in messages.try_iter()? {
-            let message = message?;
-            let source = Source::new(&message)?;
-            if !self.send_slice(py, BYTES, source.bytes(), &mut patience)? {
-                let left = format!("{count} messages were sent");
-                return Err(timed_out(&patience, NO_ROOM, &left));
+        let send_all = || {
+            for message in messages {
+                let message = message?;
+                let source = Source::new(&message)?;
+                if !self.send_slice(py, BYTES, source.bytes(), &mut patience)? {
+                    let left = format!("{count} messages were sent");
+                    return Err(timed_out(&patience, NO_ROOM, &left));
+                }
+                count += 1;
             }
-            count += 1;
-        }
-        Ok(count)
+            Ok(())
+        };
+        let outcome = send_all();
+        outcome
+            .map(|()| count)
+            .map_err(|error| told(py, error, count))
     }
 
     /// Send each item of a contiguous buffer as a message of `item_bytes`; how many.
@@ -229,9 +262,10 @@ impl SharedSender {
                 }
                 Ok((count > before).then_some(()))
             };
-            if until(py, &self.endpoint, item_bytes, &mut patience, attempt)?.is_none() {
+            let outcome = until(py, &self.endpoint, item_bytes, &mut patience, attempt);
+            if outcome.map_err(|error| told(py, error, count))?.is_none() {
                 let left = format!("{count} of {} records were sent", records.len());
-                return Err(timed_out(&patience, NO_ROOM, &left));
+                return Err(told(py, timed_out(&patience, NO_ROOM, &left), count));
             }
         }
         Ok(count)
@@ -281,7 +315,7 @@ impl SharedSender {
             if self.send_slice(py, PICKLE, source.bytes(), &mut patience)? {
                 return Ok(());
             }
-            return Err(timed_out(&patience, NO_ROOM, NOT_SENT));
+            return Err(no_room(&patience));
         }
         let mut parts = vec![Exported::new(pickle, false)?];
         for buffer in &buffers {
@@ -309,9 +343,10 @@ impl SharedSender {
                 Ok(sent.then_some(()))
             };
             return until(py, &self.endpoint, plan.length(), &mut patience, attempt)?
-                .ok_or_else(|| timed_out(&patience, NO_ROOM, NOT_SENT));
+                .ok_or_else(|| no_room(&patience));
         }
-        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?;
+        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?
+            .ok_or_else(|| no_room(&patience))?;
         py.detach(|| {
             for (offset, bytes) in pieces() {
                 block.write(offset, bytes);
@@ -345,7 +380,8 @@ impl SharedSender {
             .ok_or_else(|| too_large(shape))?;
         let header = self.types.header(&items, &lengths)?;
         let plan = plan(&[header.len(), bytes])?;
-        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?;
+        let mut block = reserve_block(py, &self.endpoint, plan.length(), &mut patience)?
+            .ok_or_else(|| no_room(&patience))?;
         block.write(0, &plan.table());
         block.write(plan.parts()[0].start, &header);
         let part = plan.parts()[1].clone();
