@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import in_forked_child
+from running import in_forked_child, run_threads
 from stepping import kill_after
 from test_shared_channels import end_of, in_child
 from test_shared_channels_killed import spread
@@ -278,6 +278,52 @@ def test_more_messages_than_there_are_parcels_wait(shared: SharedMemoryResource)
             assert (receiver.receive(0) == 1).all()
     del array
     assert used_bytes(shared) == 0
+
+
+def test_who_waits_for_a_parcel_is_woken(shared: SharedMemoryResource) -> None:
+    array = filled(shared, 1)
+    with SharedChannel.create(capacity_bytes="16 MiB") as channel:
+        sender, receiver = channel.sender(), channel.receiver()
+        for _ in range(1024):
+            sender.send(array, 0)
+        run_threads(
+            lambda: sender.send(array, WAIT),
+            lambda: [receiver.receive(WAIT) for _ in range(1025)] and None,
+        )
+
+
+def test_ctrl_c_ends_a_wait_for_a_parcel(run_python: Callable[..., str]) -> None:
+    out = run_python("""
+        import os, signal, threading
+        import numpy as np
+        from moirai import memory
+        from moirai.channels import SharedChannel
+        channel = SharedChannel.create(capacity_bytes="16 MiB")
+        receiver, sender = channel.receiver(), channel.sender()
+        with memory.use(memory.SharedMemoryResource("4 MiB")):
+            array = np.ones(1000)
+        for _ in range(1024):
+            sender.send(array, 0)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            sender.send(array)
+        except KeyboardInterrupt:
+            print("interrupted")
+        for _ in range(1024):
+            receiver.receive(0)
+    """)
+    assert out.split() == ["interrupted"]
+
+
+def test_more_arrays_than_there_are_parcels_are_copied(
+    shared: SharedMemoryResource, ends: Any
+) -> None:
+    sender, receiver = ends
+    arrays = [filled(shared, number, 1) for number in range(1100)]
+    sender.send(arrays, WAIT)
+    found = receiver.receive(0)
+    assert [int(array[0]) for array in found] == list(range(1100))
+    assert not np.shares_memory(found[0], arrays[0])
 
 
 def test_the_memory_outlives_its_resource(ends: Any) -> None:

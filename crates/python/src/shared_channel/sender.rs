@@ -6,16 +6,16 @@ use super::block::SharedBlock;
 use super::bytes::{Exported, Source};
 use super::handle::SharedChannel;
 use super::reference;
-use super::wait::{Patience, timed_out, until};
+use super::wait::{Patience, timed_out, until, wait};
 use crate::argument::timeout;
 use crate::errors::{InvalidArgument, to_py};
 use crate::numpy::array::{self, Shape, too_large};
 use crate::resource::DETACH_BYTES;
 use moirai_core::channel::shared::attachment::Role;
 use moirai_core::channel::shared::block::Block;
-use moirai_core::channel::shared::endpoint::Endpoint;
+use moirai_core::channel::shared::endpoint::{Endpoint, Needed};
 use moirai_core::channel::shared::message::{BYTES, LENT_ARRAY, LENT_OBJECT, OBJECT, PICKLE, Plan};
-use moirai_core::channel::shared::reference::Part;
+use moirai_core::channel::shared::reference::{Part, parcels};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
@@ -129,9 +129,14 @@ impl SharedSender {
             let sent = self.endpoint.try_send_references(kind, parts, give, rest);
             Ok(sent.map_err(to_py)?.then_some(()))
         };
-        let needed = Endpoint::reference_bytes(parts.len(), rest.len());
-        until(py, &self.endpoint, needed, patience, attempt)?
-            .ok_or_else(|| timed_out(patience, NO_ROOM, NOT_SENT))
+        if attempt()?.is_some() {
+            return Ok(());
+        }
+        let needed = Needed {
+            bytes: Endpoint::reference_bytes(parts.len(), rest.len()),
+            parcels: &parcels(parts),
+        };
+        wait(py, &self.endpoint, needed, patience, attempt)?.ok_or_else(|| no_room(patience))
     }
 
     /// Send an object of which some buffers lie in shared memory; false, and nothing sent, if none
@@ -157,7 +162,9 @@ impl SharedSender {
         }
         let plan = plan(&lengths)?;
         let needed = Endpoint::reference_bytes(parts.len(), plan.length());
-        if parts.is_empty() || needed > self.endpoint.inline_bytes() {
+        let is_too_much =
+            parts.len() > Endpoint::MAX_REFERENCES || needed > self.endpoint.inline_bytes();
+        if parts.is_empty() || is_too_much {
             return Ok(false);
         }
         let mut rest = vec![0; plan.length()];

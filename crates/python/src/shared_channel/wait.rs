@@ -1,7 +1,7 @@
 //! Waiting for the other side with the interpreter released. Ctrl-C ends the wait.
 
 use crate::errors::{Timeout, to_py};
-use moirai_core::channel::shared::endpoint::{Endpoint, Waited};
+use moirai_core::channel::shared::endpoint::{Endpoint, Needed, Waited};
 use pyo3::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -41,26 +41,26 @@ impl Patience {
     }
 }
 
-/// Try until something is there; wait in between for a message, or for room for `needed_bytes`.
+/// Try until something is there; wait in between for a message, or for what is `needed` to send.
 #[inline]
-pub(super) fn until<T>(
+pub(super) fn until<'a, T>(
     py: Python<'_>,
     endpoint: &Endpoint,
-    needed_bytes: usize,
+    needed: impl Into<Needed<'a>>,
     patience: &mut Patience,
     mut attempt: impl FnMut() -> PyResult<Option<T>>,
 ) -> PyResult<Option<T>> {
     match attempt()? {
         Some(found) => Ok(Some(found)),
-        None => wait(py, endpoint, needed_bytes, patience, attempt),
+        None => wait(py, endpoint, needed.into(), patience, attempt),
     }
 }
 
 #[cold]
-fn wait<T>(
+pub(super) fn wait<T>(
     py: Python<'_>,
     endpoint: &Endpoint,
-    needed_bytes: usize,
+    needed: Needed<'_>,
     patience: &mut Patience,
     mut attempt: impl FnMut() -> PyResult<Option<T>>,
 ) -> PyResult<Option<T>> {
@@ -70,7 +70,7 @@ fn wait<T>(
             return Ok(None);
         }
         let deadline = patience.deadline();
-        let waited = py.detach(|| endpoint.wait(needed_bytes, deadline, again));
+        let waited = py.detach(|| endpoint.wait(needed, deadline, again));
         match waited.map_err(to_py)? {
             Waited::Ready => again = false,
             Waited::TimedOut => {}

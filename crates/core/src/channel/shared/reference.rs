@@ -13,7 +13,7 @@ use super::segment::Segment;
 use crate::error::{Error, Result};
 use crate::os::locked::process_id;
 use crate::resource::shared_memory::guests::{self, Address};
-use crate::resource::shared_memory::holders::Parcel;
+use crate::resource::shared_memory::holders::{PARCEL_COUNT, Parcel};
 use crate::resource::shared_memory::holding::{Hold, Holding};
 use crate::resource::shared_memory::{Place, sent};
 use std::ptr::NonNull;
@@ -143,7 +143,23 @@ pub struct Received {
     pub is_given: bool,
 }
 
+/// How many references the parts of a message make to each resource.
+pub fn parcels(parts: &[Part]) -> Vec<(Arc<Holding>, usize)> {
+    let mut found: Vec<(Arc<Holding>, usize)> = Vec::new();
+    for part in parts {
+        let holding = &part.place.holding;
+        match found.iter_mut().find(|(it, _)| Arc::ptr_eq(it, holding)) {
+            Some((_, count)) => *count += 1,
+            None => found.push((Arc::clone(holding), 1)),
+        }
+    }
+    found
+}
+
 impl Endpoint {
+    /// Most references of one message: as many as can be on their way from one resource.
+    pub const MAX_REFERENCES: usize = PARCEL_COUNT;
+
     /// Send a message whose `parts` lie in shared memory; false if there is no room for it now.
     pub fn try_send_references(
         &self,

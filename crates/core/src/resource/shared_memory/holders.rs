@@ -246,6 +246,12 @@ impl<'a> Holders<'a> {
         None
     }
 
+    /// Whether so many parcels could be made now.
+    pub fn can_lend(&self, count: usize) -> bool {
+        let is_free = |place: &&AtomicU64| place.load(Ordering::Relaxed) == 0;
+        self.parcels.iter().filter(is_free).take(count).count() == count
+    }
+
     /// Whether nobody has taken the parcel.
     pub fn is_waiting(&self, parcel: Parcel) -> bool {
         let place = self.parcels.get(parcel.index as usize);

@@ -10,7 +10,8 @@ use super::ring::{Front, Record, Refused};
 use crate::error::{Error, Result};
 use crate::os::shared;
 use crate::resource::fork;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::resource::shared_memory::holding::Holding;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use waiting::MAX_SPIN;
@@ -29,6 +30,24 @@ pub enum Waited {
     TimedOut,
     /// A signal arrived, or may have: look at what it wants, then wait on.
     Interrupted,
+}
+
+/// What a sender waits for; a receiver waits for none of it.
+#[derive(Clone, Copy, Default)]
+pub struct Needed<'a> {
+    /// Bytes of the message.
+    pub bytes: usize,
+    /// Resources that it refers to, and how often.
+    pub parcels: &'a [(Arc<Holding>, usize)],
+}
+
+impl From<usize> for Needed<'_> {
+    fn from(bytes: usize) -> Self {
+        Needed {
+            bytes,
+            parcels: &[],
+        }
+    }
 }
 
 /// One end of a channel in this process, open until it is dropped.

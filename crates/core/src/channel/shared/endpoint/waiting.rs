@@ -1,6 +1,6 @@
 //! Waiting for the other side: a spin as long as it has paid off lately, then a sleep.
 
-use super::{Endpoint, Waited};
+use super::{Endpoint, Needed, Waited};
 use crate::channel::shared::attachment::{PROBE_MILLISECONDS, Role};
 use crate::channel::shared::blocks::UNIT_BYTES;
 use crate::channel::shared::descriptor::Descriptor;
@@ -8,7 +8,9 @@ use crate::channel::shared::gate::Gate;
 use crate::channel::shared::ring::Front;
 use crate::error::Result;
 use crate::os::{WaitEnd, shared};
+use crate::resource::shared_memory::holding::Holding;
 use crate::sync::Ordering;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest spin before a sleep, in nanoseconds.
@@ -21,22 +23,17 @@ const SLEEPS_TO_A_SPIN: u32 = 16;
 impl Endpoint {
     /// Wait until there may be a message or room. `again` if an interruption was looked into.
     ///
-    /// `needed_bytes` is what a sender wants to send; a receiver passes 0.
+    /// `needed` is what a sender wants to send; a receiver passes 0.
     pub fn wait(
         &self,
-        needed_bytes: usize,
+        needed: Needed<'_>,
         deadline: Option<Instant>,
         again: bool,
     ) -> Result<Waited> {
         let control = self.attachment.segment().control();
         match self.role {
             Role::Receiver => self.wait_at(&control.messages, || self.has_news(), deadline, again),
-            Role::Sender => self.wait_at(
-                &control.room,
-                || self.has_room(needed_bytes),
-                deadline,
-                again,
-            ),
+            Role::Sender => self.wait_at(&control.room, || self.has_room(needed), deadline, again),
         }
     }
 
@@ -47,7 +44,8 @@ impl Endpoint {
             || (front == Front::Empty && self.attachment.gone(Role::Sender).is_some())
     }
 
-    fn has_room(&self, needed_bytes: usize) -> bool {
+    fn has_room(&self, needed: Needed<'_>) -> bool {
+        let needed_bytes = needed.bytes;
         if self.is_closed() || self.attachment.gone(Role::Receiver).is_some() {
             return true;
         }
@@ -57,7 +55,9 @@ impl Endpoint {
             return segment.ring().can_claim(Descriptor::BYTES)
                 && segment.blocks().could_claim(count);
         }
-        segment.ring().can_claim(needed_bytes)
+        let can_lend =
+            |(holding, count): &(Arc<Holding>, usize)| holding.segment().holders().can_lend(*count);
+        segment.ring().can_claim(needed_bytes) && needed.parcels.iter().all(can_lend)
     }
 
     fn wait_at(
