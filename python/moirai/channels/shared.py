@@ -8,10 +8,10 @@ import contextlib
 import functools
 import os
 import pickle
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from multiprocessing import util
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -333,11 +333,11 @@ def _linger_at_exit() -> None:
         return
     if _lingering_process is None:
         atexit.register(_linger)
+        # A child may send with what it inherited.
+        util.register_after_fork(_linger, lambda _: _linger_at_exit())
     _lingering_process = os.getpid()
     # The children of multiprocessing end without `atexit`.
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util.Finalize(None, _linger, exitpriority=0)
+    util.Finalize(None, _linger, exitpriority=0)
 
 
 # === asyncio ====================================================================================
