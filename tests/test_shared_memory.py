@@ -6,6 +6,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from test_shared_channels_killed import spread
 
 from moirai import _native, memory
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
-from moirai.errors import Disconnected, InvalidArgument, OutOfMemory, Timeout
+from moirai.errors import Disconnected, InvalidArgument, OutOfMemory, Timeout, Unsupported
 from moirai.memory import SharedMemoryResource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -451,6 +452,55 @@ def test_a_child_that_found_no_slot_keeps_its_memory_for_good() -> None:
     for child in children:
         assert end_of(child) == 0
     assert used_bytes(shared) == held > 0
+
+
+def test_a_message_whose_memory_cannot_be_attached_to_stays() -> None:
+    with SharedChannel.create(capacity_bytes="1 MiB") as channel:
+        go = os.pipe()
+
+        def child() -> None:
+            receiver = channel.receiver()
+            os.read(go[0], 1)
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+            for _ in range(2):
+                with pytest.raises(Unsupported, match="Too many open files"):
+                    receiver.receive(WAIT)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert (receiver.receive(0) == 3).all()
+
+        process = in_child(child)
+        shared = SharedMemoryResource("4 MiB")
+        sender = channel.sender()
+        sender.send(filled(shared, 3))
+        os.write(go[1], b"x")
+        assert end_of(process) == 0
+        assert used_bytes(shared) == 0
+
+
+def test_a_child_that_sends_with_what_it_inherited_waits_until_it_is_received() -> None:
+    with SharedChannel.create(capacity_bytes="1 MiB") as channel:
+        sender, receiver = channel.sender(), channel.receiver()
+        here, there = os.pipe()
+
+        def child() -> None:
+            linger = _native.linger
+
+            def lingering(seconds: float) -> int:
+                os.write(there, b"x")
+                return linger(seconds)
+
+            _native.linger = lingering
+            sender.send(filled(SharedMemoryResource("4 MiB"), 3))
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        os.close(there)
+        assert os.read(here, 1) == b"x"
+        assert (receiver.receive(WAIT) == 3).all()
+        process.join(WAIT)
+        assert process.exitcode == 0
+        os.close(here)
 
 
 def test_a_killed_process_gives_back_what_it_held(shared: SharedMemoryResource) -> None:

@@ -179,7 +179,7 @@ impl SharedReceiver {
         let accepted = if self.endpoint.is_acquainted(offer) {
             accept()
         } else {
-            py.detach(accept)
+            py.detach(|| self.endpoint.acquaint(offer).and_then(|()| accept()))
         };
         let Some((received, rest)) = accepted.map_err(to_py)?.0 else {
             return Ok(None);

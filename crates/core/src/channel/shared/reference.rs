@@ -89,7 +89,8 @@ fn split(kind: u8, content: &[u8]) -> Option<(Vec<Reference>, &[u8])> {
     Some((references.map(Reference::from_bytes).collect(), rest))
 }
 
-/// The references of a record that nobody writes any more.
+/// The references of a record that nobody writes any more. If it may be received meanwhile, look
+/// afterwards whether it was: then they mean nothing.
 pub(super) fn in_record(segment: &Segment, record: Record) -> Vec<Reference> {
     let mut content = vec![0u8; record.word.length()];
     let at = segment.record_bytes(segment.ring().index_of(record));
@@ -229,34 +230,53 @@ impl Endpoint {
 
     /// Whether a message by reference can be received without attaching to a segment first.
     pub fn is_acquainted(&self, offer: Offer) -> bool {
-        if offer.length < COUNT_BYTES + BYTES {
-            return true;
+        let is_known = |reference: &Reference| {
+            let holding = self.attachment().kept(reference.address.id);
+            holding.is_some_and(|holding| holding.is_seated())
+        };
+        self.references_of(offer).iter().all(is_known)
+    }
+
+    /// Attach to the segments of a message by reference. Before it is taken, so that it stays in the
+    /// channel if that fails.
+    pub fn acquaint(&self, offer: Offer) -> Result<()> {
+        for reference in self.references_of(offer) {
+            if let Some(holding) = self.attach(&reference)? {
+                holding.be_seated()?;
+            }
         }
-        let mut id = [0u8; 8];
-        let at = self.record_at(offer);
-        // SAFETY: a record of more bytes.
-        let at = unsafe { at.add(COUNT_BYTES) };
-        // SAFETY: as above. If another takes the record meanwhile, the answer is only a guess.
-        unsafe { at.as_ptr().copy_to(id.as_mut_ptr(), id.len()) };
-        self.attachment().kept(u64::from_le_bytes(id)).is_some()
+        Ok(())
+    }
+
+    /// The references of a message that was not taken yet; none if another has taken it.
+    fn references_of(&self, offer: Offer) -> Vec<Reference> {
+        let found = in_record(self.attachment().segment(), offer.record);
+        if self.is_there(offer) {
+            found
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// The segment that a reference is to; `None` if it ended with its maker.
+    fn attach(&self, reference: &Reference) -> Result<Option<Arc<Holding>>> {
+        if let Some(holding) = self.attachment().kept(reference.address.id) {
+            return Ok(Some(holding));
+        }
+        let holding = guests::attach(reference.address)?;
+        if let Some(holding) = &holding {
+            self.attachment().keep(holding);
+        }
+        Ok(holding)
     }
 
     fn receive_all(&self, references: &[Reference]) -> Result<Option<Vec<Received>>> {
         let mut received = Vec::with_capacity(references.len());
         let mut is_whole = true;
         for reference in references {
-            let holding = match self.attachment().kept(reference.address.id) {
-                Some(holding) => holding,
-                None => match guests::attach(reference.address)? {
-                    Some(holding) => {
-                        self.attachment().keep(&holding);
-                        holding
-                    }
-                    None => {
-                        is_whole = false;
-                        continue;
-                    }
-                },
+            let Some(holding) = self.attach(reference)? else {
+                is_whole = false;
+                continue;
             };
             let Some(hold) = Hold::accept(&holding, reference.parcel)? else {
                 is_whole = false;

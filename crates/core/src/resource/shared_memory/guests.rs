@@ -59,11 +59,9 @@ pub fn attach(address: Address) -> Result<Option<Arc<Holding>>> {
         }
     };
     // The number may be another file's by now.
-    let Ok(segment) = Segment::adopt(
-        file.try_clone()
-            .map_err(|error| Error::unsupported(format!("shared memory: {error}")))?,
-    ) else {
-        return Segment::adopt(file).map(|_| None);
+    let segment = match Segment::adopt(file) {
+        Err(Error::Corrupted { .. }) => return Ok(None),
+        found => found?,
     };
     if segment.header().id != address.id {
         return Ok(None);

@@ -206,12 +206,27 @@ impl Holding {
         Ok(())
     }
 
-    /// One more use of a block.
-    pub fn hold(&self, page: u32) -> Result<()> {
-        let mut state = self.state.lock();
+    /// Whether this process has a slot, so that it can hold blocks.
+    pub fn is_seated(&self) -> bool {
+        self.state.lock().seat.is_some()
+    }
+
+    /// Have a slot, which a forked child may not have yet.
+    pub fn be_seated(&self) -> Result<()> {
+        self.seat(&mut self.state.lock())
+    }
+
+    fn seat(&self, state: &mut State) -> Result<()> {
         if state.seat.is_none() {
             state.seat = Some(self.take_seat(MAKER + 1..SLOT_COUNT)?);
         }
+        Ok(())
+    }
+
+    /// One more use of a block.
+    pub fn hold(&self, page: u32) -> Result<()> {
+        let mut state = self.state.lock();
+        self.seat(&mut state)?;
         let slot = Self::seated(&state)?;
         let uses = state.held.entry(page).or_insert(0);
         *uses += 1;

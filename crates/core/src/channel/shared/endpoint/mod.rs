@@ -149,7 +149,8 @@ impl Endpoint {
         }
     }
 
-    /// Nothing is in progress, and nothing begins.
+    /// It is closed. Unless something is in progress, or was when somebody else got here, count the
+    /// end out. Whoever calls a closed end gets here too.
     #[cold]
     fn try_finish(&self) {
         let finished = self.active.compare_exchange(
@@ -363,10 +364,11 @@ impl Endpoint {
         })
     }
 
-    /// Where the bytes of a message in the ring are.
-    pub(super) fn record_at(&self, offer: Offer) -> NonNull<u8> {
-        let segment = self.attachment.segment();
-        segment.record_bytes(segment.ring().index_of(offer.record))
+    /// Whether nobody has taken a message.
+    pub(super) fn is_there(&self, offer: Offer) -> bool {
+        // What was read of it before is not read after this.
+        fence(Ordering::Acquire);
+        self.attachment.segment().ring().is_unchanged(offer.record)
     }
 
     #[cold]
@@ -450,7 +452,7 @@ impl Endpoint {
 /// A message that can be received.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer {
-    record: Record,
+    pub(super) record: Record,
     /// What the sender said it is.
     pub kind: u8,
     /// Bytes of it.
