@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import struct
 import subprocess
@@ -429,6 +430,25 @@ def test_a_name_goes_when_the_last_process_has_closed(name: str) -> None:
     assert not (SHM / f"moirai.{name}").exists()
     with pytest.raises(Disconnected, match="no channel has the name"):
         SharedChannel.open(name)
+
+
+def test_a_named_channel_needs_no_more_descriptors_once_it_is_open(name: str) -> None:
+    def child() -> None:
+        channel = SharedChannel.create(name, "1 MiB")
+        sender, receiver = channel.sender(), channel.receiver()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        with pytest.raises(Unsupported, match="Too many open files"):
+            SharedChannel.open(name)
+        channel._probe()
+        sender.send_bytes(b"x")
+        assert receiver.receive_bytes(0) == b"x"
+        with pytest.raises(Timeout):
+            receiver.receive_bytes(0.1)
+        channel.close()
+        assert not (SHM / f"moirai.{name}").exists()
+
+    assert end_of(in_child(child)) == 0
 
 
 def test_a_name_is_not_given_twice(name: str) -> None:

@@ -3,8 +3,9 @@
 use super::WaitEnd;
 use crate::sync::AtomicU32;
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::ptr::NonNull;
@@ -189,10 +190,17 @@ pub unsafe fn adopt(raw: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
+/// What is known of a file. Needs no further descriptor, as there may be none.
+fn metadata(file: &OwnedFd) -> io::Result<Metadata> {
+    // SAFETY: open, and not closed by this, as it is never dropped.
+    let file = ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) });
+    file.metadata()
+}
+
 /// Length in bytes, how many names it has, and whether it belongs to this user.
 pub fn about(file: &OwnedFd) -> io::Result<(u64, u64, bool)> {
     use std::os::unix::fs::MetadataExt;
-    let about = File::from(file.try_clone()?).metadata()?;
+    let about = metadata(file)?;
     // SAFETY: no preconditions.
     let user = unsafe { libc::geteuid() };
     Ok((about.len(), about.nlink(), about.uid() == user))
@@ -201,7 +209,7 @@ pub fn about(file: &OwnedFd) -> io::Result<(u64, u64, bool)> {
 /// Bytes of memory (or disk) that there are behind a file.
 pub fn backed_bytes(file: &OwnedFd) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt;
-    Ok(File::from(file.try_clone()?).metadata()?.blocks() * 512)
+    Ok(metadata(file)?.blocks() * 512)
 }
 
 /// Map a whole file, with all its pages at hand.
