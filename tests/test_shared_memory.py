@@ -131,6 +131,20 @@ def test_arrays_of_references_are_pickled(shared: SharedMemoryResource, ends: An
     assert receiver.receive(0).tolist() == [{"a": 1}, "b"]
 
 
+def test_a_dtype_that_only_pickle_can_write_is_no_hindrance(
+    shared: SharedMemoryResource, ends: Any
+) -> None:
+    dtype = np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [8, 0]})
+    with memory.use(shared):
+        array = np.zeros(100, dtype)
+    array["b"] = 7
+    sender, receiver = ends
+    sender.send(array)
+    found = receiver.receive(0)
+    assert found.dtype == dtype
+    assert (found["b"] == 7).all()
+
+
 def test_a_received_array_can_be_sent_on(shared: SharedMemoryResource, ends: Any) -> None:
     sender, receiver = ends
     array = filled(shared, 3)

@@ -134,7 +134,10 @@ pub(super) fn array_part(
     let Some(offset) = offset.filter(|it| *it >= before && it + after <= found.size) else {
         return Ok(None);
     };
-    let text = types.text_of(items.descr())?;
+    // A dtype that is not written so, such as one of fields out of order, pickle writes.
+    let Ok(text) = types.text_of(items.descr()) else {
+        return Ok(None);
+    };
     let mut header = Vec::with_capacity(1 + 16 * shown.lengths.len() + text.len());
     header.push(shown.lengths.len() as u8);
     for number in shown.lengths.iter().chain(shown.strides) {
