@@ -318,6 +318,20 @@ def test_a_wait_that_times_out_leaves_the_line() -> None:
     assert second.get() == 1
 
 
+def test_who_only_looks_for_room_takes_nobodys_turn() -> None:
+    channel: Channel[int] = Channel(1)
+    with channel.sender() as sender:
+        channel.send(0)
+        looking = Worker(sender.wait_for_room)
+        senders_wait(channel)
+        sending = Worker(channel.send, 1)
+        senders_wait(channel, 2)
+        assert channel.receive() == 0
+        looking.get()
+        sending.get()
+        assert channel.receive() == 1
+
+
 def test_close_wakes_everybody() -> None:
     channel: Channel[int] = Channel(1)
     receivers = [Worker(channel.receive) for _ in range(2)]

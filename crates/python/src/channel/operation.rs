@@ -299,7 +299,10 @@ impl<P: Place> Operation for Single<P> {
     }
 
     fn used(&mut self) {
-        self.ticket = None;
+        // Who only looked for room has left it there: the next in line is to try as well.
+        if !matches!(self.work, Work::Room) {
+            self.ticket = None;
+        }
     }
 
     fn join(&mut self, waker: &dyn Fn() -> Waker) {
