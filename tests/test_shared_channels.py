@@ -26,7 +26,15 @@ from hypothesis import strategies as st
 from running import wait_until
 
 from moirai.channels import SharedChannel, SharedReceiver, SharedSender
-from moirai.errors import Closed, Corrupted, Disconnected, InvalidArgument, Timeout, Unsupported
+from moirai.errors import (
+    Closed,
+    Corrupted,
+    Disconnected,
+    InvalidArgument,
+    Timeout,
+    Unsupported,
+    WrongType,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from moirai import _native
+from moirai._arguments import check_seconds
 from moirai._native import ReceivedView, ReservedArray
 from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Disconnected, InvalidArgument, Timeout
@@ -104,7 +105,8 @@ class SharedChannel(_native.SharedChannel, ClosesAtExit):
             bell = self._bell
         except AttributeError:
             bell = None
-        if bell is None:
+        # A forked child has a doorbell of its own; the descriptor of its parent's is closed there.
+        if bell is None or bell.process_id != os.getpid():
             bell = self._bell = _Bell(self)
         return bell
 
@@ -169,7 +171,7 @@ class SharedSender(_native.SharedSender, ClosesAtExit):
         """Send each item of an array as a message of its own; how many.
 
         Raises:
-            Timeout: There was no room in time; the message says how many were sent.
+            Timeout: There was no room in time.
             Disconnected: No receiver is left.
                 Of these two, `sent_count` says how many were sent.
             InvalidArgument: The items hold references, or are too long for the ring.
@@ -347,6 +349,7 @@ class _Bell:
     """The event loops of this process that wait at a channel, and what wakes them."""
 
     def __init__(self, channel: SharedChannel) -> None:
+        self.process_id = os.getpid()
         self._fd = channel._doorbell()
         self._drain = channel._drain_doorbell
         self._lock = threading.Lock()
@@ -384,10 +387,16 @@ def _resolve(futures: list[asyncio.Future[None]]) -> None:
             future.set_result(None)
 
 
+def _waited(error: Timeout, timeout_seconds: float | None) -> Timeout:
+    """The error of a try that did not wait, for one who has waited so long."""
+    return Timeout(str(error).replace(" within 0 s", f" within {timeout_seconds} s", 1))
+
+
 async def _until(
     end: SharedSender | SharedReceiver, attempt: Callable[[], _T], timeout_seconds: float | None
 ) -> _T:
     """Try until it does not time out; in between, sleep until the doorbell rings, or a while."""
+    check_seconds("timeout_seconds", timeout_seconds)
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     with contextlib.suppress(Timeout):
         return attempt()
@@ -401,9 +410,9 @@ async def _until(
             left = _PROBE_SECONDS if deadline is None else deadline - time.monotonic()
             try:
                 return attempt()
-            except Timeout:
+            except Timeout as error:
                 if left <= 0:
-                    raise
+                    raise _waited(error, timeout_seconds) from None
             done, _ = await asyncio.wait([future], timeout=min(left, _PROBE_SECONDS))
             if not done:
                 channel._probe()
