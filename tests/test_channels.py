@@ -1,6 +1,7 @@
 """moirai.channels: one thread's view, then threads, ends, select, garbage, fork."""
 
 import gc
+import math
 import os
 import queue
 import random
@@ -902,6 +903,32 @@ def test_a_queue_that_is_shut_down_refuses_and_drains() -> None:
         jobs.get()
     jobs.shutdown(immediate=True)
     joining.get()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-320, 5, threading.TIMEOUT_MAX, math.inf])
+def test_the_queue_waits_as_long_as_it_is_told(seconds: float) -> None:
+    jobs: Queue[int] = Queue(1)
+    jobs.put(1, timeout=seconds)
+    assert jobs.get(timeout=seconds) == 1
+    if seconds < 1:
+        with pytest.raises(queue.Empty):
+            jobs.get(timeout=seconds)
+    else:
+        waiting = Worker(jobs.get, True, seconds)
+        jobs.put(2)
+        assert waiting.get() == 2
+
+
+@pytest.mark.parametrize("seconds", [-1, math.nan])
+def test_the_queue_refuses_what_is_no_time(seconds: float) -> None:
+    jobs: Queue[int] = Queue(1)
+    for call in (lambda: jobs.put(1, timeout=seconds), lambda: jobs.get(timeout=seconds)):
+        with pytest.raises(ValueError, match="'timeout' must be a non-negative number"):
+            call()
+    # As with the standard one: who never waits may say anything.
+    jobs.put(1, block=False, timeout=seconds)
+    assert jobs.get(block=False, timeout=seconds) == 1
+    Queue[int]().put(1, timeout=seconds)
 
 
 def test_raising_maxsize_lets_senders_go_on() -> None:

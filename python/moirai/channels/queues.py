@@ -12,6 +12,7 @@ from moirai.errors import Closed, InvalidArgument, Timeout
 __all__ = ["Empty", "Full", "Queue", "ShutDown"]
 
 _Item = TypeVar("_Item")
+_LONGEST_SECONDS = 1e9
 _HOOKS = ("_init", "_qsize", "_put", "_get")
 _NATIVE = ("put", "get", "qsize", "empty", "full", "task_done", "join", "shutdown")
 
@@ -26,6 +27,11 @@ else:
 
         class ShutDown(Exception):
             """Raised by a queue that was shut down."""
+
+
+def _waitable(timeout: float) -> float:
+    """A timeout as the line takes it: `threading.TIMEOUT_MAX`, say, is longer than it waits."""
+    return min(timeout, _LONGEST_SECONDS)
 
 
 class Queue(queue.Queue[_Item]):
@@ -85,6 +91,9 @@ class Queue(queue.Queue[_Item]):
         """
         if not block:
             timeout = 0.0
+        elif timeout is not None:
+            # Where there is no limit nobody waits, whatever the timeout.
+            timeout = _waitable(timeout) if self._maxsize > 0 else None
         try:
             self._line.put(item, timeout)
         except Timeout:
@@ -104,6 +113,8 @@ class Queue(queue.Queue[_Item]):
         """
         if not block:
             timeout = 0.0
+        elif timeout is not None:
+            timeout = _waitable(timeout)
         try:
             return self._line.get(timeout)
         except Timeout:
