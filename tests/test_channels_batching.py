@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moirai import channels
 from moirai.channels import BatchingSender, Broadcast, Channel
 from moirai.channels.batching import next_batch_size, traffic_class
-from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
+from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout, WrongType
 
 LONG = 60.0
 HOUR = 3600.0
@@ -226,6 +226,37 @@ def test_a_forgotten_sender_ends_its_thread() -> None:
     raise AssertionError("the timer lives on")
 
 
+def test_what_waits_in_a_forgotten_sender_goes() -> None:
+    sink = Recorder()
+    sender: Any = BatchingSender(sink, max_delay_seconds=HOUR, min_batch=10)
+    thread = sender._timer
+    sender.send_many(range(3))
+    del sender
+    gc.collect()
+    assert sink.arrived.acquire(timeout=LONG)
+    thread.join(LONG)
+    assert sink.batches == [[0, 1, 2]]
+    assert not thread.is_alive()
+
+
+def test_a_sender_that_failed_and_is_forgotten_sends_nothing_more() -> None:
+    class Failing(Recorder):
+        def send_many(self, items: list[Any]) -> int:
+            super().send_many(items)
+            raise OSError("no")
+
+    sink = Failing()
+    sender: Any = BatchingSender(sink, max_delay_seconds=HOUR, min_batch=2)
+    thread = sender._timer
+    with pytest.raises(OSError, match="no"):
+        sender.send_many(range(5))
+    thread.join(LONG)
+    assert not thread.is_alive()
+    del sender
+    gc.collect()
+    assert sink.batches == [[0, 1]]
+
+
 @given(
     rate=st.floats(0, 1e9),
     delay=st.floats(1e-6, 10),
@@ -273,6 +304,11 @@ def test_batching_arguments_are_checked() -> None:
         BatchingSender(sink, min_batch=0)
     with pytest.raises(InvalidArgument, match=r"max_batch: must be from 5 \(min_batch\) to"):
         BatchingSender(sink, min_batch=5, max_batch=4)
+    with pytest.raises(WrongType, match="max_delay_seconds: must be a number, got str"):
+        BatchingSender(sink, max_delay_seconds="1")  # type: ignore[arg-type]
+    for name in ("min_batch", "max_batch"):
+        with pytest.raises(WrongType, match=f"{name}: must be an int, got float"):
+            BatchingSender(sink, **{name: 8.5})  # type: ignore[arg-type]
 
 
 # === broadcast ===================================================================================

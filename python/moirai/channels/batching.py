@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from moirai._arguments import check_int, check_number
 from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Closed, InvalidArgument
 
@@ -102,6 +103,9 @@ class BatchingSender(ClosesAtExit, Generic[_Item]):
         min_batch: int = 1,
         max_batch: int = 1024,
     ) -> None:
+        check_number("max_delay_seconds", max_delay_seconds)
+        check_int("min_batch", min_batch)
+        check_int("max_batch", max_batch)
         if not 0 < max_delay_seconds <= 3600:
             raise InvalidArgument(
                 f"max_delay_seconds: must be more than 0 and at most 3600, got {max_delay_seconds}"
@@ -138,7 +142,7 @@ class BatchingSender(ClosesAtExit, Generic[_Item]):
 
         self._timer = threading.Thread(
             target=_keep_time,
-            args=(weakref.ref(self, ring), wake),
+            args=(weakref.ref(self, ring), wake, channel, self._pending),
             name="moirai-batching",
             daemon=True,
         )
@@ -245,6 +249,7 @@ class BatchingSender(ClosesAtExit, Generic[_Item]):
             self._count(sent)
             self._failure = error
             self._unsent: Sequence[_Item] = batch[sent:]
+            self._wake.set()  # the timer's thread has nothing to do any more
             raise self._described(error) from None
         except BaseException as stop:  # Ctrl-C: what was not sent is still to be sent
             sent = getattr(stop, "sent_count", 0)
@@ -296,17 +301,25 @@ class BatchingSender(ClosesAtExit, Generic[_Item]):
         return now + self._delay_seconds
 
 
-def _keep_time(reference: weakref.ref[BatchingSender[Any]], wake: threading.Event) -> None:
+def _keep_time(
+    reference: weakref.ref[BatchingSender[Any]],
+    wake: threading.Event,
+    channel: _Sink[Any],
+    pending: collections.deque[Any],
+) -> None:
     """The timer's thread: flushes what is due, and adapts once a tick.
 
-    After a tick in which nothing was sent it rests, and is woken by the next message; while it
-    rests, the sender may be collected. Once the average is down it rests without waking.
+    After a tick in which nothing was sent it rests, and is woken by the next message. Once the
+    average is down it rests without waking. The sender may be collected meanwhile; what waited in
+    it goes then.
     """
     last_tick, last_count, quiet = monotonic(), 0, False
     while True:
         wake.clear()
         sender = reference()
         if sender is None:
+            if pending:
+                channel.send_many(list(pending))
             return
         sender._resting = False
         if sender._closed or sender._failure is not None:
