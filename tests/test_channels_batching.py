@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import wait_until
 
 from moirai import channels
 from moirai.channels import BatchingSender, Broadcast, Channel
@@ -348,6 +349,23 @@ def test_a_slow_subscriber_may_lose_its_oldest_messages() -> None:
     assert (slow.dropped_count, slow.slow) == (3, "drop_oldest")
 
 
+def test_what_a_finaliser_sends_keeps_the_order() -> None:
+    news: Broadcast[Any] = Broadcast()
+
+    class Leaving:
+        def __del__(self) -> None:
+            news.send("left")
+
+    quick, slow = news.subscribe(), news.subscribe(capacity=2, slow="drop_oldest")
+    news.send(Leaving())
+    quick.receive()
+    for message in "ab":
+        news.send(message)  # at the second one, the slow one loses the last that is to be had
+    news.close()
+    assert list(quick) == ["a", "b", "left"]
+    assert list(slow) == ["b", "left"]
+
+
 def test_a_slow_subscriber_may_be_disconnected() -> None:
     news: Broadcast[int] = Broadcast()
     slow = news.subscribe(capacity=2, slow="disconnect")
@@ -365,12 +383,43 @@ def test_a_blocked_send_reaches_nobody_when_it_times_out() -> None:
     quick = news.subscribe(capacity=10)
     slow = news.subscribe(capacity=1)
     news.send(1)
-    with pytest.raises(Timeout, match="wait_for_room: no room within"):
+    with pytest.raises(Timeout, match=r"send: a subscriber had no room within 0.01 s"):
         news.send(2, timeout_seconds=0.01)
     assert quick.receive_many() == [1]
     assert slow.receive() == 1
     assert news.send(3, timeout_seconds=0) == 2
     assert quick.receive() == slow.receive() == 3
+
+
+def test_a_send_that_waits_hinders_neither_new_subscribers_nor_the_end() -> None:
+    news: Broadcast[int] = Broadcast()
+    quick, slow = news.subscribe(capacity=10), news.subscribe(capacity=1)
+    news.send(1)
+    errors: list[Exception] = []
+
+    def send() -> None:
+        try:
+            news.send(2)
+        except Closed as error:
+            errors.append(error)
+
+    sending = threading.Thread(target=send, daemon=True)
+    sending.start()
+    wait_until(lambda: slow._channel.statistics().senders_waiting == 1)
+    late = news.subscribe()
+    with pytest.raises(Timeout, match=r"another sender was waiting for 0.0 s; nothing was sent"):
+        news.send(3, timeout_seconds=0.0)
+    news.close()
+    sending.join(LONG)
+    assert "this broadcast was closed; nothing was sent" in str(errors[0])
+    assert [list(it) for it in (quick, slow, late)] == [[1], [1], []]
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e10])
+def test_a_broadcast_waits_no_time_that_is_none(seconds: float) -> None:
+    news: Broadcast[int] = Broadcast()
+    with pytest.raises(InvalidArgument, match="timeout_seconds: must be None or a number from 0"):
+        news.send(1, timeout_seconds=seconds)
 
 
 def test_a_subscriber_that_leaves_is_forgotten() -> None:

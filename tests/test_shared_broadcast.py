@@ -3,10 +3,12 @@
 import multiprocessing
 import pickle
 import signal
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
+from running import wait_until
 
 from moirai.channels import SharedBroadcast, SharedChannel
 from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
@@ -77,6 +79,23 @@ def test_one_that_views_all_its_memory_loses_the_newest() -> None:
         assert receiver.receive(WAIT).all()
 
 
+def test_one_that_catches_up_meanwhile_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SharedBroadcast() as news:
+        slow = news.subscribe("256 KiB", "drop_oldest")
+        receiver = slow.receiver()
+        news.send(bytes(200_000))
+
+        def receive(_: object) -> bool:
+            assert receiver.receive(0) == bytes(200_000)
+            return False
+
+        # It receives just before the sender would drop something of it.
+        monkeypatch.setattr(type(slow), "_drop_oldest", receive)
+        assert news.send(bytes(199_999)) == 1
+        assert receiver.receive(0) == bytes(199_999)
+        assert slow.dropped_count == 0
+
+
 def test_one_that_is_disconnected_receives_what_it_has() -> None:
     with SharedBroadcast() as news:
         slow = news.subscribe("128 KiB", "disconnect")
@@ -111,6 +130,83 @@ def test_one_that_blocks_says_who_got_the_message() -> None:
         with quick.receiver() as receiver:
             news.close()
             assert [number for number, _ in receiver][-3:] == [sent - 1, sent, sent + 1]
+
+
+def send_until_full(news: SharedBroadcast) -> None:
+    while True:
+        news.send(bytes(1000), timeout_seconds=0)
+
+
+def test_a_send_that_waits_hinders_neither_new_subscribers_nor_the_end() -> None:
+    news = SharedBroadcast()
+    slow, quick = news.subscribe("128 KiB"), news.subscribe("1 MiB", "drop_oldest")
+    with pytest.raises(Timeout):
+        send_until_full(news)
+    errors: list[Any] = []
+
+    def send() -> None:
+        try:
+            news.send("last")
+        except Closed as error:
+            errors.append(error)
+
+    sending = threading.Thread(target=send, daemon=True)
+    sending.start()
+    wait_until(lambda: news._awaited is slow)
+    late = news.subscribe("128 KiB")
+    with pytest.raises(
+        Timeout, match=r"another thread was sending for 0 s; nothing was sent"
+    ) as no:
+        news.send("no", timeout_seconds=0)
+    assert no.value.sent_count == 0  # type: ignore[attr-defined]
+    news.close()
+    sending.join(WAIT)
+    assert not sending.is_alive()
+    assert "closed meanwhile; 1 subscribers got it" in str(errors[0])
+    assert errors[0].sent_count == 1
+    for subscription, last in ((slow, bytes(1000)), (quick, "last"), (late, None)):
+        with subscription.receiver() as receiver:
+            assert [None, *receiver][-1] == last
+    with slow.receiver() as receiver, pytest.raises(Disconnected):
+        receiver.receive(0)
+
+
+def test_what_a_handler_sends_meanwhile_goes_next() -> None:
+    news = SharedBroadcast()
+    slow = news.subscribe("128 KiB")
+    with pytest.raises(Timeout):
+        send_until_full(news)
+    counts: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: counts.append(news.send("from the handler")))
+    found: list[Any] = []
+
+    def receive() -> None:
+        wait_until(lambda: news._awaited is slow)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        wait_until(lambda: bool(counts))
+        with slow.receiver() as receiver:
+            found.extend(receiver)
+
+    main = threading.get_ident()
+    receiving = threading.Thread(target=receive, daemon=True)
+    receiving.start()
+    try:
+        assert news.send("first") == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        news.close()
+    receiving.join(WAIT)
+    assert counts == [1]
+    assert found[-2:] == ["first", "from the handler"]
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e10])
+def test_a_broadcast_waits_no_time_that_is_none(seconds: float) -> None:
+    with (
+        SharedBroadcast() as news,
+        pytest.raises(InvalidArgument, match="timeout_seconds: must be None or a number from 0"),
+    ):
+        news.send(1, timeout_seconds=seconds)
 
 
 @pytest.mark.parametrize("slow", ["block", "drop_oldest", "disconnect"])

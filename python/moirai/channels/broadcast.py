@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 from time import monotonic
 from typing import Any, Generic, Literal, TypeVar
 
 from moirai import _native
+from moirai._arguments import check_seconds
 from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
 
@@ -54,8 +56,17 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
     """
 
     def __init__(self) -> None:
-        # Reentrant, because a finaliser may send while this thread does: its message is queued.
+        # Held by who sends. Reentrant, because a finaliser may send while its thread does.
         self._lock = threading.RLock()
+        # What finalisers sent while their thread delivers a message: next in line, so that all
+        # subscribers see the same order.
+        self._following: collections.deque[_Item] = collections.deque()
+        self._is_delivering = False
+        # Held for a moment, to change the next two; taken last.
+        self._changing = threading.RLock()
+        # Whom a sender waits for: noted before it looks whether this is closed, as `close` does
+        # the other way round, so that one of them sees the other.
+        self._awaited: Subscription[_Item] | None = None
         self._subscriptions: tuple[Subscription[_Item], ...] = ()
         self._closed = False
 
@@ -77,7 +88,7 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
         subscription._sender = channel.sender()
         subscription._slow = slow
         subscription._dropped_count = 0
-        with self._lock:
+        with self._changing:
             if self._closed:
                 raise Closed("subscribe: this broadcast is closed")
             self._subscriptions = (*self._subscriptions, subscription)
@@ -93,8 +104,11 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
 
         Raises:
             Timeout: One of them had no room in time; the message was sent to nobody.
-            Closed: The broadcast is closed.
+            Closed: The broadcast is closed, or was while this waited: the message was sent to
+                nobody.
+            InvalidArgument: `timeout_seconds` is outside its range.
         """
+        check_seconds("timeout_seconds", timeout_seconds)
         deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
         if not self._lock.acquire(timeout=-1 if timeout_seconds is None else timeout_seconds):
             raise Timeout(
@@ -104,27 +118,57 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
             if self._closed:
                 raise Closed("send: this broadcast is closed")
             subscriptions = self._subscriptions
+            if self._is_delivering:
+                self._following.append(item)
+                return len(subscriptions)
             # Only this thread sends, so room that was found stays.
             for subscription in subscriptions:
                 if subscription._slow == "block":
-                    self._wait_for_room(subscription, deadline)
-            return sum(self._deliver(subscription, item) for subscription in subscriptions)
+                    self._wait_for_room(subscription, deadline, timeout_seconds)
+            return self._deliver_to_all(subscriptions, item)
         finally:
             self._lock.release()
 
-    def _wait_for_room(self, subscription: Subscription[_Item], deadline: float | None) -> None:
-        left = None if deadline is None else max(0.0, deadline - monotonic())
+    def _deliver_to_all(self, subscriptions: tuple[Subscription[_Item], ...], item: _Item) -> int:
+        self._is_delivering = True
         try:
-            subscription._sender.wait_for_room(left)
+            count = sum(self._deliver(subscription, item) for subscription in subscriptions)
+            while self._following:
+                following = self._following.popleft()
+                for subscription in self._subscriptions:
+                    self._deliver(subscription, following)
+        finally:
+            self._is_delivering = False
+        return count
+
+    def _wait_for_room(
+        self,
+        subscription: Subscription[_Item],
+        deadline: float | None,
+        timeout_seconds: float | None,
+    ) -> None:
+        left = None if deadline is None else max(0.0, deadline - monotonic())
+        outer, self._awaited = self._awaited, subscription
+        try:
+            if not self._closed:
+                subscription._sender.wait_for_room(left)
+        except Timeout:
+            raise Timeout(
+                f"send: a subscriber had no room within {timeout_seconds} s; nothing was sent"
+            ) from None
         except (Disconnected, Closed):
             self._forget(subscription)
+        finally:
+            self._awaited = outer
+        if self._closed:
+            raise Closed("send: this broadcast was closed; nothing was sent")
 
     def _deliver(self, subscription: Subscription[_Item], item: _Item) -> bool:
         sender = subscription._sender
         try:
             while not sender.try_send(item):
                 if subscription._slow != "drop_oldest":
-                    # A finaliser's message took the room of one that blocks: as if it were slow.
+                    # A finaliser's message, for which nobody waits until one that blocks has room.
                     sender.close()
                     break
                 nothing: Any = sender
@@ -138,13 +182,20 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
         return False
 
     def _forget(self, subscription: Subscription[_Item]) -> None:
-        with self._lock:
+        with self._changing:
             self._subscriptions = tuple(it for it in self._subscriptions if it is not subscription)
 
     def close(self) -> None:
-        """Send no more. Subscribers receive what they have, then Disconnected."""
-        with self._lock:
-            self._closed = True
+        """Send no more. Subscribers receive what they have, then Disconnected.
+
+        A sender that waits for room is told, and has sent to nobody.
+        """
+        self._closed = True
+        awaited = self._awaited
+        if awaited is not None:
+            awaited._sender.close()
+        # Who sends right now finishes first, so that all subscribers have the same messages.
+        with self._lock, self._changing:
             subscriptions, self._subscriptions = self._subscriptions, ()
         for subscription in subscriptions:
             subscription._sender.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import pickle
 import threading
 from time import monotonic
 from typing import Any
 
+from moirai._arguments import check_seconds
 from moirai.channels.broadcast import SlowPolicy, check_policy
 from moirai.channels.closing import ClosesAtExit
 from moirai.channels.shared import SharedChannel, SharedReceiver
@@ -62,6 +64,7 @@ class SharedSubscription:
             if self.slow == "block":
                 sender._send_object(data, buffers, timeout_seconds)
                 return True
+            has_dropped = True
             while True:
                 if self._dropper is not None and self._has_left():
                     return False
@@ -71,9 +74,12 @@ class SharedSubscription:
                 except Timeout:
                     if self.slow == "disconnect":
                         return False
+                if not has_dropped:
                     self._dropped_count += 1
-                    if not self._drop_oldest():
-                        return True  # what has no room is the new one: the rest is being viewed
+                    return True  # what has no room is the new one: the rest is being viewed
+                # If there is nothing to drop, it may have been received just now: once more, then.
+                has_dropped = self._drop_oldest()
+                self._dropped_count += has_dropped
         except (Disconnected, Closed):
             return False
 
@@ -111,11 +117,22 @@ class SharedBroadcast(ClosesAtExit):
 
     Each subscriber has a channel of its own, so that what one does is no other's loss: a message is
     pickled once, and copied into each. One process sends, any number of its threads, one at a time;
-    others send to it. A message for nobody is gone.
+    others send to it. What a signal's handler sends while its thread does goes next. A message for
+    nobody is gone.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Held by who sends. Reentrant, because a finaliser or a signal's handler may send while its
+        # thread does.
+        self._lock = threading.RLock()
+        # What these sent meanwhile: next in line, so that all subscribers see the same order.
+        self._following: collections.deque[tuple[bytes, list[Any]]] = collections.deque()
+        self._is_sending = False
+        # Held for a moment, to change the next two; taken last.
+        self._changing = threading.RLock()
+        # Whom a sender may wait for: noted before it looks whether this is closed, as `close` does
+        # the other way round, so that one of them sees the other.
+        self._awaited: SharedSubscription | None = None
         self._subscriptions: tuple[SharedSubscription, ...] = ()
         self._closed = False
 
@@ -138,57 +155,97 @@ class SharedBroadcast(ClosesAtExit):
             OutOfMemory: The memory is not there.
         """
         check_policy(slow)
-        with self._lock:
-            if self._closed:
-                raise Closed("subscribe: this broadcast is closed")
-            channel = SharedChannel.create(name, capacity_bytes)
-            subscription = SharedSubscription(channel, slow)
-            self._subscriptions = (*self._subscriptions, subscription)
-        return subscription
+        if self._closed:
+            raise Closed("subscribe: this broadcast is closed")
+        subscription = SharedSubscription(SharedChannel.create(name, capacity_bytes), slow)
+        with self._changing:
+            if not self._closed:
+                self._subscriptions = (*self._subscriptions, subscription)
+                return subscription
+        subscription.close()
+        raise Closed("subscribe: this broadcast is closed")
 
     def send(self, item: Any, timeout_seconds: float | None = None) -> int:
         """Send an object to every subscriber; returns how many there are.
 
         Args:
             item: Any object that can be pickled.
-            timeout_seconds: How long to wait at most for subscribers that make the sender wait.
+            timeout_seconds: How long to wait at most for subscribers that make the sender wait, and
+                for another thread that sends; >= 0. None waits for ever.
 
         Raises:
             Timeout: Some had no room in time. They did not get it and the others did:
                 `sent_count` says how many.
-            Closed: The broadcast is closed.
+            Closed: The broadcast is closed. If it was while this waited, `sent_count` says how many
+                had got the message.
             InvalidArgument: It is longer than the capacity of a subscriber. Those that are in line
-                before it have got it.
+                before it have got it. Or `timeout_seconds` is outside its range.
         """
+        check_seconds("timeout_seconds", timeout_seconds)
         buffers: list[pickle.PickleBuffer] = []
         data = pickle.dumps(item, protocol=5, buffer_callback=buffers.append)
         raw = [buffer.raw() for buffer in buffers]
         deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
-        with self._lock:
-            if self._closed:
-                raise Closed("send: this broadcast is closed")
-            kept, late = [], 0
-            # Who makes this wait comes last: the others have the message meanwhile.
-            for one in sorted(self._subscriptions, key=lambda it: it.slow == "block"):
-                left = None if deadline is None else max(0.0, deadline - monotonic())
-                try:
-                    if one._send(data, raw, left):
-                        kept.append(one)
-                except Timeout:
-                    late += 1
-                    kept.append(one)
-            gone = [it for it in self._subscriptions if it not in kept]
-            self._subscriptions = tuple(it for it in self._subscriptions if it in kept)
+        if not self._lock.acquire(timeout=-1 if timeout_seconds is None else timeout_seconds):
+            text = f"send: another thread was sending for {timeout_seconds} s; nothing was sent"
+            raise _told(Timeout(text), 0)
+        try:
+            if self._is_sending and not self._closed:
+                self._following.append((data, [bytes(buffer) for buffer in raw]))
+                return len(self._subscriptions)
+            sent_count, late_count = self._send_in_turn(data, raw, deadline)
+        finally:
+            self._lock.release()
+        if self._closed and late_count:
+            text = f"send: this broadcast was closed meanwhile; {sent_count} subscribers got it"
+            raise _told(Closed(text), sent_count)
+        if late_count:
+            text = (
+                f"send: {late_count} of {sent_count + late_count} subscribers had no room within "
+                f"{timeout_seconds} s; the others got the message"
+            )
+            raise _told(Timeout(text), sent_count)
+        return sent_count
+
+    def _send_in_turn(
+        self, data: bytes, buffers: list[Any], deadline: float | None
+    ) -> tuple[int, int]:
+        self._is_sending = True
+        try:
+            counts = self._send_to_all(data, buffers, deadline)
+            while self._following and not self._closed:
+                self._send_to_all(*self._following.popleft(), None)
+        finally:
+            self._is_sending = False
+            self._awaited = None
+        return counts
+
+    def _send_to_all(
+        self, data: bytes, buffers: list[Any], deadline: float | None
+    ) -> tuple[int, int]:
+        """Send to each subscriber; how many got it, and how many still want it."""
+        if self._closed:
+            raise Closed("send: this broadcast is closed")
+        sent_count = late_count = 0
+        gone = []
+        # Who makes this wait comes last: the others have the message meanwhile.
+        for one in sorted(self._subscriptions, key=lambda it: it.slow == "block"):
+            left = None if deadline is None else max(0.0, deadline - monotonic())
+            self._awaited = one if one.slow == "block" else None
+            try:
+                if not self._closed and one._send(data, buffers, left):
+                    sent_count += 1
+                elif self._closed:
+                    late_count += 1
+                else:
+                    gone.append(one)
+            except Timeout:
+                late_count += 1
+        with self._changing:
+            self._subscriptions = tuple(it for it in self._subscriptions if it not in gone)
         for one in gone:
             one._end()
-        if late:
-            error = Timeout(
-                f"send: {late} of {len(kept)} subscribers had no room within {timeout_seconds} s; "
-                "the others got the message"
-            )
-            error.sent_count = len(kept) - late  # type: ignore[attr-defined]
-            raise error
-        return len(kept)
+        return sent_count, late_count
 
     @property
     def subscriptions(self) -> tuple[SharedSubscription, ...]:
@@ -201,9 +258,21 @@ class SharedBroadcast(ClosesAtExit):
         return self._closed
 
     def close(self) -> None:
-        """Send no more. Subscribers receive what they have, then Disconnected."""
-        with self._lock:
-            self._closed = True
+        """Send no more. Subscribers receive what they have, then Disconnected.
+
+        A sender that waits for room is told.
+        """
+        self._closed = True
+        awaited = self._awaited
+        if awaited is not None:
+            awaited._sender.close()
+        with self._lock, self._changing:
             subscriptions, self._subscriptions = self._subscriptions, ()
         for subscription in subscriptions:
             subscription._end()
+
+
+def _told(error: Exception, sent_count: int) -> Exception:
+    """An exception of `send` with how many subscribers got the message."""
+    error.sent_count = sent_count  # type: ignore[attr-defined]
+    return error
