@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 from moirai.channels.shared import SharedChannel, SharedReceiver, SharedSender
 from moirai.errors import Disconnected, Timeout
 
-__all__ = ["Parcel", "bytes_of", "dump", "load", "send", "send_apart", "take"]
+__all__ = ["Parcel", "bytes_of", "dump", "load", "message_bytes", "send", "send_apart", "take"]
 
 BYTES, ARRAY, OBJECT, PICKLE = range(4)
 
@@ -46,6 +46,15 @@ def dump(item: Any) -> tuple[bytes, list[Any]]:
     file = io.BytesIO()
     _Pickler(file, 5, buffer_callback=buffers.append).dump(item)
     return file.getvalue(), [buffer.raw() for buffer in buffers] if buffers else buffers
+
+
+def message_bytes(data: Any, buffers: Sequence[Any] | None) -> int:
+    """How long a message of a pickle and its buffers is, or of bytes if `buffers` is None."""
+    if not buffers:
+        return len(data)
+    # A table of where the parts are, then each at a multiple of 64 bytes.
+    lengths = [len(data), *map(len, buffers)]
+    return 8 + 16 * len(lengths) + sum(-(-length // 64) * 64 for length in lengths) + 64
 
 
 def load(parcel: Parcel) -> Any:
@@ -85,8 +94,8 @@ def send(
         buffers: Contiguous buffers of bytes.
         check: Called now and then while this waits; raises if waiting is in vain.
     """
-    length = len(data) + sum(map(len, buffers or ()))
-    if length + _SLACK_BYTES > channel.capacity_bytes:
+    length = message_bytes(data, buffers)
+    if length > channel.capacity_bytes:
         send_apart(sender, data, buffers, length, check)
         return
     is_long = length > channel.inline_bytes
