@@ -22,7 +22,7 @@ from running import run_threads
 
 from moirai import channels
 from moirai.channels import SharedChannel, processes
-from moirai.errors import InvalidArgument
+from moirai.errors import InvalidArgument, OutOfMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -503,6 +503,86 @@ def test_what_cannot_be_pickled_is_refused_at_once() -> None:
     jobs.join()
     with pytest.raises(ValueError, match="too many times"):
         jobs.task_done()
+
+
+class Explosive:
+    """What is pickled, but cannot be made again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def test_what_cannot_be_unpickled_is_taken_all_the_same() -> None:
+    jobs: Any = processes.JoinableQueue(1)
+    simple: Any = processes.SimpleQueue()
+    for queue_of in (jobs, simple):
+        queue_of.put(Explosive())
+        with pytest.raises(ValueError, match="no number"):
+            queue_of.get()
+        queue_of.put("after")
+        assert queue_of.get() == "after"
+    assert jobs.qsize() == 0
+
+
+def test_an_object_that_was_not_put_in_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: Any = processes.JoinableQueue(1)
+
+    def refuse(*_: object) -> bool:
+        raise OutOfMemory("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs._line, "try_put", refuse)
+        with pytest.raises(OutOfMemory):
+            jobs.put(1)
+    jobs.join()
+    jobs.put(2, timeout=WAIT)
+    assert jobs.get() == 2
+
+
+def test_what_cannot_be_passed_on_is_reported_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reports: Any = queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", lambda about: reports.put(about.exc_value))
+
+    def refuse(*_: object) -> None:
+        raise OutOfMemory("no memory")
+
+    monkeypatch.setattr(channels.parcels, "send_apart", refuse)
+    jobs: Any = processes.JoinableQueue(2, capacity_bytes="256 KiB")
+    jobs.put(bytes(MIB))  # more than there is room for
+    assert isinstance(reports.get(timeout=WAIT), OutOfMemory)
+    jobs.join()
+    for number in range(2):
+        jobs.put(number, timeout=WAIT)
+    assert [jobs.get(timeout=WAIT) for _ in range(2)] == [0, 1]
+    jobs.close()
+    jobs.join_thread()
+
+
+@pytest.mark.parametrize("size", [0, 1000, 60_000])
+def test_what_fits_a_small_pipe_needs_nobody_to_receive_it(size: int) -> None:
+    ours, theirs = processes.Pipe(capacity_bytes="64 KiB")
+    ours.send_bytes(bytes(size))
+    assert theirs.recv_bytes() == bytes(size)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("count", [500, 5_000, 20_000])
+def test_a_message_of_many_small_arrays_passes(count: int) -> None:
+    arrays = [np.full(1, number) for number in range(count)]
+    jobs: Any = processes.Queue(capacity_bytes="1 MiB")
+    ours, theirs = processes.Pipe(capacity_bytes="1 MiB")
+    jobs.put(arrays)
+    assert [int(it[0]) for it in jobs.get(timeout=WAIT)] == list(range(count))
+    run_threads(
+        lambda: ours.send(arrays),
+        lambda: np.testing.assert_array_equal(np.concatenate(theirs.recv()), np.arange(count)),
+    )
+    jobs.close()
+    ours.close()
+    theirs.close()
 
 
 def test_queues_are_inherited_only_but_the_simple_one_is_sent() -> None:

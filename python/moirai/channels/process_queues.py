@@ -10,6 +10,7 @@ import multiprocessing.util
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from queue import Empty, Full
 from typing import Any, Generic, TypeVar
 
@@ -39,7 +40,7 @@ class _Line:
 
     def try_put(self, data: bytes, buffers: list[Any]) -> bool:
         """Send without waiting; whether there was room."""
-        if len(data) + sum(map(len, buffers)) + 4096 > self.channel.capacity_bytes:
+        if parcels.message_bytes(data, buffers) > self.channel.capacity_bytes:
             return False
         try:
             self.sender._send_object(data, buffers, 0, references=False)
@@ -61,7 +62,7 @@ class _Line:
             except Disconnected:
                 self.open()
 
-    def get(self, timeout: float | None) -> Any:
+    def take(self, timeout: float | None) -> parcels.Parcel:
         """Receive.
 
         Raises:
@@ -69,7 +70,7 @@ class _Line:
         """
         while True:
             try:
-                return parcels.load(parcels.take(self.receiver, timeout))
+                return parcels.take(self.receiver, timeout)
             except Timeout:
                 raise Empty from None
             except Closed:
@@ -122,7 +123,7 @@ class SimpleQueue(Generic[_Item]):
 
     def get(self) -> _Item:
         """Take the oldest object, waiting for one."""
-        item: _Item = self._line.get(None)
+        item: _Item = parcels.load(self._line.take(None))
         return item
 
     def empty(self) -> bool:
@@ -193,8 +194,12 @@ class Queue(Generic[_Item]):
         if not self._room.acquire(block, timeout):
             raise Full
         self._count_in()
-        if self._backlog or not self._line.try_put(data, buffers):
-            self._put_later(data, [bytes(buffer) for buffer in buffers])
+        try:
+            if self._backlog or not self._line.try_put(data, buffers):
+                self._put_later(data, [bytes(buffer) for buffer in buffers])
+        except Exception:  # such as OutOfMemory: nothing was put in
+            self._losing()()
+            raise
 
     def get(self, block: bool = True, timeout: float | None = None) -> _Item:
         """Take the oldest object, waiting for one.
@@ -208,8 +213,10 @@ class Queue(Generic[_Item]):
             timeout = 0.0
         elif timeout is not None:
             timeout = max(0.0, timeout)
-        item: _Item = self._line.get(timeout)
+        parcel = self._line.take(timeout)
+        # Before the object is made, which may fail: it is taken all the same.
         self._room.release()
+        item: _Item = parcels.load(parcel)
         return item
 
     def put_nowait(self, obj: _Item) -> None:
@@ -264,6 +271,10 @@ class Queue(Generic[_Item]):
     def _count_in(self) -> None:
         """An object is about to be put in."""
 
+    def _losing(self) -> Callable[[], None]:
+        """What counts an object out that was not put in after all; may outlive this queue."""
+        return self._room.release
+
     def _own(self) -> None:
         if self._process_id != os.getpid():  # forked by other means than multiprocessing
             self._reset()
@@ -271,24 +282,26 @@ class Queue(Generic[_Item]):
     def _put_later(self, data: bytes, buffers: list[Any]) -> None:
         self._own()
         with self._changed:
-            self._backlog.append((data, buffers))
             if self._feeder is None:
-                self._feeder = threading.Thread(
+                feeder = threading.Thread(
                     target=_feed,
                     args=(
                         self._line,
                         self._backlog,
                         self._changed,
                         weakref.ref(self, functools.partial(_notify, self._changed)),
+                        self._losing(),
                     ),
                     name="moirai-queue-feeder",
                     daemon=True,
                 )
-                self._feeder.start()
+                feeder.start()
+                self._feeder = feeder
                 if not self._join_cancelled:
                     self._join = multiprocessing.util.Finalize(
                         self._feeder, _join, [self._backlog, self._changed], exitpriority=-5
                     )
+            self._backlog.append((data, buffers))
             self._changed.notify_all()
 
 
@@ -297,8 +310,12 @@ def _feed(
     backlog: collections.deque[tuple[bytes, list[Any]]],
     changed: threading.Condition,
     queue: weakref.ref[Queue[Any]],
+    lose: Callable[[], None],
 ) -> None:
-    """The feeder's thread: passes on what waits, and ends with its queue."""
+    """The feeder's thread: passes on what waits, and ends with its queue.
+
+    What cannot be passed on, as when there is no memory for it, is reported and left out.
+    """
     while True:
         with changed:
             while not backlog:
@@ -309,7 +326,12 @@ def _feed(
                     return
                 del owner
                 changed.wait()
-        line.put(*backlog[0])
+        try:
+            line.put(*backlog[0])
+        except Exception as error:
+            about = (type(error), error, error.__traceback__, threading.current_thread())
+            threading.excepthook(threading.ExceptHookArgs(about))
+            lose()
         with changed:
             backlog.popleft()
             changed.notify_all()
@@ -349,20 +371,32 @@ class JoinableQueue(Queue[_Item]):
         with self._finished:
             self._unfinished.release()
 
+    def _losing(self) -> Callable[[], None]:
+        return functools.partial(_lose, self._room, self._unfinished, self._finished)
+
     def task_done(self) -> None:
         """Say that an object that was taken has been dealt with.
 
         Raises:
             ValueError: More were dealt with than were put in.
         """
-        with self._finished:
-            if not self._unfinished.acquire(False):
-                raise ValueError("task_done() called too many times")
-            if self._unfinished.get_value() == 0:
-                self._finished.notify_all()
+        _finish_one(self._unfinished, self._finished)
 
     def join(self) -> None:
         """Wait until every object that was put in has been dealt with."""
         with self._finished:
             if self._unfinished.get_value() != 0:
                 self._finished.wait()
+
+
+def _finish_one(unfinished: Any, finished: Any) -> None:
+    with finished:
+        if not unfinished.acquire(False):
+            raise ValueError("task_done() called too many times")
+        if unfinished.get_value() == 0:
+            finished.notify_all()
+
+
+def _lose(room: Any, unfinished: Any, finished: Any) -> None:
+    _finish_one(unfinished, finished)
+    room.release()
