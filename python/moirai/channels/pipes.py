@@ -354,11 +354,12 @@ class _Watch:
         self._channel = channel
         self._receiver = receiver
         self._is_set = False
-        self._flag = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        self._epoll.register(self._flag, select.EPOLLIN)
         self._epoll.register(channel._doorbell(), select.EPOLLIN)
         self._epoll.register(life, 0)  # which asks for nothing but its end
+        # Last, since what fails after this would leave it open.
+        self._flag = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._flag, select.EPOLLIN)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
