@@ -9,10 +9,10 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import in_forked_child, wait_until_gone
+from running import in_forked_child, wait_until, wait_until_gone
 
 from moirai import errors
-from moirai.executor import Executor, current_token
+from moirai.executor import Executor, ProcessExecutor, current_token
 
 WAIT_SECONDS = 60
 
@@ -139,6 +139,34 @@ def test_callback_that_submits_does_not_wait_for_its_own_worker():
 
         executor.submit(abs, 1).add_done_callback(submit_more)
         assert sorted(found.get(timeout=WAIT_SECONDS) for _ in range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("make", [Executor, ProcessExecutor])
+def test_group_that_waits_for_room_does_not_keep_its_tasks_from_ending(make):
+    with make(1, max_pending=1) as executor:
+        with executor.group() as group:
+            futures = [group.submit(abs, -number) for number in range(100)]
+        assert [future.result(0) for future in futures] == list(range(100))
+
+
+def test_block_of_a_group_waits_for_what_another_thread_submits(gate):
+    with Executor(1, max_pending=1) as executor:
+        opened = gate(executor)
+        executor.submit(abs, 1)
+        futures, has_begun = [], threading.Event()
+        with executor.group() as group:
+
+            def submit_more():
+                has_begun.set()
+                futures.append(group.submit(abs, -2))
+
+            thread = threading.Thread(target=submit_more)
+            thread.start()
+            assert has_begun.wait(WAIT_SECONDS)
+            wait_until(lambda: group._entering_count == 1)
+            opened.set()
+        thread.join()
+        assert futures[0].result(0) == 2
 
 
 def test_map_is_fed_as_there_is_room():

@@ -34,6 +34,10 @@ class TaskGroup:
         self._executor = executor
         # Reentrant: a future that is cancelled calls back in the thread that cancels it.
         self._lock = threading.RLock()
+        # Calls on their way to the executor, which may have them wait for room: not with the lock,
+        # which whoever makes that room needs.
+        self._entering_count = 0
+        self._entered = threading.Condition(self._lock)
         self._pending: dict[concurrent.futures.Future[Any], None] = {}
         self._failures: list[BaseException] = []
         self._cancelled = self._ended = False
@@ -56,8 +60,15 @@ class TaskGroup:
         with self._lock:
             if self._ended:
                 raise Closed("submit: the block of this group has ended")
+            self._entering_count += 1
+        try:
             future = self._executor.submit(fn, *args, **kwargs)
-            self._pending[future] = None
+            with self._lock:
+                self._pending[future] = None
+        finally:
+            with self._lock:
+                self._entering_count -= 1
+                self._entered.notify_all()
         future.add_done_callback(self._done)
         if self._cancelled:
             future.cancel()
@@ -88,6 +99,7 @@ class TaskGroup:
         """Until nothing is pending, and then for good."""
         while True:
             with self._lock:
+                self._entered.wait_for(lambda: self._pending or not self._entering_count)
                 future = next(iter(self._pending), None)
                 if future is None:
                     self._ended = True
