@@ -571,6 +571,27 @@ def test_shutdown_runs_or_cancels_what_is_queued(gate):
     assert (counts.submitted, counts.succeeded, counts.cancelled) == (AHEAD + 5, AHEAD + 1, 4)
 
 
+def test_calls_that_a_worker_gave_back_are_run_though_the_rest_is_cancelled(gate):
+    with ProcessExecutor(2, "fork") as executor:
+        held = [gate.shut(executor), gate.shut(executor)]
+        ahead = executor.submit_many(abs, range(2 * AHEAD))
+        for future in ahead:
+            wait_until(future.running)
+        urgent = executor.submit(abs, -1, priority=Priority.REALTIME)
+        executor.allow(1)
+        wait_until(lambda: executor.statistics().queued == AHEAD + 1)
+        ended = []
+
+        def wait_for_all(_):
+            gate.open(2)
+            ended.extend(future.result(WAIT_SECONDS) for future in (*held, *ahead))
+
+        urgent.add_done_callback(wait_for_all)  # before those that were given back are come to
+        executor.shutdown(wait=False, cancel_futures=True)
+        assert urgent.cancelled()
+        assert ended == [b"x", b"x", *range(2 * AHEAD)]
+
+
 def test_executor_that_is_dropped_runs_what_is_queued_and_ends_its_workers():
     executor = ProcessExecutor(1)
     pid = executor.submit(os.getpid).result(WAIT_SECONDS)

@@ -101,15 +101,15 @@ class Backlog:
 
     def cancel(self) -> None:
         """Cancel all that can be."""
-        for task in self.clear():
-            if task.is_late:
-                continue
-            if task.is_running or not task.future.cancel():
-                # A worker died and gave it back, or the manager was faster.
-                with self.lock:
+        with self.lock:
+            tasks = self._lanes.clear()
+            # Those that a worker gave back stay: the executor ends once nothing waits.
+            for task in tasks:
+                if task.is_running and not task.is_late:
                     self._lanes.append(task, task.priority, task.place)
-                continue
-            self.drop(task)
+        for task in tasks:
+            if not task.is_running and task.future.cancel():
+                self.drop(task)
 
     def sweep(self) -> None:
         """Take those that were cancelled, or are late, out of the lanes, if they are many."""
