@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from running import in_forked_child, run_threads, wait_until
-from worker_gate import CALLS_AT_WORKER, Gate
+from worker_gate import CALLS_AT_WORKER, Gate, hold
 
 from moirai import errors, memory
 from moirai.executor import Priority, ProcessExecutor
@@ -466,6 +466,47 @@ def test_failing_initializer_breaks_the_executor():
         future = executor.submit(abs, -1)
         with pytest.raises(BrokenProcessPool, match="initializer"):
             future.result(WAIT_SECONDS)
+
+
+def test_results_of_other_workers_do_not_disturb_an_executor_that_breaks(gate, tmp_path):
+    read, write = os.pipe()
+
+    def initialize():
+        try:
+            (tmp_path / "first").mkdir()
+        except FileExistsError:
+            os.read(read, 1)
+            raise
+
+    executor = ProcessExecutor(2, "fork", initializer=initialize)
+    busy, free, died = threading.Event(), threading.Event(), threading.Event()
+
+    def hold_up(_):
+        if not busy.is_set():
+            busy.set()
+            free.wait(WAIT_SECONDS)
+
+    futures = [gate.shut(executor)]
+    tell = executor._pool._watch._tell
+    executor._pool._watch._tell = lambda number: (tell(number), died.set())
+    futures += [executor.submit(hold, gate._tell, gate._hold) for _ in range(2 * AHEAD + 1)]
+    for future in futures:
+        wait_until(future.running)
+        future.add_done_callback(hold_up)
+    gate.open()
+    assert busy.wait(WAIT_SECONDS)  # the manager is, with what the first call gave
+    os.read(gate._told, 1)
+    os.write(write, b"x")
+    assert died.wait(WAIT_SECONDS)
+    gate.open()
+    os.read(gate._told, 1)  # the third was begun, so what the second gave was sent
+    free.set()
+    errors_of = [future.exception(WAIT_SECONDS) for future in futures]
+    assert sorted(map(type, errors_of), key=str) == [type(None), *[BrokenProcessPool] * 5]
+    executor.shutdown()
+    assert executor._pool.broken == "the initializer failed in a worker process"
+    os.close(read)
+    os.close(write)
 
 
 def test_initializer_runs_in_each_worker_before_its_calls():

@@ -255,6 +255,8 @@ class ProcessPool:
                         head, packed = messages.receive(self._receiver, patience)
                         self._handle(head, packed)
                         del packed
+                        if self.broken is not None:
+                            break  # nobody has the tasks that the rest is about
                         patience = 0
         except BaseException as error:
             self._break(f"the thread that manages the workers failed: {error!r}")
