@@ -427,6 +427,22 @@ def test_call_that_nothing_ends_is_killed_and_its_worker_replaced():
     assert (counts.workers_killed, counts.workers_lost) == (1, 0)
 
 
+class Endless:
+    """It never ends being pickled."""
+
+    def __reduce__(self):
+        return hold_the_gil()
+
+
+def test_call_whose_result_is_pickled_for_too_long_is_killed():
+    with ProcessExecutor(1, "fork", kill_after_seconds=0) as executor:
+        hung = executor.submit(Endless, timeout_seconds=10 * SOON_SECONDS)
+        with pytest.raises(errors.Timeout, match="its worker is killed"):
+            hung.result(WAIT_SECONDS)
+        assert executor.submit(abs, -1).result(WAIT_SECONDS) == 1
+    assert assert_counts_add_up(executor).workers_killed == 1
+
+
 def test_call_that_ends_at_its_token_is_not_killed():
     with ProcessExecutor(1, "fork", kill_after_seconds=WAIT_SECONDS) as executor:
         late = executor.submit(until_cancelled, timeout_seconds=SOON_SECONDS)

@@ -195,7 +195,7 @@ class _Running:
         return True
 
     def end(self) -> None:
-        """The call has returned, or raised."""
+        """The call has returned, or raised, and what it gave is pickled."""
         if self._due is not None and self._kill_after_seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -301,12 +301,13 @@ def _outcome(
             value = fn(*args, **kwargs)
         finally:
             interrupts.is_calling = False
-            running.end()
         outcome = RETURNED, head.call, messages.dump(value)
     except BaseException as error:
         if isinstance(error, CancelledError) and running.is_asked:
             return CANCELLED, head.call, _NOTHING
         outcome = FAILED, head.call, _dump_failure(error)
+    finally:
+        running.end()
     return (LATE, head.call, _NOTHING) if running.is_late else outcome
 
 
