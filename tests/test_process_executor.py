@@ -372,6 +372,22 @@ def test_failure_that_cannot_be_pickled_keeps_its_words(executor):
         executor.submit(raise_unpicklable).result(WAIT_SECONDS)
 
 
+class Unspeakable(Unpicklable):
+    def __str__(self):
+        raise TypeError("no words")
+
+
+def raise_unspeakable():
+    raise Unspeakable
+
+
+def test_failure_without_words_that_cannot_be_pickled_is_no_end_of_a_worker(executor):
+    with pytest.raises(
+        RuntimeError, match=r"Unspeakable: .*: cannot be pickled: TypeError: not me"
+    ):
+        executor.submit(raise_unspeakable).result(WAIT_SECONDS)
+
+
 # === workers that die ===========================================================================
 
 

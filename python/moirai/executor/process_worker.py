@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import _ExceptionWithTraceback
@@ -315,5 +316,10 @@ def _dump_failure(error: BaseException) -> Content:
     try:
         return messages.dump(with_traceback(error))
     except Exception as unpicklable:
-        text = f"{type(error).__name__}: {error}: cannot be pickled: {unpicklable}"
+        text = f"{_words_of(error)}: cannot be pickled: {_words_of(unpicklable)}"
         return messages.dump(RuntimeError(text))
+
+
+def _words_of(error: BaseException) -> str:
+    # Not by `str`, which may fail as well.
+    return "".join(traceback.format_exception_only(error)).strip()
