@@ -753,6 +753,25 @@ def test_interpreter_that_ends_runs_what_is_queued(run_python):
     assert told.split() == ["ran"] * 20
 
 
+def test_worker_that_is_started_at_the_interpreters_end_may_have_executors(run_python):
+    told = run_python("""
+        from moirai.executor import Executor, ProcessExecutor
+
+        def nested(make, *arguments):
+            with make(1, *arguments) as executor:
+                return executor.submit(abs, -1).result()
+
+        executor = ProcessExecutor(1, "fork", max_tasks_per_child=1)
+        futures = [executor.submit(abs, -1)]
+        futures += [executor.submit(nested, Executor) for _ in range(2)]
+        futures += [executor.submit(nested, ProcessExecutor, "fork") for _ in range(2)]
+        for future in futures:
+            future.add_done_callback(lambda it: print(it.result(), flush=True))
+        # The interpreter ends now: all but the first worker are started meanwhile.
+    """)
+    assert told.split() == ["1"] * 5
+
+
 def test_ctrl_c_ends_the_wait_and_the_call(run_python):
     told = run_python(
         """

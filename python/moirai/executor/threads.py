@@ -408,6 +408,8 @@ def _end_all() -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _is_interpreter_ending
+    _is_interpreter_ending = False  # the child's has just begun, a worker's for instance
     _workers.clear()
     for executor in list(_executors):
         executor._after_fork()
