@@ -210,6 +210,14 @@ def test_executor_ends_while_calls_have_time_left(run_python):
     assert told.split() == ["ran", "too"]
 
 
+@pytest.mark.parametrize("make", [Executor, ProcessExecutor])
+def test_deadline_that_no_float_holds_is_far_away_or_has_passed(make):
+    with make(1) as executor:
+        assert executor.submit(abs, -1, deadline=10**400).result(WAIT_SECONDS) == 1
+        with pytest.raises(errors.Timeout, match="the task is not run"):
+            executor.submit(abs, -1, deadline=-(10**400)).result(WAIT_SECONDS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

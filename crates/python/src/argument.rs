@@ -75,11 +75,12 @@ fn integer<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, Py
     index.cast_into::<PyInt>().map_err(PyErr::from)
 }
 
-/// A real number, whatever its range; infinity for an int that is too large for one.
+/// A real number, whatever its range; infinity for an int that is too large for one, or its opposite.
 pub(crate) fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     value.extract().or_else(|error: PyErr| {
         if error.is_instance_of::<PyOverflowError>(value.py()) {
-            return Ok(f64::INFINITY);
+            let sign = if value.lt(0)? { -1.0 } else { 1.0 };
+            return Ok(sign * f64::INFINITY);
         }
         if !error.is_instance_of::<PyTypeError>(value.py()) {
             return Err(error);

@@ -6,7 +6,7 @@ import math
 import time
 from typing import NamedTuple
 
-from moirai._arguments import check_number, check_seconds
+from moirai._arguments import LARGEST_FLOAT, check_number, check_seconds
 from moirai.errors import InvalidArgument, Timeout
 
 __all__ = ["TimeLimits", "late", "not_begun", "time_limits"]
@@ -48,6 +48,8 @@ def time_limits(timeout_seconds: float | None, deadline: float | None) -> TimeLi
         timeout_seconds = math.inf
     if deadline is None:
         deadline = math.inf
+    elif abs(deadline) > LARGEST_FLOAT:  # no float is, but an int may be
+        deadline = math.inf if deadline > 0 else -math.inf
     elif math.isnan(deadline):
         raise InvalidArgument("deadline: must be a moment of time.monotonic(), got nan")
     return TimeLimits(float(timeout_seconds), float(deadline))
