@@ -7,7 +7,7 @@ use super::{Shared, TaskHandle};
 use crate::errors::Timeout;
 use moirai_core::executor::timer::{Key, NEVER};
 use moirai_core::os::now_nanoseconds;
-use moirai_core::sync::Mutex;
+use moirai_core::sync::{AtomicBool, Mutex, Ordering};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use std::sync::{Arc, MutexGuard};
@@ -33,6 +33,9 @@ pub(super) struct Limits {
     terms: Terms,
     /// Locked for moments, in which no Python code runs.
     entry: Mutex<Option<Key>>,
+    /// Whether whoever took the task has begun it, or looks whether it may. `SeqCst`: set before the
+    /// look at the clock, so that who finds it unset after a deadline knows that it is not begun.
+    is_begun: AtomicBool,
 }
 
 impl Limits {
@@ -42,20 +45,27 @@ impl Limits {
             .unwrap_or_else(|poison| poison.into_inner())
     }
 
-    /// The task begins.
+    /// The task is to begin now; false if its deadline has passed.
     #[cold]
-    pub(super) fn begin(&self, shared: &Shared) {
+    pub(super) fn begin(&self, shared: &Shared) -> bool {
+        self.is_begun.store(true, Ordering::SeqCst);
+        let now = now_nanoseconds();
+        if self.terms.deadline_nanoseconds.is_some_and(|it| it <= now) {
+            self.is_begun.store(false, Ordering::SeqCst);
+            return false;
+        }
         let Some(timeout) = self.terms.timeout else {
-            return;
+            return true;
         };
         let nanoseconds = u64::try_from(timeout.as_nanos()).unwrap_or(NEVER);
-        let due = now_nanoseconds().saturating_add(nanoseconds);
+        let due = now.saturating_add(nanoseconds);
         let mut entry = self.entry();
         if let Some(key) = *entry
             && due < key.due_nanoseconds()
         {
             *entry = shared.timer.move_to(key, due).or(Some(key));
         }
+        true
     }
 
     /// It has ended.
@@ -67,6 +77,10 @@ impl Limits {
         drop(kept);
     }
 
+    fn is_begun(&self) -> bool {
+        self.is_begun.load(Ordering::SeqCst)
+    }
+
     fn due_nanoseconds(&self) -> Option<u64> {
         let due = self.entry().map(|key| key.due_nanoseconds());
         due.filter(|due| *due != NEVER)
@@ -76,8 +90,11 @@ impl Limits {
 /// Give a task that nobody has seen yet its limits. True: the timer's thread is to be started.
 pub(super) fn limit(py: Python<'_>, shared: &Shared, future: &Py<Future>, terms: Terms) -> bool {
     let due = terms.deadline_nanoseconds.unwrap_or(NEVER);
-    let entry = Mutex::new(None);
-    future.get().limit(Limits { terms, entry });
+    future.get().limit(Limits {
+        terms,
+        entry: Mutex::new(None),
+        is_begun: AtomicBool::new(false),
+    });
     if let Some(limits) = future.get().limits() {
         let mut entry = limits.entry();
         *entry = Some(shared.timer.add(due, future.clone_ref(py)));
@@ -85,16 +102,23 @@ pub(super) fn limit(py: Python<'_>, shared: &Shared, future: &Py<Future>, terms:
     shared.timer.needs_thread()
 }
 
-/// What becomes of a task that has not ended in time.
-fn late(py: Python<'_>) -> Outcome {
-    let message = "the task has not ended in the time it was given; its call goes on";
+fn overtime(py: Python<'_>, message: &'static str) -> Outcome {
     Outcome::Failure(Timeout::new_err(message).into_value(py).into_any())
+}
+
+/// What becomes of a task whose deadline passed while it waited.
+pub(super) fn not_begun(py: Python<'_>) -> Outcome {
+    overtime(
+        py,
+        "deadline: it passed before the task began; the task is not run",
+    )
 }
 
 /// Of a task that ends now, whether or not the timer has come to it: what is due comes of it.
 pub(super) fn overdue(py: Python<'_>, future: &Future) -> Option<Outcome> {
     let due = future.limits()?.due_nanoseconds()?;
-    (due <= now_nanoseconds()).then(|| late(py))
+    let message = "the task has not ended in the time it was given; its call has ended";
+    (due <= now_nanoseconds()).then(|| overtime(py, message))
 }
 
 /// The time of a task is over: its future fails, now, whoever is at it.
@@ -103,14 +127,14 @@ fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
     let call = shared.claim(future.task());
     if call.is_some() {
         shared.died();
-    } else if future.task().is_over() {
-        return;
+    } else if future.task().is_over() || !future.limits().is_some_and(Limits::is_begun) {
+        return; // or whoever has taken it will not begin it, and ends it
     }
     let outcome = if call.is_some() {
-        let message = "deadline: it passed before the task began; the task is not run";
-        Outcome::Failure(Timeout::new_err(message).into_value(slf.py()).into_any())
+        not_begun(slf.py())
     } else {
-        late(slf.py())
+        let message = "the task has not ended in the time it was given; its call goes on";
+        overtime(slf.py(), message)
     };
     let counts = [&shared.tally.failed, &shared.tally.timed_out];
     future.finish(slf, outcome, &counts);

@@ -182,6 +182,8 @@ fn running<R>(shared: &Shared, body: impl FnOnce() -> R) -> R {
 enum Ran {
     /// Nothing: somebody else has it, or it is over.
     Late,
+    /// Nothing: its deadline has passed.
+    Expired,
     Done,
     /// It is done, and the whole program is asked to stop.
     Interrupted(PyErr),
@@ -208,14 +210,20 @@ fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> R
     perform(py, shared, call, worker)
 }
 
-/// Make a call that nobody else has. Who is called back at its end is a part of the task.
+/// Make a call that nobody else has, unless its deadline has passed. Who is called back at its end is a part of the task.
 fn perform(py: Python<'_>, shared: &Shared, call: Call, worker: Option<usize>) -> Ran {
     running(shared, || {
         let latencies = shared.latencies.as_deref();
         let latency =
             latencies.map(|all| (&all[worker.unwrap_or(all.len() - 1)], now_nanoseconds()));
-        if let Some(limits) = call.future().get().limits() {
-            limits.begin(shared);
+        if let Some(limits) = call.future().get().limits()
+            && !limits.begin(shared)
+        {
+            let future = call.into_future();
+            let counts = [&shared.tally.failed, &shared.tally.timed_out];
+            let slf = future.bind(py);
+            slf.get().finish(slf, limits::not_begun(py), &counts);
+            return Ran::Expired;
         }
         let outcome = call.make(py);
         if let Some((latency, started)) = latency {

@@ -90,11 +90,15 @@ fn claim(
         return;
     }
     let taken = worker.and_then(|it| it.take_back(|other| other.is(task)));
-    if !matches!(run(py, shared, task, worker.map(Worker::index)), Ran::Late) {
+    let ran = run(py, shared, task, worker.map(Worker::index));
+    if matches!(ran, Ran::Late) {
+        return;
+    }
+    if !matches!(ran, Ran::Expired) {
         add(py, &shared.tally.helped, 1);
-        if taken.is_none() {
-            shared.died();
-        }
+    }
+    if taken.is_none() {
+        shared.died();
     }
 }
 
@@ -109,6 +113,7 @@ fn help_inside(py: Python<'_>, shared: &Shared, future: &Future, depth: u32) {
         };
         match run(py, shared, &task, Some(worker.index())) {
             Ran::Late => shared.scheduler.buried(),
+            Ran::Expired => {}
             _ => add(py, &shared.tally.helped, 1),
         }
     }
@@ -122,6 +127,7 @@ fn help_in_order(py: Python<'_>, shared: &Shared, future: &Future) -> PyResult<(
         };
         match run(py, shared, &task, None) {
             Ran::Late => shared.scheduler.buried(),
+            Ran::Expired => {}
             Ran::Done => add(py, &shared.tally.helped, 1),
             Ran::Interrupted(stop) => {
                 add(py, &shared.tally.helped, 1);
