@@ -501,6 +501,32 @@ def test_ended_tasks_leave_the_timer(run_python):
     assert run_python(source).split() == ["True"]
 
 
+class Interrupted(Executor):
+    """Ctrl-C comes just after the first thread that keeps time limits was started."""
+
+    is_interrupted = False
+
+    def _start_timer(self, handle):
+        super()._start_timer(handle)
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_at_the_first_time_limit_does_not_hold_up_the_end():
+    executor = Interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        executor.submit(abs, -1, timeout_seconds=WAIT_SECONDS)
+    assert executor.submit(abs, -1, timeout_seconds=WAIT_SECONDS).result(WAIT_SECONDS) == 1
+    late = executor.submit(time.sleep, 0.1, timeout_seconds=0.01)
+    assert isinstance(late.exception(WAIT_SECONDS), errors.Timeout)
+    shutdown = threading.Thread(target=executor.shutdown)
+    shutdown.start()
+    shutdown.join(WAIT_SECONDS)
+    assert not shutdown.is_alive()
+    assert assert_counts_add_up(executor).timed_out == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

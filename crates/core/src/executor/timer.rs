@@ -26,11 +26,21 @@ impl Key {
     }
 }
 
+/// Where the thread is that waits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Thread {
+    /// Nobody has started one.
+    Nowhere,
+    /// On its way, by the number of its start.
+    Coming(u64),
+    Here,
+}
+
 struct State<T> {
     entries: BTreeMap<Key, T>,
     next_number: u64,
     is_closed: bool,
-    has_thread: bool,
+    thread: Thread,
 }
 
 /// Entries by the time at which they are due. Any thread may call any method at any time, but one
@@ -47,7 +57,7 @@ impl<T: 'static> Default for Timer<T> {
                 entries: BTreeMap::new(),
                 next_number: 0,
                 is_closed: false,
-                has_thread: false,
+                thread: Thread::Nowhere,
             }),
             parker: Parker::default(),
         }
@@ -55,14 +65,36 @@ impl<T: 'static> Default for Timer<T> {
 }
 
 impl<T: 'static> Timer<T> {
-    /// After an entry was added: whether the caller is to start the thread that waits; says so once.
-    pub fn needs_thread(&self) -> bool {
-        !std::mem::replace(&mut self.state.lock().has_thread, true)
+    /// After an entry was added: whether the caller is to start the thread that waits, and the number
+    /// that it is to [`Timer::enter`] with; says so once.
+    pub fn needs_thread(&self) -> Option<u64> {
+        let mut state = self.state.lock();
+        if state.thread != Thread::Nowhere {
+            return None;
+        }
+        let start = state.next_number;
+        state.next_number += 1;
+        state.thread = Thread::Coming(start);
+        Some(start)
     }
 
-    /// The thread could not be started.
-    pub fn not_started(&self) {
-        self.state.lock().has_thread = false;
+    /// The thread could not be started, or it is not known whether it was: it is sent away if it
+    /// comes, unless it has entered.
+    pub fn not_started(&self, start: u64) {
+        let mut state = self.state.lock();
+        if state.thread == Thread::Coming(start) {
+            state.thread = Thread::Nowhere;
+        }
+    }
+
+    /// Whether the thread of a start is to wait, or to end.
+    pub fn enter(&self, start: u64) -> bool {
+        let mut state = self.state.lock();
+        let is_expected = state.thread == Thread::Coming(start);
+        if is_expected {
+            state.thread = Thread::Here;
+        }
+        is_expected
     }
 
     /// Have `entry` come out when it is due.
@@ -140,7 +172,7 @@ impl<T: 'static> Timer<T> {
             }
             if state.is_closed && state.entries.is_empty() {
                 // Whoever adds one all the same starts another thread.
-                state.has_thread = false;
+                state.thread = Thread::Nowhere;
                 return None;
             }
             let next = state.entries.first_key_value();
@@ -164,10 +196,8 @@ mod tests {
     #[test]
     fn entries_come_out_when_they_are_due() {
         let timer = Timer::default();
-        assert!(timer.needs_thread());
-        assert!(!timer.needs_thread());
-        timer.not_started();
-        assert!(timer.needs_thread());
+        let start = timer.needs_thread().unwrap();
+        assert!(timer.enter(start));
         timer.add(2, "second");
         timer.add(1, "first");
         timer.add(2, "third");
@@ -180,6 +210,22 @@ mod tests {
         timer.close();
         assert_eq!(timer.remove(never), Some("never"));
         assert_eq!(timer.wait(), None);
+    }
+
+    #[test]
+    fn one_thread_waits_whatever_is_said_of_its_start() {
+        let timer = Timer::<()>::default();
+        let lost = timer.needs_thread().unwrap();
+        assert_eq!(timer.needs_thread(), None);
+        timer.not_started(lost);
+        let start = timer.needs_thread().unwrap();
+        assert!(!timer.enter(lost)); // it was started after all
+        assert!(timer.enter(start));
+        timer.not_started(start); // it is here nevertheless
+        assert_eq!(timer.needs_thread(), None);
+        timer.close();
+        assert_eq!(timer.wait(), None);
+        assert!(timer.needs_thread().is_some());
     }
 
     #[test]

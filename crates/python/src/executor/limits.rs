@@ -87,8 +87,14 @@ impl Limits {
     }
 }
 
-/// Give a task that nobody has seen yet its limits. True: the timer's thread is to be started.
-pub(super) fn limit(py: Python<'_>, shared: &Shared, future: &Py<Future>, terms: Terms) -> bool {
+/// Give a task that nobody has seen yet its limits. The timer's thread is to be started, if that
+/// gives the number of the start.
+pub(super) fn limit(
+    py: Python<'_>,
+    shared: &Shared,
+    future: &Py<Future>,
+    terms: Terms,
+) -> Option<u64> {
     let due = terms.deadline_nanoseconds.unwrap_or(NEVER);
     future.get().limit(Limits {
         terms,
@@ -144,6 +150,8 @@ fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
 #[pyclass(frozen, module = "moirai.executor")]
 pub struct TimerHandle {
     pub(super) shared: Arc<Shared>,
+    /// The start that it is for.
+    pub(super) start: u64,
 }
 
 #[pymethods]
@@ -156,6 +164,9 @@ impl TimerHandle {
     /// End tasks whose time is over, until the executor is closed and none has a time limit.
     fn work(&self, py: Python<'_>) {
         let shared = &self.shared;
+        if !shared.timer.enter(self.start) {
+            return;
+        }
         while let Some(due) = py.detach(|| shared.timer.wait()) {
             for future in due {
                 expire(future.bind(py), shared);

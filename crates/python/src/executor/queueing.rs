@@ -211,17 +211,22 @@ fn set_limits(
     future: &Py<Future>,
     options: &Options,
 ) -> PyResult<()> {
-    if options.terms.is_none() || !limits::limit(slf.py(), shared, future, options.terms) {
+    if options.terms.is_none() {
         return Ok(());
     }
     let py = slf.py();
+    let Some(start) = limits::limit(py, shared, future, options.terms) else {
+        return Ok(());
+    };
     let handle = TimerHandle {
         shared: Arc::clone(shared),
+        start,
     };
     let started = Py::new(py, handle)
         .and_then(|handle| slf.call_method1(intern!(py, "_start_timer"), (handle,)));
     if let Err(error) = started {
-        shared.timer.not_started();
+        // A signal's exception may come after the thread was started.
+        shared.timer.not_started(start);
         if let Some(limits) = future.get().limits() {
             limits.end(shared);
         }
