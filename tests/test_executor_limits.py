@@ -389,6 +389,32 @@ def test_submitter_does_not_run_what_is_late(gate):
     assert assert_counts_add_up(executor).timed_out == 1
 
 
+@pytest.mark.parametrize("when_full", ["block", "caller_runs"])
+def test_callback_of_a_late_task_does_not_wait_for_room(gate, when_full):
+    threads = []
+    with Executor(1, max_pending=1, when_full=when_full) as executor:
+        opened, held = threading.Event(), threading.Event()
+        told = queue.SimpleQueue()
+        late = executor.submit(lambda: (held.set(), opened.wait(WAIT_SECONDS)), timeout_seconds=0.1)
+        assert held.wait(WAIT_SECONDS)
+        queued = executor.submit(abs, -1)
+
+        def submit_more(_):
+            more = [executor.submit(lambda: threads.append(threading.current_thread().name))]
+            more += executor.submit_many(abs, [-2, -3])
+            told.put(more)
+
+        late.add_done_callback(submit_more)
+        first, *others = told.get(timeout=WAIT_SECONDS)  # while the worker is busy
+        assert not queued.done()
+        opened.set()
+        assert first.result(WAIT_SECONDS) is None
+        assert [future.result(WAIT_SECONDS) for future in others] == [2, 3]
+        assert executor.submit(abs, -4).result() == 4  # there is room again
+    assert not threads[0].endswith("timer")
+    assert assert_counts_add_up(executor).timed_out == 1
+
+
 def test_token_tells_how_much_time_is_left():
     def left():
         token = current_token()

@@ -56,7 +56,8 @@ impl Place {
 }
 
 struct State {
-    free: usize,
+    /// Below 0 while more is taken than there is.
+    free: isize,
     line: VecDeque<Arc<Place>>,
     is_closed: bool,
 }
@@ -74,7 +75,7 @@ impl Room {
     /// All of it free.
     pub fn new(limit: usize) -> Self {
         let state = State {
-            free: limit,
+            free: limit as isize,
             line: VecDeque::new(),
             is_closed: false,
         };
@@ -91,17 +92,22 @@ impl Room {
 
     /// How many are in it.
     pub fn taken_count(&self) -> usize {
-        self.limit - self.state.lock().free
+        (self.limit as isize - self.state.lock().free) as usize
     }
 
     /// Take room for `count`, all or nothing; nobody in line is passed.
     pub fn take(&self, count: usize) -> bool {
         let mut state = self.state.lock();
-        let fits = state.line.is_empty() && count <= state.free;
+        let fits = state.line.is_empty() && count as isize <= state.free;
         if fits {
-            state.free -= count;
+            state.free -= count as isize;
         }
         fits
+    }
+
+    /// Take room for `count`, whether there is any or not, for one who must not wait.
+    pub fn take_beyond(&self, count: usize) {
+        self.state.lock().free -= count as isize;
     }
 
     /// Take room for `count` at most, and none if somebody stands in line; for how many.
@@ -110,9 +116,9 @@ impl Room {
         if !state.line.is_empty() {
             return 0;
         }
-        let taken = count.min(state.free);
+        let taken = (count as isize).min(state.free).max(0);
         state.free -= taken;
-        taken
+        taken as usize
     }
 
     /// Stand in line for room for `count`, which `limit` can hold. It may be served already.
@@ -137,7 +143,7 @@ impl Room {
     pub fn leave(&self, place: &Arc<Place>) {
         let mut state = self.state.lock();
         if place.turn() == Turn::Taken {
-            state.free += place.count;
+            state.free += place.count as isize;
         } else {
             state.line.retain(|other| !Arc::ptr_eq(other, place));
         }
@@ -148,8 +154,8 @@ impl Room {
     /// So many have begun, or never will.
     pub fn give_back(&self, count: usize) {
         let mut state = self.state.lock();
-        state.free += count;
-        debug_assert!(state.free <= self.limit);
+        state.free += count as isize;
+        debug_assert!(state.free <= self.limit as isize);
         serve(&mut state);
     }
 
@@ -164,9 +170,10 @@ impl Room {
 }
 
 fn serve(state: &mut State) {
-    while state.line.front().is_some_and(|it| it.count <= state.free) {
+    let fits = |state: &State, place: &Place| place.count as isize <= state.free;
+    while state.line.front().is_some_and(|it| fits(state, it)) {
         if let Some(place) = state.line.pop_front() {
-            state.free -= place.count;
+            state.free -= place.count as isize;
             place.tell(TAKEN);
         }
     }
@@ -186,6 +193,21 @@ mod tests {
         assert_eq!(room.take_up_to(2), 0);
         room.give_back(3);
         assert_eq!((room.taken_count(), room.limit()), (0, 3));
+    }
+
+    #[test]
+    fn what_was_taken_beyond_the_limit_is_given_back_before_others_fit() {
+        let room = Room::new(1);
+        assert!(room.take(1));
+        room.take_beyond(2);
+        assert_eq!((room.taken_count(), room.take_up_to(1)), (3, 0));
+        let place = room.stand_in_line(1);
+        room.give_back(2);
+        assert_eq!(place.wait(Some(Duration::ZERO)), Turn::Waits);
+        room.give_back(1);
+        assert_eq!(place.wait(None), Turn::Taken);
+        room.give_back(1);
+        assert_eq!(room.taken_count(), 0);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Whether a task may be queued: a limit on how many wait to begin, and what follows where it is met.
 
+use super::limits::is_keeper;
 use super::queueing::refusal;
 use super::{RUNNING, Shared};
 use crate::attached::add;
@@ -68,7 +69,8 @@ fn is_inside(shared: &Shared) -> bool {
     std::ptr::eq(RUNNING.get().0, shared)
 }
 
-/// Take room for tasks: for all of them if `whole`, otherwise for one at least.
+/// Take room for tasks: for all of them if `whole`, otherwise for one at least. What is called back
+/// when a task's time is over takes it even if there is none.
 pub(super) fn admit(
     py: Python<'_>,
     shared: &Shared,
@@ -90,6 +92,11 @@ pub(super) fn admit(
         }
     }
     match bound.when_full {
+        WhenFull::Block | WhenFull::CallerRuns if is_keeper(shared) => {
+            // It would hold up the ends of others.
+            bound.room.take_beyond(count);
+            Ok(Admitted::Queue(count))
+        }
         WhenFull::Raise => {
             add(py, &shared.tally.refused, count as u64);
             Err(Full::new_err(format!(

@@ -10,6 +10,7 @@ use moirai_core::os::now_nanoseconds;
 use moirai_core::sync::{AtomicBool, Mutex, Ordering};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
@@ -146,6 +147,16 @@ fn expire(slf: &Bound<'_, Future>, shared: &Shared) {
     future.finish(slf, outcome, &counts);
 }
 
+thread_local! {
+    /// Whose time limits this thread waits for, if any.
+    static KEEPER: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Whether this thread waits for the time limits of an executor.
+pub(super) fn is_keeper(shared: &Shared) -> bool {
+    std::ptr::eq(KEEPER.get(), shared)
+}
+
 /// What the thread that waits for time limits has of an executor.
 #[pyclass(frozen, module = "moirai.executor")]
 pub struct TimerHandle {
@@ -167,11 +178,13 @@ impl TimerHandle {
         if !shared.timer.enter(self.start) {
             return;
         }
+        KEEPER.set(&raw const **shared);
         while let Some(due) = py.detach(|| shared.timer.wait()) {
             for future in due {
                 expire(future.bind(py), shared);
             }
         }
+        KEEPER.set(std::ptr::null());
     }
 }
 
