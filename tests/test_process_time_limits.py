@@ -271,11 +271,18 @@ def test_call_that_its_submitter_runs_has_limits_too(gate):
         assert 0 < seconds <= 500
         with pytest.raises(ValueError, match="invalid literal"):
             executor.submit(int, "x", timeout_seconds=500).result(0)
+        with Executor(1) as threads:  # whose task is not what the call is at
+            given = threads.submit(lambda: executor.submit(left, timeout_seconds=500).result(0))
+            assert given.result(WAIT_SECONDS)[1] <= 500
+            given = threads.submit(
+                lambda: executor.submit(left).result(0), timeout_seconds=WAIT_SECONDS
+            )
+            assert given.result(WAIT_SECONDS) == (False, None)
         assert left() == (False, None)
         gate.open()
         assert queued.result(WAIT_SECONDS) == 1
     counts = assert_counts_add_up(executor)
-    assert (counts.ran_by_submitter, counts.timed_out, counts.failed) == (5, 3, 4)
+    assert (counts.ran_by_submitter, counts.timed_out, counts.failed) == (7, 3, 4)
 
 
 # === the token ==================================================================================

@@ -70,6 +70,7 @@ __all__ = [
     "Waiting",
     "WorkerHandle",
     "build_profile",
+    "call_outside_tasks",
     "current_lane",
     "handler_of",
     "idle_channel_bytes",
@@ -1897,6 +1898,11 @@ class CancelToken:
                 is cancelled.
             Timeout: Its time is over.
         """
+
+def call_outside_tasks(
+    function: Callable[..., _Item], /, *arguments: Any, **keywords: Any
+) -> _Item:
+    """Call a function as if this thread ran no task: the token is not that of the task it runs."""
 
 def task_token() -> CancelToken | None:
     """The token of the task that this thread is running, the innermost one; None: it runs none."""

@@ -50,7 +50,7 @@ mod _native {
     #[pymodule_export]
     use super::executor::future::Future;
     #[pymodule_export]
-    use super::executor::limits::{CancelToken, TimerHandle, task_token};
+    use super::executor::limits::{CancelToken, TimerHandle, call_outside_tasks, task_token};
     #[pymodule_export]
     use super::executor::pool::BareExecutor;
     #[pymodule_export]

@@ -14,6 +14,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 from moirai._arguments import check_instance, check_int, check_seconds, wrong_type
+from moirai._native import call_outside_tasks
 from moirai.errors import InvalidArgument
 from moirai.executor import blas
 from moirai.executor import process_messages as messages
@@ -342,16 +343,15 @@ class ProcessExecutor(BaseExecutor):
         fn, args, kwargs, _ = call
         if fn is run_chunk:
             kwargs = {"is_sent": False}
-        context = contextvars.copy_context()
-        if limits is None:
-            return context.run(fn, *args, **kwargs)
-        if limits.has_passed:
+        if limits is not None and limits.has_passed:
             self._pool.backlog.count(timed_out=1)
             raise not_begun()
-        due = limits.due(time.monotonic())
+        due = math.inf if limits is None else limits.due(time.monotonic())
+        context = contextvars.copy_context()
+        # Its own, whatever task its submitter is at.
         context.run(call_token.set, functools.partial(CancelToken, None, due))
         try:
-            value = context.run(fn, *args, **kwargs)
+            value = context.run(call_outside_tasks, fn, *args, **kwargs)
         except Exception:
             if due > time.monotonic():
                 raise

@@ -152,6 +152,14 @@ fn call_with_rest(
     outcome.map(Bound::unbind)
 }
 
+/// Run `body` as if this thread were at no call.
+pub(super) fn apart<R>(body: impl FnOnce() -> R) -> R {
+    let before = CURRENT.replace(std::ptr::null());
+    let outcome = body();
+    CURRENT.set(before);
+    outcome
+}
+
 /// The future of the call that this thread is at, if any.
 pub(super) fn current_future(py: Python<'_>) -> Option<Py<Future>> {
     let call = CURRENT.get();

@@ -1,6 +1,6 @@
 //! How long a task may take, and the token by which it learns that it is to end.
 
-use super::call::current_future;
+use super::call::{apart, current_future};
 use super::future::{CancelledError, Future, Outcome};
 use super::pool::moment;
 use super::{Shared, TaskHandle};
@@ -10,6 +10,7 @@ use moirai_core::os::now_nanoseconds;
 use moirai_core::sync::{AtomicBool, Mutex, Ordering};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -273,4 +274,15 @@ pub fn task_token(py: Python<'_>) -> Option<CancelToken> {
         asked: Asked::Task(future.task().clone()),
         due_nanoseconds: future.limits().and_then(Limits::due_nanoseconds),
     })
+}
+
+/// Call a function as if this thread ran no task: the token is not that of the task it runs.
+#[pyfunction]
+#[pyo3(signature = (function, /, *arguments, **keywords))]
+pub fn call_outside_tasks<'py>(
+    function: &Bound<'py, PyAny>,
+    arguments: &Bound<'py, PyTuple>,
+    keywords: Option<&Bound<'py, PyDict>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    apart(|| function.call(arguments, keywords))
 }
