@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import os
 import queue
 import threading
 import time
@@ -551,6 +552,38 @@ def test_ctrl_c_at_the_first_time_limit_does_not_hold_up_the_end():
     shutdown.join(WAIT_SECONDS)
     assert not shutdown.is_alive()
     assert assert_counts_add_up(executor).timed_out == 1
+
+
+def test_nothing_is_left_of_a_call_that_ctrl_c_kept_from_being_queued():
+    """Its deadline has passed: the thread that was started must not come to it."""
+
+    class InterruptedLater(Interrupted):
+        def _start_timer(self, handle):
+            try:
+                super()._start_timer(handle)
+            except KeyboardInterrupt:
+                for _ in range(200):  # The thread has time to look for what is due.
+                    os.sched_yield()
+                    threading.Event().wait(0)
+                raise
+
+    def hold(has_begun, go_on):
+        has_begun.set()
+        go_on.wait(WAIT_SECONDS)
+
+    for _ in range(20):
+        with InterruptedLater(1, max_pending=1, when_full="raise") as executor:
+            with pytest.raises(KeyboardInterrupt):
+                executor.submit(abs, -1, deadline=time.monotonic())
+            statistics = assert_counts_add_up(executor)
+            assert (statistics.submitted, statistics.failed, statistics.timed_out) == (0, 0, 0)
+            go_on, has_begun = threading.Event(), threading.Event()
+            executor.submit(hold, has_begun, go_on)
+            assert has_begun.wait(WAIT_SECONDS)
+            executor.submit(abs, -1)
+            with pytest.raises(queue.Full):  # There is room for one, not for two.
+                executor.submit(abs, -1)
+            go_on.set()
 
 
 @pytest.mark.parametrize(

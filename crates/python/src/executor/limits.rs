@@ -47,6 +47,17 @@ impl Limits {
             .unwrap_or_else(|poison| poison.into_inner())
     }
 
+    /// The deadline counts from now on, if there is one.
+    pub(super) fn count_deadline(&self, shared: &Shared) {
+        let Some(deadline) = self.terms.deadline_nanoseconds else {
+            return;
+        };
+        let mut entry = self.entry();
+        if let Some(key) = *entry {
+            *entry = shared.timer.move_to(key, deadline).or(Some(key));
+        }
+    }
+
     /// The task is to begin now; false if its deadline has passed.
     #[cold]
     pub(super) fn begin(&self, shared: &Shared) -> bool {
@@ -89,15 +100,15 @@ impl Limits {
     }
 }
 
-/// Give a task that nobody has seen yet its limits. The timer's thread is to be started, if that
-/// gives the number of the start.
+/// Give a task that nobody has seen yet its limits. Its deadline does not count yet: the timer's thread
+/// is to be started before, if this gives the number of the start, and the task is not there if that
+/// fails.
 pub(super) fn limit(
     py: Python<'_>,
     shared: &Shared,
     future: &Py<Future>,
     terms: Terms,
 ) -> Option<u64> {
-    let due = terms.deadline_nanoseconds.unwrap_or(NEVER);
     future.get().limit(Limits {
         terms,
         entry: Mutex::new(None),
@@ -105,7 +116,7 @@ pub(super) fn limit(
     });
     if let Some(limits) = future.get().limits() {
         let mut entry = limits.entry();
-        *entry = Some(shared.timer.add(due, future.clone_ref(py)));
+        *entry = Some(shared.timer.add(NEVER, future.clone_ref(py)));
     }
     shared.timer.needs_thread()
 }

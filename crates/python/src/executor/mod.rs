@@ -210,7 +210,8 @@ fn run(py: Python<'_>, shared: &Shared, task: &Task, worker: Option<usize>) -> R
     perform(py, shared, call, worker)
 }
 
-/// Make a call that nobody else has, unless its deadline has passed. Who is called back at its end is a part of the task.
+/// Make a call that nobody else has, unless its deadline has passed. Who is called back at its end is
+/// a part of the task.
 fn perform(py: Python<'_>, shared: &Shared, call: Call, worker: Option<usize>) -> Ran {
     running(shared, || {
         let latencies = shared.latencies.as_deref();

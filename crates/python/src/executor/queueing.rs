@@ -215,24 +215,38 @@ fn set_limits(
         return Ok(());
     }
     let py = slf.py();
-    let Some(start) = limits::limit(py, shared, future, options.terms) else {
-        return Ok(());
-    };
+    if let Some(start) = limits::limit(py, shared, future, options.terms) {
+        start_timer(slf, shared, start, future)?;
+    }
+    if let Some(limits) = future.get().limits() {
+        limits.count_deadline(shared);
+    }
+    Ok(())
+}
+
+/// Have the thread started that keeps time limits. If that fails, `future` leaves no trace there.
+#[cold]
+fn start_timer(
+    slf: &Bound<'_, BareExecutor>,
+    shared: &Arc<Shared>,
+    start: u64,
+    future: &Py<Future>,
+) -> PyResult<()> {
     let handle = TimerHandle {
         shared: Arc::clone(shared),
         start,
     };
-    let started = Py::new(py, handle)
-        .and_then(|handle| slf.call_method1(intern!(py, "_start_timer"), (handle,)));
-    if let Err(error) = started {
-        // A signal's exception may come after the thread was started.
-        shared.timer.not_started(start);
-        if let Some(limits) = future.get().limits() {
-            limits.end(shared);
-        }
-        return Err(error);
+    let started = Py::new(slf.py(), handle)
+        .and_then(|handle| slf.call_method1(intern!(slf.py(), "_start_timer"), (handle,)));
+    let Err(error) = started else {
+        return Ok(());
+    };
+    // A signal's exception may come after the thread was started.
+    shared.timer.not_started(start);
+    if let Some(limits) = future.get().limits() {
+        limits.end(shared);
     }
-    Ok(())
+    Err(error)
 }
 
 /// The node that tasks of this thread go to unless told.
