@@ -37,13 +37,20 @@ if TYPE_CHECKING:
         ) -> ModuleSpec | None: ...
 
 
-def _start_time() -> str:
-    """Return when this process started, in clock ticks since boot; exec does not change it."""
+def _name_and_start(pid: str) -> tuple[bytes, str] | None:
+    """Return a process's name, and when it started in clock ticks since boot; None: it is gone."""
     try:
-        with open("/proc/self/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            name, _, fields = file.read().partition(b"(")[2].rpartition(b")")
     except OSError:
-        return str(time.monotonic_ns())
+        return None
+    return name, fields.split()[19].decode()
+
+
+def _start_time() -> str:
+    """Return when this process started; exec does not change it."""
+    found = _name_and_start("self")
+    return str(time.monotonic_ns()) if found is None else found[1]
 
 
 class Process:
@@ -350,13 +357,11 @@ def _open_records() -> str | None:
     started, _, directory = rest.partition(":")
     if not directory:
         return None
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            name, _, fields = file.read().partition(b"(")[2].rpartition(b")")
-    except OSError:
+    found = _name_and_start(pid)
+    if found is None:
         return None
-    is_open = name != RECORDS_READ and fields.split()[19].decode() == started
-    return directory if is_open else None
+    name, start = found
+    return directory if name != RECORDS_READ and start == started else None
 
 
 def _close_records() -> None:
