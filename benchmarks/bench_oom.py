@@ -121,11 +121,16 @@ def run(
 # --- the report ---------------------------------------------------------------------------------
 
 
-def cell(runs: list[dict[str, Any]]) -> str:
-    """Finished / left by itself / killed or otherwise lost."""
+def counts(runs: list[dict[str, Any]]) -> list[str]:
+    """How many finished, left by themselves, and were killed or otherwise lost."""
     finished = sum(each["outcome"] == "finished" for each in runs)
     left = sum(each["outcome"] == "left" for each in runs)
-    return f"{finished} / {left} / {len(runs) - finished - left}"
+    return [str(count) for count in (finished, left, len(runs) - finished - left)]
+
+
+def cell(runs: list[dict[str, Any]]) -> str:
+    """The same, as one text."""
+    return " / ".join(counts(runs))
 
 
 def share(runs: list[dict[str, Any]], *outcomes: str) -> float:
@@ -244,7 +249,7 @@ def digest(results: dict[str, Any]) -> str:
                 continue
             runs = deadly_runs(measured["runs"]).get(column)
             if runs:
-                rows.append([f"{label}, {len(runs)} runs", *cell(runs).split(" / ")])
+                rows.append([f"{label}, {len(runs)} runs", *counts(runs)])
                 break
     if not rows:
         return ""
