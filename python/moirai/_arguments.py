@@ -11,6 +11,7 @@ from moirai.errors import InvalidArgument, WrongType
 
 __all__ = [
     "LARGEST_FLOAT",
+    "LONGEST_SECONDS",
     "check_bool",
     "check_callable",
     "check_instance",
@@ -24,7 +25,8 @@ __all__ = [
 
 # What is not between this and its opposite is not finite as a float, be it an int.
 LARGEST_FLOAT = sys.float_info.max
-_LONGEST_SECONDS = 1e9
+# Nobody is asked to wait longer: some thirty years.
+LONGEST_SECONDS = 1e9
 
 
 def wrong_type(name: str, expected: str, value: object) -> WrongType:
@@ -96,7 +98,7 @@ def check_timeout(name: str, value: Any) -> None:
     if value is None:
         return
     check_number(name, value, or_none=True)
-    if not value <= _LONGEST_SECONDS:
+    if not value <= LONGEST_SECONDS:
         raise InvalidArgument(f"{name}: must be None or a number up to 1e9, got {value}")
 
 
@@ -108,7 +110,7 @@ def check_seconds(name: str, value: Any) -> None:
         InvalidArgument: It is outside that range.
     """
     check_number(name, value, or_none=True)
-    if value is not None and not 0 <= value <= _LONGEST_SECONDS:
+    if value is not None and not 0 <= value <= LONGEST_SECONDS:
         raise InvalidArgument(f"{name}: must be None or a number from 0 to 1e9, got {value}")
 
 

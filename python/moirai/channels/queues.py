@@ -7,12 +7,12 @@ from queue import Empty, Full
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moirai import _native
+from moirai._arguments import LONGEST_SECONDS
 from moirai.errors import Closed, InvalidArgument, Timeout
 
 __all__ = ["Empty", "Full", "Queue", "ShutDown"]
 
 _Item = TypeVar("_Item")
-_LONGEST_SECONDS = 1e9
 _HOOKS = ("_init", "_qsize", "_put", "_get")
 _NATIVE = ("put", "get", "qsize", "empty", "full", "task_done", "join", "shutdown")
 
@@ -31,7 +31,7 @@ else:
 
 def _waitable(timeout: float) -> float:
     """A timeout as the line takes it: `threading.TIMEOUT_MAX`, say, is longer than it waits."""
-    return min(timeout, _LONGEST_SECONDS)
+    return min(timeout, LONGEST_SECONDS)
 
 
 class Queue(queue.Queue[_Item]):

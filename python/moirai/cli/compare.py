@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from moirai._arguments import LONGEST_SECONDS
 from moirai.cli import allocators
 from moirai.cli.measure import Measurement, ProgramFailed, measure
 from moirai.cli.options import ALLOCATORS
@@ -48,8 +49,6 @@ _MOIRAI = {
 # Allocators that are no configuration of their own: plain Python's, and ours, run by `moirai run`.
 _OURS = ("system", "moirai")
 _TIMEOUT_STATUS = 124
-# The system waits no longer than its clock can count.
-_LONGEST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,9 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= _LONGEST_SECONDS:
+    if not 0 < seconds <= LONGEST_SECONDS:
         raise argparse.ArgumentTypeError(
-            f"must be a number of seconds > 0, at most {_LONGEST_SECONDS:.0e}, got {text!r}"
+            f"must be a number of seconds > 0, at most {LONGEST_SECONDS:.0e}, got {text!r}"
         )
     return seconds
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from moirai._arguments import LONGEST_SECONDS
 from moirai.errors import OutOfMemory
 from moirai.pressure.samples import Sample
 
@@ -13,7 +14,6 @@ __all__ = ["Promises"]
 
 
 # An int may be too large for a float.
-_LONGEST_SECONDS = 1e9
 
 
 class Promises:
@@ -52,7 +52,7 @@ class Promises:
         Raises:
             OutOfMemory: There is no room; nothing is promised.
         """
-        deadline = time.monotonic() + min(timeout_seconds, _LONGEST_SECONDS)
+        deadline = time.monotonic() + min(timeout_seconds, LONGEST_SECONDS)
         least: int | None = None
         while True:
             sample = read_now()
