@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import threading
+from abc import abstractmethod
 from time import monotonic
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from moirai import _native
 from moirai._arguments import check_seconds
 from moirai.channels.closing import ClosesAtExit
 from moirai.errors import Closed, Disconnected, InvalidArgument, Timeout
 
-__all__ = ["Broadcast", "SlowPolicy", "Subscription"]
+__all__ = ["Broadcast", "BroadcastBase", "SlowPolicy", "Subscription", "check_policy"]
 
 _Item = TypeVar("_Item")
 
@@ -49,26 +50,76 @@ class Subscription(_native.Receiver[_Item]):
         return self._slow
 
 
-class Broadcast(ClosesAtExit, Generic[_Item]):
+class _Closable(Protocol):
+    def close(self) -> None: ...  # pragma: no cover
+
+
+class _Subscribed(Protocol):
+    @property
+    def _sender(self) -> _Closable: ...  # pragma: no cover
+
+
+_Subscriber = TypeVar("_Subscriber", bound=_Subscribed)
+_Message = TypeVar("_Message")
+
+
+class BroadcastBase(ClosesAtExit, Generic[_Subscriber, _Message]):
+    """What broadcasts share: who may send and when, who is subscribed, and how the end is told."""
+
+    def __init__(self) -> None:
+        # Held by who sends. Reentrant, because a finaliser or a signal's handler may send while its
+        # thread does.
+        self._lock = threading.RLock()
+        # What these sent meanwhile: next in line, so that all subscribers see the same order.
+        self._following: collections.deque[_Message] = collections.deque()
+        self._is_sending = False
+        # Held for a moment, to change the next two; taken last.
+        self._changing = threading.RLock()
+        # Whom a sender may wait for: noted before it looks whether this is closed, as `close` does
+        # the other way round, so that one of them sees the other.
+        self._awaited: _Subscriber | None = None
+        self._subscriptions: tuple[_Subscriber, ...] = ()
+        self._closed = False
+
+    @abstractmethod
+    def _end(self, subscription: _Subscriber) -> None:
+        """Send to it no more."""
+
+    def _forget(self, *gone: _Subscriber) -> None:
+        with self._changing:
+            self._subscriptions = tuple(it for it in self._subscriptions if it not in gone)
+
+    def close(self) -> None:
+        """Send no more. Subscribers receive what they have, then Disconnected.
+
+        A sender that waits for room is told.
+        """
+        self._closed = True
+        awaited = self._awaited
+        if awaited is not None:
+            awaited._sender.close()
+        # Who sends right now finishes first, so that all subscribers have the same messages.
+        with self._lock, self._changing:
+            subscriptions, self._subscriptions = self._subscriptions, ()
+        for subscription in subscriptions:
+            self._end(subscription)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def subscriptions(self) -> tuple[_Subscriber, ...]:
+        """Those who are subscribed; who has left is known to have when a message is sent."""
+        return self._subscriptions
+
+
+class Broadcast(BroadcastBase[Subscription[_Item], _Item], Generic[_Item]):
     """Sends each message to every subscriber, in one order for all of them.
 
     Any number of threads may send; one at a time does. A message for nobody is gone.
     """
-
-    def __init__(self) -> None:
-        # Held by who sends. Reentrant, because a finaliser may send while its thread does.
-        self._lock = threading.RLock()
-        # What finalisers sent while their thread delivers a message: next in line, so that all
-        # subscribers see the same order.
-        self._following: collections.deque[_Item] = collections.deque()
-        self._is_delivering = False
-        # Held for a moment, to change the next two; taken last.
-        self._changing = threading.RLock()
-        # Whom a sender waits for: noted before it looks whether this is closed, as `close` does
-        # the other way round, so that one of them sees the other.
-        self._awaited: Subscription[_Item] | None = None
-        self._subscriptions: tuple[Subscription[_Item], ...] = ()
-        self._closed = False
 
     def subscribe(self, capacity: int = 1024, slow: SlowPolicy = "block") -> Subscription[_Item]:
         """See every message that is sent from now on.
@@ -118,7 +169,7 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
             if self._closed:
                 raise Closed("send: this broadcast is closed")
             subscriptions = self._subscriptions
-            if self._is_delivering:
+            if self._is_sending:
                 self._following.append(item)
                 return len(subscriptions)
             # Only this thread sends, so room that was found stays.
@@ -130,7 +181,7 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
             self._lock.release()
 
     def _deliver_to_all(self, subscriptions: tuple[Subscription[_Item], ...], item: _Item) -> int:
-        self._is_delivering = True
+        self._is_sending = True
         try:
             count = sum(self._deliver(subscription, item) for subscription in subscriptions)
             while self._following:
@@ -138,7 +189,7 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
                 for subscription in self._subscriptions:
                     self._deliver(subscription, following)
         finally:
-            self._is_delivering = False
+            self._is_sending = False
         return count
 
     def _wait_for_room(
@@ -181,31 +232,5 @@ class Broadcast(ClosesAtExit, Generic[_Item]):
         self._forget(subscription)
         return False
 
-    def _forget(self, subscription: Subscription[_Item]) -> None:
-        with self._changing:
-            self._subscriptions = tuple(it for it in self._subscriptions if it is not subscription)
-
-    def close(self) -> None:
-        """Send no more. Subscribers receive what they have, then Disconnected.
-
-        A sender that waits for room is told, and has sent to nobody.
-        """
-        self._closed = True
-        awaited = self._awaited
-        if awaited is not None:
-            awaited._sender.close()
-        # Who sends right now finishes first, so that all subscribers have the same messages.
-        with self._lock, self._changing:
-            subscriptions, self._subscriptions = self._subscriptions, ()
-        for subscription in subscriptions:
-            subscription._sender.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
-
-    @property
-    def subscriptions(self) -> tuple[Subscription[_Item], ...]:
-        """Those who are subscribed now."""
-        return self._subscriptions
+    def _end(self, subscription: Subscription[_Item]) -> None:
+        subscription._sender.close()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import pickle
-import threading
 from time import monotonic
 from typing import Any
 
 from moirai._arguments import check_seconds
-from moirai.channels.broadcast import SlowPolicy, check_policy
-from moirai.channels.closing import ClosesAtExit
+from moirai.channels.broadcast import BroadcastBase, SlowPolicy, check_policy
 from moirai.channels.shared import SharedChannel, SharedReceiver
 from moirai.errors import Closed, Disconnected, Timeout
 
@@ -112,7 +109,7 @@ def _subscribed(channel: SharedChannel, slow: SlowPolicy) -> SharedSubscription:
     return subscription
 
 
-class SharedBroadcast(ClosesAtExit):
+class SharedBroadcast(BroadcastBase[SharedSubscription, tuple[bytes, list[Any]]]):
     """Sends each message to every subscriber, whatever process it is in.
 
     Each subscriber has a channel of its own, so that what one does is no other's loss: a message is
@@ -120,21 +117,6 @@ class SharedBroadcast(ClosesAtExit):
     others send to it. What a signal's handler sends while its thread does goes next. A message for
     nobody is gone.
     """
-
-    def __init__(self) -> None:
-        # Held by who sends. Reentrant, because a finaliser or a signal's handler may send while its
-        # thread does.
-        self._lock = threading.RLock()
-        # What these sent meanwhile: next in line, so that all subscribers see the same order.
-        self._following: collections.deque[tuple[bytes, list[Any]]] = collections.deque()
-        self._is_sending = False
-        # Held for a moment, to change the next two; taken last.
-        self._changing = threading.RLock()
-        # Whom a sender may wait for: noted before it looks whether this is closed, as `close` does
-        # the other way round, so that one of them sees the other.
-        self._awaited: SharedSubscription | None = None
-        self._subscriptions: tuple[SharedSubscription, ...] = ()
-        self._closed = False
 
     def subscribe(
         self,
@@ -241,35 +223,13 @@ class SharedBroadcast(ClosesAtExit):
                     gone.append(one)
             except Timeout:
                 late_count += 1
-        with self._changing:
-            self._subscriptions = tuple(it for it in self._subscriptions if it not in gone)
+        self._forget(*gone)
         for one in gone:
             one._end()
         return sent_count, late_count
 
-    @property
-    def subscriptions(self) -> tuple[SharedSubscription, ...]:
-        """Those who were subscribed when the last message was sent."""
-        return self._subscriptions
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
-
-    def close(self) -> None:
-        """Send no more. Subscribers receive what they have, then Disconnected.
-
-        A sender that waits for room is told.
-        """
-        self._closed = True
-        awaited = self._awaited
-        if awaited is not None:
-            awaited._sender.close()
-        with self._lock, self._changing:
-            subscriptions, self._subscriptions = self._subscriptions, ()
-        for subscription in subscriptions:
-            subscription._end()
+    def _end(self, subscription: SharedSubscription) -> None:
+        subscription._end()
 
 
 def _told(error: Exception, sent_count: int) -> Exception:
