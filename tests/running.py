@@ -1,4 +1,4 @@
-"""Running a part of a test in threads or in a forked child, and waiting for what it does."""
+"""Running a part of a test in threads or in a forked child, waiting for it, and its accounts."""
 
 import os
 import select
@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 def in_forked_child(body: Callable[[], None]) -> None:
@@ -68,3 +69,10 @@ def run_threads(*bodies: Callable[[], None]) -> None:
         thread.join()
         wait_until_gone(thread)
     assert failures == []
+
+
+def assert_counts_add_up(executor: Any) -> Any:
+    """Check that each task of an executor at rest ended in one way; gives its statistics."""
+    counts = executor.statistics()
+    assert counts.submitted == counts.succeeded + counts.failed + counts.cancelled
+    return counts

@@ -10,18 +10,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import in_forked_child, wait_until, wait_until_gone
+from running import assert_counts_add_up, in_forked_child, wait_until, wait_until_gone
 
 from moirai import errors
 from moirai.executor import Executor, ProcessExecutor, current_token
 
 WAIT_SECONDS = 60
-
-
-def assert_counts_add_up(executor):
-    counts = executor.statistics()
-    assert counts.submitted == counts.succeeded + counts.failed + counts.cancelled
-    return counts
 
 
 def test_time_limits_are_the_executors_and_reach_every_kind_of_submit():

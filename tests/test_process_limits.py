@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import in_forked_child, run_threads, wait_until, wait_until_gone
+from running import assert_counts_add_up, in_forked_child, run_threads, wait_until, wait_until_gone
 from worker_gate import CALLS_AT_WORKER, Gate, hold
 
 from moirai import errors
@@ -35,12 +35,6 @@ def gate():
 
 def same(item):
     return item
-
-
-def assert_counts_add_up(executor):
-    counts = executor.statistics()
-    assert counts.submitted == counts.succeeded + counts.failed + counts.cancelled
-    return counts
 
 
 # === how many wait ==============================================================================

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import in_forked_child, wait_until
+from running import assert_counts_add_up, in_forked_child, wait_until
 from worker_gate import CALLS_AT_WORKER, Gate
 
 from moirai import errors
@@ -35,12 +35,6 @@ def gate():
     made = Gate()
     yield made
     made.close()
-
-
-def assert_counts_add_up(executor):
-    counts = executor.statistics()
-    assert counts.submitted == counts.succeeded + counts.failed + counts.cancelled
-    return counts
 
 
 def until_cancelled(tell=None):
